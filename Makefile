@@ -1,0 +1,52 @@
+# What to type:  make demo | make test | make lint | make test-full | make clean
+# Needs Python >= 3.11 and make; everything else goes into $(VENV) with pip.
+# Another Python:  make test-short PYTHON=python3.13 VENV=.venv313
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= demo
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: venv demo test test-full test-short lint format clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found: install one, or say make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "distsbi needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[report,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/distsbi demo --out $(DEMO)
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+test-full: $(STAMP)
+	$(PYTEST)
+
+# The layers without the long tests: what a second Python is checked with.
+test-short: $(STAMP)
+	$(PYTEST) -m "not slow" tests/test_imports.py tests/test_config.py tests/test_cli.py distsbi
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --cache-dir .cache/import-linter
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Leaves runs and demo output alone.
+clean:
+	rm -rf .venv .venv3* .cache build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find distsbi tests -name __pycache__ -type d -prune -exec rm -rf {} +
