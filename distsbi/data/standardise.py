@@ -1,0 +1,152 @@
+"""Standardisation is part of the model: the network sees unbounded, z-scored parameters and z-scored data.
+
+Parameters go through an elementwise bijection of the prior's support to the real line, then z-scoring:
+
+    interval (low, high)    u = probit((theta - low) / (high - low))
+    theta > low             u = log(theta - low)
+    theta < high            u = -log(high - theta)
+    real                    u = theta
+
+so that no draw leaves the prior, and log|du/dtheta| enters the log-density. Under the probit a uniform prior is a standard
+normal, the very distribution that the path starts from.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, Float
+
+REAL, INTERVAL, ABOVE, BELOW = "real", "interval", "above", "below"
+_EDGE = 1e-6  # probabilities are clipped to [_EDGE, 1 - _EDGE]: float32 uniforms at an edge stay finite
+_LOG_RANGE = 80.0  # exp stays inside float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """The interval (low, high) that a parameter lives in; an infinite end is open."""
+
+    low: float = -np.inf
+    high: float = np.inf
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"a support needs low < high; got ({self.low}, {self.high}).")
+
+    @property
+    def kind(self) -> str:
+        low, high = np.isfinite(self.low), np.isfinite(self.high)
+        return INTERVAL if low and high else ABOVE if low else BELOW if high else REAL
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Standardizer:
+    """Bijection and scales of theta [dim_theta, ch_theta], scales of x [dim_x, ch_x]. A pytree; `kinds` is static."""
+
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    low: Float[Array, "dim_theta 1"]
+    high: Float[Array, "dim_theta 1"]
+    theta_mean: Float[Array, "dim_theta ch_theta"]
+    theta_std: Float[Array, "dim_theta ch_theta"]
+    x_mean: Float[Array, "dim_x ch_x"]
+    x_std: Float[Array, "dim_x ch_x"]
+
+    @classmethod
+    def fit(
+        cls, theta: Float[np.ndarray, "n dim_theta ch_theta"], x: Float[np.ndarray, "n dim_x ch_x"], supports: Sequence[Support]
+    ) -> Self:
+        """Scales from training pairs. A constant column keeps its mean and gets scale 1.
+
+        Raises ValueError if there are not as many supports as parameters.
+        """
+        if len(supports) != theta.shape[1]:
+            raise ValueError(f"the prior has {len(supports)} parameters, theta has {theta.shape[1]}.")
+        low = np.asarray([[s.low if np.isfinite(s.low) else 0.0] for s in supports], np.float32)
+        high = np.asarray([[s.high if np.isfinite(s.high) else 0.0] for s in supports], np.float32)
+        kinds = tuple(s.kind for s in supports)
+        zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
+        x64 = np.asarray(x, np.float64)
+        x_mean, x_std = x64.mean(0), _scale(x64)
+        bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32))  # type: ignore[arg-type]
+        u = np.asarray(bare.unbound(jnp.asarray(theta, jnp.float32)), np.float64)
+        return dataclasses.replace(bare, theta_mean=u.mean(0).astype(np.float32), theta_std=_scale(u).astype(np.float32))
+
+    def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
+        """theta on the real line, before z-scoring."""
+        u = theta
+        if INTERVAL in self.kinds:
+            p = jnp.clip((theta - self.low) / self._width(), _EDGE, 1 - _EDGE)
+            u = jnp.where(self._is(INTERVAL), ndtri(p), u)
+        tiny = np.finfo(np.float32).tiny
+        if ABOVE in self.kinds:
+            u = jnp.where(self._is(ABOVE), jnp.log(jnp.maximum(theta - self.low, tiny)), u)
+        if BELOW in self.kinds:
+            u = jnp.where(self._is(BELOW), -jnp.log(jnp.maximum(self.high - theta, tiny)), u)
+        return u
+
+    def forward(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
+        """theta as the network sees it."""
+        return (self.unbound(theta) - self.theta_mean) / self.theta_std
+
+    def inverse(self, y: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
+        """theta inside its support from what the network sees."""
+        u = y * self.theta_std + self.theta_mean
+        theta = u
+        if INTERVAL in self.kinds:
+            inside = jnp.clip(self.low + self._width() * ndtr(u), self.low, self.high)
+            theta = jnp.where(self._is(INTERVAL), inside, theta)
+        if ABOVE in self.kinds:
+            theta = jnp.where(self._is(ABOVE), self.low + jnp.exp(jnp.clip(u, -_LOG_RANGE, _LOG_RANGE)), theta)
+        if BELOW in self.kinds:
+            theta = jnp.where(self._is(BELOW), self.high - jnp.exp(jnp.clip(-u, -_LOG_RANGE, _LOG_RANGE)), theta)
+        return theta
+
+    def log_det(self, y: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "..."]:
+        """log|dy/dtheta|, summed over parameters, at the theta that `y` stands for."""
+        u = y * self.theta_std + self.theta_mean
+        per = jnp.zeros_like(u)
+        if INTERVAL in self.kinds:
+            normal = -0.5 * u**2 - 0.5 * np.log(2 * np.pi)
+            per = jnp.where(self._is(INTERVAL), -normal - jnp.log(self._width()), per)
+        if ABOVE in self.kinds:
+            per = jnp.where(self._is(ABOVE), -u, per)
+        if BELOW in self.kinds:
+            per = jnp.where(self._is(BELOW), u, per)
+        return jnp.sum(per - jnp.log(self.theta_std), axis=(-2, -1))
+
+    def contains(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Array:
+        """Whether theta lies inside the support, over all parameters: bool [...]."""
+        below = self._is(INTERVAL, ABOVE) & (theta < self.low)
+        above = self._is(INTERVAL, BELOW) & (theta > self.high)
+        return ~jnp.any(below | above, axis=(-2, -1))
+
+    def forward_x(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_x ch_x"]:
+        """x as the network sees it."""
+        return (x - self.x_mean) / self.x_std
+
+    def _is(self, *kinds: str) -> np.ndarray:
+        return np.asarray([[k in kinds] for k in self.kinds])
+
+    def _width(self) -> Array:
+        return jnp.where(self._is(INTERVAL), self.high - self.low, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists."""
+        arrays = {f.name: np.asarray(getattr(self, f.name)).tolist() for f in dataclasses.fields(self) if f.name != "kinds"}
+        return {"kinds": list(self.kinds), **arrays}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        arrays = {name: np.asarray(value, np.float32) for name, value in fields.items() if name != "kinds"}
+        return cls(kinds=tuple(fields["kinds"]), **arrays)
+
+
+def _scale(values: np.ndarray) -> np.ndarray:
+    std = values.std(0)
+    constant = std <= 1e-7 * np.maximum(1.0, np.abs(values.mean(0)))
+    return np.where(constant, 1.0, std)

@@ -1,0 +1,109 @@
+"""Every key derivation, once.
+
+A draw's noise depends on (seed, observation id, draw index) and on nothing else:
+
+    seed key --fold_in(high word)--fold_in(low word)--> observation key --fold_in(draw index)--> draw key
+
+The seed key is always threefry2x32: its bits are the same on every device and in every program, whatever
+`jax_default_prng_impl` says and whatever key type came in. An observation id is a 64-bit unsigned integer and is
+folded in as two 32-bit words, because `jax.random.fold_in` truncates wider integers silently.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt32
+
+IMPL = "threefry2x32"
+MAX_DRAWS = 2**32
+
+
+def as_key(rng: object) -> Key[Array, ""]:
+    """One threefry key from a typed key, a legacy `jax.random.PRNGKey` array or an integer seed.
+
+    Keys of another generator (rbg, ...) are mapped to threefry through their own bits, deterministically.
+
+    Raises ValueError if `rng` is none of these, or holds more than one key.
+    """
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+        return jax.random.key(int(rng), impl=IMPL)
+    dtype = getattr(rng, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if rng.shape != ():  # type: ignore[attr-defined]
+            raise ValueError(f"expected one key; got an array of keys of shape {rng.shape}. Pass keys[0].")  # type: ignore[attr-defined]
+        data = jax.random.key_data(rng)  # type: ignore[arg-type]
+        if jax.random.key_impl(rng) == IMPL:  # type: ignore[arg-type]
+            return rng  # type: ignore[return-value]
+    elif dtype is not None and dtype == np.uint32 and getattr(rng, "ndim", 0) == 1 and rng.shape[0] in (2, 4):  # type: ignore[attr-defined]
+        data = jnp.asarray(rng)  # type: ignore[arg-type]
+    else:
+        given = f"an array of shape {rng.shape} and dtype {dtype}" if dtype is not None else repr(rng)  # type: ignore[attr-defined]
+        raise ValueError(f"expected a key such as jax.random.key(0), or an integer seed; got {given}.")
+    words = data[:2]
+    if data.shape[0] > 2:
+        words = words ^ data[2:4]
+    return jax.random.wrap_key_data(words, impl=IMPL)
+
+
+def key_words(key: object) -> tuple[int, int]:
+    """The two 32-bit words of a key, plain integers: what a fingerprint or a JSON file keeps of a seed."""
+    high, low = np.asarray(jax.random.key_data(as_key(key))).tolist()
+    return int(high), int(low)
+
+
+def from_words(words: Sequence[int]) -> Key[Array, ""]:
+    """The key whose `key_words` are `words`."""
+    return jax.random.wrap_key_data(jnp.asarray(np.asarray(words, np.uint32)), impl=IMPL)
+
+
+def split_id(ids: object) -> np.ndarray:
+    """64-bit observation ids as (high, low) 32-bit words, shape `ids.shape + (2,)`.
+
+    Raises ValueError for negative or non-integer ids.
+    """
+    array = np.asarray(ids)
+    if array.dtype == object:  # Python integers past int64
+        array = np.asarray([_checked_id(i) for i in array.ravel()], np.uint64).reshape(array.shape)
+    if array.dtype.kind not in "iu" or (array.dtype.kind == "i" and array.size and array.min() < 0):
+        raise ValueError(f"observation ids must be integers from 0 to 2**64 - 1; got {ids!r}.")
+    wide = array.astype(np.uint64)
+    return np.stack([wide >> np.uint64(32), wide & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
+
+
+def _checked_id(value: int) -> int:
+    if not 0 <= value < 2**64:
+        raise ValueError(f"observation ids must be integers from 0 to 2**64 - 1; got {value}.")
+    return value
+
+
+def hash_id(value: int | str | bytes) -> int:
+    """The 64-bit observation id of a catalog's id, stable across machines and Python versions (blake2b).
+
+    Integers and strings hash apart: 7 and "7" are different observations.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer, str, bytes)):
+        raise ValueError(f"a catalog id must be an integer or a string; got {value!r} ({type(value).__name__}).")
+    tagged = b"b" + value if isinstance(value, bytes) else f"{'s' if isinstance(value, str) else 'i'}{value}".encode()
+    return int.from_bytes(hashlib.blake2b(tagged, digest_size=8).digest(), "big")
+
+
+def observation_key(key: Key[Array, ""], words: UInt32[Array, "2"]) -> Key[Array, ""]:
+    """The key of one observation."""
+    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+
+
+def draw_key(observation: Key[Array, ""], index: UInt32[Array, ""]) -> Key[Array, ""]:
+    """The key of one draw of an observation."""
+    return jax.random.fold_in(observation, index)
+
+
+def draw_noise(
+    key: Key[Array, ""], words: UInt32[Array, "2"], start: UInt32[Array, ""], draws: int, shape: tuple[int, ...]
+) -> Float[Array, "draws ..."]:
+    """Standard normal noise of the draws `start, ..., start + draws - 1` of one observation, float32."""
+    observation = observation_key(key, words)
+    indices = start + jnp.arange(draws, dtype=jnp.uint32)
+    return jax.vmap(lambda i: jax.random.normal(draw_key(observation, i), shape, jnp.float32))(indices)

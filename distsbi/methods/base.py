@@ -1,0 +1,117 @@
+"""One Gaussian path for every method.
+
+    x_t = alpha(t) x + sigma(t) z,    z ~ N(0, I),    t from 0 (noise) to 1 (data)
+    the network predicts  f = a(t) x + b(t) z
+
+Solving these two equations gives E[x | x_t] and E[z | x_t] from a prediction of f, hence the velocity of the
+probability-flow ODE, alpha'(t) E[x] + sigma'(t) E[z], and the score, -E[z] / sigma(t)
+(Song et al. 2011.13456, eq. 13; Albergo & Vanden-Eijnden 2303.08797, sec. 2).
+One loss, one family of solvers and one log-density serve all methods; a method writes only its coefficients.
+"""
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any, Self
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+Time = Float[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A path and a prediction target. Subclasses are final: frozen dataclasses of plain numbers, hashable and JSON-able."""
+
+    @abstractmethod
+    def alpha(self, t: Time) -> Time:
+        """Coefficient of the data."""
+
+    @abstractmethod
+    def sigma(self, t: Time) -> Time:
+        """Coefficient of the noise."""
+
+    @abstractmethod
+    def d_alpha(self, t: Time) -> Time:
+        """Time derivative of alpha."""
+
+    @abstractmethod
+    def d_sigma(self, t: Time) -> Time:
+        """Time derivative of sigma."""
+
+    @abstractmethod
+    def target(self, t: Time) -> tuple[Time, Time]:
+        """(a, b) of the prediction target f = a x + b z."""
+
+    @abstractmethod
+    def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
+        """Training times in [0, 1)."""
+
+    @abstractmethod
+    def grid(self, steps: int) -> tuple[float, ...]:
+        """The method's own solver grid: steps + 1 increasing times from 0 to `t_end`."""
+
+    @property
+    def t_end(self) -> float:
+        """Where a solver stops: below 1 where sigma' or the score is singular at the data end."""
+        return 1.0
+
+    def weight(self, t: Time) -> Time:
+        """Weight of the squared error at t."""
+        return jnp.ones_like(t)
+
+    def c_in(self, t: Time) -> Time:
+        """Scale of the network's input: x_t has unit variance for standardised data."""
+        return 1.0 / jnp.sqrt(self.alpha(t) ** 2 + self.sigma(t) ** 2)
+
+    def c_time(self, t: Time) -> Time:
+        """The time that the network is told."""
+        return t
+
+    # Shared, written once.
+
+    def perturb(self, t: Time, x: Array, z: Array) -> Array:
+        """x_t. `t` broadcasts against x and z."""
+        return self.alpha(t) * x + self.sigma(t) * z
+
+    def goal(self, t: Time, x: Array, z: Array) -> Array:
+        """What the network should predict at (t, x, z)."""
+        a, b = self.target(t)
+        return a * x + b * z
+
+    def split(self, t: Time, x_t: Array, f: Array) -> tuple[Array, Array]:
+        """(E[x | x_t], E[z | x_t]) from a prediction f: the inverse of [[alpha, sigma], [a, b]]."""
+        a, b = self.target(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        determinant = alpha * b - sigma * a
+        return (b * x_t - sigma * f) / determinant, (alpha * f - a * x_t) / determinant
+
+    def velocity(self, t: Time, x_t: Array, f: Array) -> Array:
+        """Right-hand side of the probability-flow ODE."""
+        x, z = self.split(t, x_t, f)
+        return self.d_alpha(t) * x + self.d_sigma(t) * z
+
+    def score(self, t: Time, x_t: Array, f: Array) -> Array:
+        """Gradient of log p_t at x_t."""
+        return -self.split(t, x_t, f)[1] / self.sigma(t)
+
+    def initial(self, z: Array) -> Array:
+        """The state at t = 0 from standard normal noise."""
+        return self.sigma(jnp.zeros(())) * z
+
+    def final(self, t: Time, x_t: Array, f: Array) -> Array:
+        """E[x | x_t], the last denoising step of a method that stops at t_end < 1."""
+        return self.split(t, x_t, f)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, JSON-able."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        """The method with these options. Raises ValueError naming the unknown ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no options {unknown}; it has {sorted(known)}.")
+        return cls(**options)

@@ -1,0 +1,72 @@
+"""Who predicts: a network encodes an observation once and is then asked at every solver step.
+
+    context    = network.encode(x)                      once per observation
+    prediction = network(t, theta_t, context)           at every step, for many draws that share the context
+
+A network knows nothing of meshes, Ray, files or methods.
+"""
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any, Self
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Context = Any
+DTYPES = ("float32", "bfloat16")
+
+
+class Network(nnx.Module):
+    """The contract. `params` is the frozen dataclass that rebuilds the network (see `NetworkParams`)."""
+
+    dim_theta: int
+    ch_theta: int
+    dim_x: int
+    ch_x: int
+
+    @abstractmethod
+    def encode(self, x: Float[Array, "batch dim_x ch_x"]) -> Context:
+        """All that depends on the observation alone: a pytree whose leaves have the leading axis batch."""
+
+    @abstractmethod
+    def __call__(
+        self, t: Float[Array, "..."], theta_t: Float[Array, "batch draws dim_theta ch_theta"], context: Context
+    ) -> Float[Array, "batch draws dim_theta ch_theta"]:
+        """The prediction, float32.
+
+        `t` has shape (), [batch] or [batch, draws]. With a scalar `t`, as in sampling, what depends on time alone is
+        computed once and not once per draw.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkParams:
+    """Plain, JSON-able numbers that rebuild a network."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The parameters with these fields. Raises ValueError naming the unknown ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {sorted(known)}.")
+        return cls(**fields)
+
+
+def broadcast_time(t: Float[Array, "..."]) -> Float[Array, "b d"]:
+    """`t` of shape (), [batch] or [batch, draws] as [1, 1], [batch, 1] or [batch, draws]."""
+    t = jnp.asarray(t, jnp.float32)
+    if t.ndim > 2:
+        raise ValueError(f"t must have shape (), [batch] or [batch, draws]; got {t.shape}.")
+    return t.reshape(t.shape + (1,) * (2 - t.ndim))
+
+
+def dot(x: Float[Array, "... i"], w: Float[Array, "i o"], dtype: str) -> Float[Array, "... o"]:
+    """x @ w with inputs of the compute dtype and float32 accumulation."""
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,68 @@
+"""The keywords of every way to sample, once: their names, GenSBI's other names for them, and the error for the rest."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any, Self
+
+from distsbi.methods import Method
+from distsbi.sampling.tiles import Tile
+from distsbi.solvers import Solver, make_solver
+
+ALIASES = {"show_progress_bars": "show_progress", "method": "solver"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """How to draw.
+
+    Args:
+        solver, steps, step_size, time_grid, rtol, atol: see `distsbi.solvers.make_solver`; all None: the calibrated grid.
+        tile: rows worked on at a time, `Tile(slots, draws)`; None: the run's.
+        chunk_size: an upper bound on draws in one dispatch of a device, for devices with little memory.
+        show_progress: a progress bar; None: on a terminal, where the work takes more than a few seconds.
+    """
+
+    solver: str | Solver | None = None
+    steps: int | None = None
+    step_size: float | None = None
+    time_grid: Sequence[float] | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    tile: Tile | None = None
+    chunk_size: int | None = None
+    show_progress: bool | None = None
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Self:
+        """From keywords. Raises ValueError naming an unknown one and the nearest known."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        renamed: dict[str, Any] = {}
+        for name, value in options.items():
+            name_here = ALIASES.get(name, name)
+            if name_here not in known:
+                close = difflib.get_close_matches(name, sorted(known | set(ALIASES)), n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise ValueError(f"unknown keyword {name!r};{hint} The keywords are {', '.join(sorted(known))}.")
+            if name_here in renamed:
+                raise ValueError(f"{name!r} and {name_here!r} mean the same; give one of them.")
+            renamed[name_here] = value
+        return cls(**renamed)
+
+    def make_solver(self, method: Method, default: Solver) -> Solver:
+        """The solver these options describe."""
+        return make_solver(
+            method, solver=self.solver, steps=self.steps, step_size=self.step_size, time_grid=self.time_grid,
+            rtol=self.rtol, atol=self.atol, default=default,
+        )  # fmt: skip
+
+    def make_tile(self, default: Tile) -> Tile:
+        """The tile these options describe."""
+        tile = self.tile or default
+        if self.chunk_size is None:
+            return tile
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be positive; got {self.chunk_size}.")
+        if self.chunk_size >= tile.rows:
+            return tile
+        return Tile(max(1, self.chunk_size // tile.draws), min(tile.draws, self.chunk_size))

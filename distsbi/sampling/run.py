@@ -1,0 +1,185 @@
+"""The run directory: what a trained posterior is on disk.
+
+    run/  spec.json        all that rebuilds the posterior
+          weights/         averaged weights (orbax), restorable to any mesh
+          checkpoints/     full training state, written while training
+          metrics.jsonl    one line per validation
+
+Nothing in it is pickled, and loading it runs no code from it.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from distsbi import mesh as meshes
+from distsbi.data.standardise import Standardizer
+from distsbi.methods import METHODS, make_method
+from distsbi.networks import NETWORKS, Network, make_network, network_name
+from distsbi.sampling.posterior import Posterior
+from distsbi.sampling.tiles import Tile
+from distsbi.solvers import solver_from_dict
+
+FORMAT = 1
+SPEC, WEIGHTS = "spec.json", "weights"
+PACKAGES = ("distsbi", "jax", "flax", "optax", "diffrax", "orbax-checkpoint")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in training and sampling."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def model_spec(posterior: Posterior) -> dict[str, Any]:
+    """The part of the spec that defines p(theta | x), without the weights."""
+    name = network_name(posterior.network)
+    params = posterior.network.params.to_dict() if name else {}
+    method = next(key for key, cls in METHODS.items() if type(posterior.method) is cls)
+    return {
+        "network": {"name": name, "params": params},
+        "sizes": [posterior.dim_theta, posterior.ch_theta, posterior.dim_x, posterior.ch_x],
+        "method": {"name": method, "params": posterior.method.to_dict()},
+        "standardizer": posterior.weights.standardizer.to_dict(),
+        "parameter_names": list(posterior.parameter_names),
+    }
+
+
+def make_spec(posterior: Posterior) -> dict[str, Any]:
+    """What spec.json holds."""
+    return {
+        "format": FORMAT,
+        **model_spec(posterior),
+        "solver": posterior.default_solver.to_dict(),
+        "tile": {"slots": posterior.tile.slots, "draws": posterior.tile.draws},
+        "weights_sha256": weights_digest(posterior.weights.params),
+        "fingerprint": posterior.fingerprint,
+        "versions": versions(),
+        "facts": posterior.facts,
+    }
+
+
+def weights_digest(params: nnx.State) -> str:
+    """SHA-256 of the weights: path, shape and float32 bytes of every leaf, in path order. Hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(_leaves(params).items()):
+        array = np.ascontiguousarray(np.asarray(leaf))
+        digest.update(f"{path}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _leaves(params: nnx.State) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def save(path: str | os.PathLike[str], posterior: Posterior) -> None:
+    """Writes weights/ and spec.json under `path`; spec.json last, so that a directory with one is complete.
+
+    A user's own network is saved too, and needs `load(path, network=...)`.
+    """
+    import orbax.checkpoint as ocp
+
+    root = Path(path).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    (root / SPEC).unlink(missing_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(root / WEIGHTS, nnx.to_pure_dict(posterior.weights.params), force=True)
+    write_json(root / SPEC, make_spec(posterior))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """spec.json of a run directory.
+
+    Raises ValueError if there is none, if it is damaged, or if its format is newer than this version of distsbi reads.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no run directory: no such folder. Train first, or give the path that was saved to.")
+    if not (root / SPEC).is_file():
+        started = (root / "checkpoints").is_dir()
+        reason = "its training has not finished; run the same training again to resume it" if started else "it has no spec.json"
+        raise ValueError(f"{root} is no finished run: {reason}.")
+    try:
+        spec = json.loads((root / SPEC).read_text())
+        found = spec["format"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{root / SPEC} is damaged ({type(error).__name__}); restore it from a copy, or train again.") from error
+    if not isinstance(found, int) or found > FORMAT:
+        raise ValueError(f"{root} has run format {found}; this distsbi reads up to {FORMAT}. Update distsbi.")
+    return spec
+
+
+def load(
+    path: str | os.PathLike[str], *, mesh: meshes.MeshLike = None, network: Network | Callable[[], Network] | None = None
+) -> Posterior:
+    """The posterior of a run directory, on any mesh.
+
+    `network`: for a run of a user's own module, the module or a function that makes it; its weights are replaced.
+
+    Raises ValueError for a missing, unfinished, damaged or newer run directory.
+    """
+    import orbax.checkpoint as ocp
+
+    root = Path(path).absolute()
+    spec = read_spec(root)
+    try:
+        module = _rebuild(spec, network)
+        method = make_method(spec["method"]["name"], **spec["method"]["params"])
+        standardizer = Standardizer.from_dict(spec["standardizer"])
+        solver, tile = solver_from_dict(spec["solver"]), Tile(**spec["tile"])
+        names, facts, digest = tuple(spec["parameter_names"]), spec["facts"], spec["weights_sha256"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
+    graphdef, state = nnx.split(module)
+    target = meshes.make_mesh(mesh)
+    shaped = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(target)), nnx.to_pure_dict(state)
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            weights = checkpointer.restore(root / WEIGHTS, shaped)
+    except Exception as error:
+        raise ValueError(f"{root / WEIGHTS} is missing or damaged ({error}); restore it from a copy, or train again.") from error
+    nnx.replace_by_pure_dict(state, weights)
+    if weights_digest(state) != digest:
+        raise ValueError(f"{root / WEIGHTS} does not hold the weights that {SPEC} names; restore it from a copy, or train again.")
+    return Posterior(
+        nnx.merge(graphdef, state), method, standardizer, names=names, solver=solver, tile=tile, mesh=target, facts=facts
+    )
+
+
+def _rebuild(spec: dict[str, Any], network: Network | Callable[[], Network] | None) -> Network:
+    name = spec["network"]["name"]
+    if network is not None:
+        return network if isinstance(network, nnx.Module) else network()  # type: ignore[return-value]
+    if name is None:
+        raise ValueError("this run holds a user's own network; load it with load(path, network=<the module or its factory>).")
+    if name not in NETWORKS:
+        raise ValueError(f"this run needs the network {name!r}, which this version of distsbi does not have; update distsbi.")
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["network"]["params"].items()}
+    return make_network(name, params)

@@ -1,0 +1,80 @@
+"""From many observations to a stream of finished draws, with bounded memory.
+
+Work is the list of (observation, block of draws), observation by observation. Every dispatch takes the next slots of it; those
+span at most two consecutive batches of encoded observations, so two context tables are alive at a time. While the host copies
+one dispatch, the next is in flight. The last dispatch is filled up with the draws that would come next, and trimmed.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from distsbi import keys, mesh as meshes
+from distsbi.sampling.tiles import Slots, Tile, Weights
+
+IN_FLIGHT = 2
+
+
+def stream(
+    encode: Callable[[Weights, Array], Any],
+    program: Callable[..., Array],
+    weights: Weights,
+    key: Array,
+    xs: Float[np.ndarray, "batch dim_x ch_x"],
+    ids: np.ndarray,
+    nsamples: int,
+    tile: Tile,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (observation [slots], first draw [slots], draws [slots, D, dim_theta, ch_theta]) per dispatch.
+
+    Slots past the end repeat the last observation's next draws; the caller drops draws at or past `nsamples` and
+    observations at or past `len(xs)`.
+    """
+    width = tile.slots * meshes.data_size(mesh)
+    blocks = math.ceil(nsamples / tile.draws)
+    total = len(xs) * blocks
+    words = keys.split_id(ids)
+    split = meshes.batch_sharding(mesh)
+    whole = meshes.replicated(mesh)
+    key = jax.device_put(key, whole)
+    tables: dict[int, Any] = {}
+
+    def table(batch: int) -> Any:
+        if batch not in tables:
+            rows = xs[batch * width : (batch + 1) * width]
+            rows = np.concatenate([rows, np.repeat(rows[-1:], width - len(rows), axis=0)])
+            tables[batch] = encode(weights, jax.device_put(rows, split))
+            for old in [b for b in tables if b < batch - 1]:
+                del tables[old]
+        return tables[batch]
+
+    pending: deque[tuple[np.ndarray, np.ndarray, Array]] = deque()
+    for first in range(0, total, width):
+        index = first + np.arange(width)
+        observation = np.minimum(index // blocks, len(xs) - 1)
+        start = (index - observation * blocks) * tile.draws
+        low = int(observation[0]) // width
+        high = min(low + 1, (len(xs) - 1) // width)
+        needs_next = int(observation[-1]) // width > low
+        slots = Slots(
+            row=(observation - low * width).astype(np.int32),  # type: ignore[arg-type]
+            words=words[observation],  # type: ignore[arg-type]
+            start=start.astype(np.uint32),  # type: ignore[arg-type]
+        )
+        here = table(low)
+        draws = program(weights, key, here, table(high) if needs_next else here, jax.device_put(slots, split))
+        pending.append((observation, start, draws))
+        if len(pending) >= IN_FLIGHT:
+            yield _fetch(*pending.popleft())
+    while pending:
+        yield _fetch(*pending.popleft())
+
+
+def _fetch(observation: np.ndarray, start: np.ndarray, draws: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return observation, start, np.asarray(draws)

@@ -1,0 +1,76 @@
+"""How a draw is made: a time grid and a step rule, or an adaptive solver."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from distsbi.methods import Method
+from distsbi.solvers.adaptive import SOLVERS, Adaptive
+from distsbi.solvers.fixed import RULES, FixedGrid
+
+Solver = FixedGrid | Adaptive
+
+
+def make_solver(
+    method: Method,
+    *,
+    solver: str | Solver | None = None,
+    steps: int | None = None,
+    step_size: float | None = None,
+    time_grid: Sequence[float] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    default: Solver | None = None,
+) -> Solver:
+    """The solver that the options describe.
+
+    Nothing given: `default` (the calibrated grid of a trained run). `step_size=0.01`: 100 equal steps (Euler's unless
+    `solver` says otherwise). `steps`: that many on the method's graded grid (midpoint unless `solver` says otherwise).
+    `time_grid`: those times. `rtol`, `atol`: adaptive, "tsit5" unless `solver` says otherwise.
+
+    Raises ValueError for unknown names and for options that contradict each other.
+    """
+    given = {"steps": steps, "step_size": step_size, "time_grid": time_grid}
+    sizes = [name for name, value in given.items() if value is not None]
+    tolerances = [name for name, value in {"rtol": rtol, "atol": atol}.items() if value is not None]
+    if isinstance(solver, (FixedGrid, Adaptive)):
+        if sizes or tolerances:
+            raise ValueError(f"{', '.join(sizes + tolerances)} given beside a complete solver; leave them out.")
+        return solver
+    if len(sizes) > 1:
+        raise ValueError(f"give one of steps, step_size and time_grid; got {' and '.join(sizes)}.")
+    name = solver.lower() if isinstance(solver, str) else None
+    if name is not None and name not in RULES and name not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; fixed ones are {', '.join(RULES)}, adaptive ones {', '.join(SOLVERS)}.")
+    if name in SOLVERS or (name is None and tolerances and not sizes):
+        if sizes:
+            raise ValueError(f"{name} chooses its own steps; leave out {sizes[0]}, or take one of {', '.join(RULES)}.")
+        return Adaptive(name or "tsit5", rtol=rtol or 1e-4, atol=atol or 1e-4, t_end=method.t_end)
+    if tolerances:
+        raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
+    if time_grid is not None:
+        return FixedGrid(name or "midpoint", tuple(time_grid))
+    if step_size is not None:
+        if not 0 < step_size <= 1:
+            raise ValueError(f"step_size must be in (0, 1]; got {step_size}. For 100 equal steps pass step_size=0.01.")
+        count = max(1, math.ceil(1 / step_size - 1e-6))
+        return FixedGrid(name or "euler", tuple(method.t_end * i / count for i in range(count + 1)))
+    if steps is not None:
+        if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+            raise ValueError(f"steps must be a positive integer; got {steps}.")
+        return FixedGrid(name or "midpoint", method.grid(int(steps)))
+    if name is None:
+        return default if default is not None else FixedGrid("midpoint", method.grid(8))
+    if isinstance(default, FixedGrid) and default.rule == name:
+        return default
+    return FixedGrid(name, method.grid({"rk4": 8, "midpoint": 16, "heun": 16}.get(name, 32)))
+
+
+def solver_from_dict(fields: dict[str, Any]) -> Solver:
+    """The solver that `to_dict` wrote."""
+    fields = dict(fields)
+    name = fields.pop("solver")
+    return Adaptive(name, **fields) if name in SOLVERS else FixedGrid(name, tuple(fields["times"]))
+
+
+__all__ = ["RULES", "SOLVERS", "Adaptive", "FixedGrid", "Solver", "make_solver", "solver_from_dict"]
