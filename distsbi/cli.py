@@ -1,0 +1,402 @@
+"""The command line: `distsbi simulate | train | sample | catalog | info | demo`.
+
+Thin: each command reads its options, calls the function of the same name in the library and says what it did. JAX is imported
+inside the commands, so that `--help` is quick and `--devices` can still say how many virtual devices JAX will have.
+
+Exit codes: 0 done; 1 failed; 2 the user's to mend (options, files, values); 130 interrupted.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distsbi import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from distsbi.config import RunConfig
+
+
+class Axes(click.ParamType):
+    """`data=2` or `data=4,model=2` as a dict."""
+
+    name = "axis=size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        if isinstance(value, dict):
+            return value
+        if not re.fullmatch(r"\w+=-?\d+(,\w+=-?\d+)*", value):
+            self.fail(f"{value!r} is no mesh; write axis sizes such as data=2.", param, ctx)
+        return {axis: int(size) for axis, size in (part.split("=") for part in value.split(","))}
+
+
+RUN = click.argument("run", type=click.Path(path_type=Path))
+SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
+DEVICES = click.option(
+    "--devices", type=click.IntRange(min=1), help="Use this many devices; on CPUs they are virtual. Default: all."
+)
+MESH = click.option("--mesh", type=Axes(), help="Sizes of the mesh axes, e.g. data=2. Default: all devices on data.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="distsbi")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Amortised posteriors from simulations: train on a mesh, draw at scale."""
+
+
+@cli.command()
+@click.argument("task")
+@click.option("-n", "--n", type=click.IntRange(min=1), default=30_000, show_default=True, help="Pairs to simulate.")
+@SEED
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the Parquet files.")
+def simulate(task: str, n: int, seed: int, out: Path) -> None:
+    """Simulate pairs (theta, x) of TASK into a Parquet folder."""
+    from distsbi.data.pairs import simulate_pairs
+    from distsbi.tasks import get_task
+
+    start = time.perf_counter()
+    simulate_pairs(get_task(task), seed, n, out)
+    click.echo(f"{n:,} pairs of {task} in {out} ({time.perf_counter() - start:.1f} s)")
+    click.echo(f"next: distsbi train --data {out} --out runs/{task}")
+
+
+@cli.command()
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="YAML file; the options below override it."
+)
+@click.option("--task", help="Train on this task: two_moons, gaussian_linear, slcp.")
+@click.option("--data", type=click.Path(path_type=Path), help="Train on the pairs in this Parquet folder.")
+@click.option(
+    "-n", "--n", type=click.IntRange(min=1), help="Pairs to simulate from --task; default: new ones at every step."
+)
+@click.option("--network", help="mlp or flux1. Default: mlp.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Run directory; a run begun there is resumed."
+)
+@click.option("--seed", type=int, help="Seed of initialisation, order and noise. Default: 0.")
+@click.option("--nsteps", type=click.IntRange(min=1), help="Updates. Default: scaled to the data.")
+@DEVICES
+@MESH
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on with the run found in --out, or refuse it."
+)
+def train(config_path: Path | None, out: Path, devices: int | None, resume: bool, **flags: Any) -> None:
+    """Train a posterior and write its run directory. Give the same command again to resume an interrupted training."""
+    from distsbi.config import RunConfig, read_config
+
+    config = _override(read_config(config_path) if config_path else RunConfig(), **flags)
+    if (config.data.task is None) == (config.data.path is None):
+        raise click.UsageError("give either --task or --data (or section 'data' of the configuration).")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise click.UsageError(f"{out} is not empty; leave out --no-resume to go on with it, or give another --out.")
+    axes = _mesh(devices, dict(config.mesh) if config.mesh else None)
+    start = time.perf_counter()
+    losses, val_losses = _train(config, out, axes)
+    seconds = time.perf_counter() - start
+    best = f", best validation loss {min(val_losses):.4f}" if len(val_losses) else ""
+    click.echo(f"trained {config.pipeline} in {seconds:.0f} s{best}; run directory {out}")
+    click.echo(f"next: distsbi sample {out} --x 0.0,0.0 --nsamples 100000 --out draws.npy")
+
+
+@cli.command()
+@RUN
+@click.option("--x", "x_o", required=True, help="The observation: a .npy file, or its numbers as 0.1,0.2.")
+@click.option("-n", "--nsamples", type=int, default=10_000, show_default=True, help="Draws.")
+@SEED
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("draws.npy"), show_default=True, help=".npy or .parquet."
+)
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option("--solver", help="euler, midpoint, heun, rk4, or adaptive: tsit5, dopri5. Default: the calibrated grid.")
+@click.option("--steps", type=int, help="Steps of the solver, on the method's own grid.")
+@click.option("--step-size", type=float, help="Equal steps of this size, e.g. 0.01.")
+@click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver.")
+@click.option("--atol", type=float, help="Absolute tolerance of an adaptive solver.")
+@DEVICES
+@MESH
+def sample(
+    run: Path,
+    x_o: str,
+    nsamples: int,
+    seed: int,
+    out: Path,
+    overwrite: bool,
+    devices: int | None,
+    mesh: dict[str, int] | None,
+    **solver: Any,
+) -> None:
+    """Draw from the posterior of RUN for one observation."""
+    if out.suffix not in (".npy", ".parquet"):
+        raise click.UsageError(f"--out must end in .npy or .parquet; got {out}.")
+    if out.exists() and not overwrite:
+        raise click.UsageError(f"{out} exists; give --overwrite or another --out.")
+    if not out.absolute().parent.is_dir():
+        raise click.UsageError(f"--out {out}: there is no folder {out.parent}.")
+    axes = _mesh(devices, mesh)
+    from distsbi.sampling import load
+
+    posterior = load(run, mesh=axes)
+    x = _observation(x_o, posterior.dim_x, posterior.ch_x)
+    start = time.perf_counter()
+    draws = posterior.sample(seed, x, nsamples, **{name: value for name, value in solver.items() if value is not None})
+    seconds = time.perf_counter() - start
+    _write_draws(out, draws, posterior.parameter_names)
+    click.echo(
+        f"{len(draws):,} draws in {out} ({seconds:.1f} s, {len(draws) / seconds:,.0f} draws/s, compilation included)"
+    )
+    _table(("parameter", "mean", "sd", "5 %", "95 %"), _summaries(draws, posterior.parameter_names))
+
+
+@cli.command()
+@RUN
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("-n", "--nsamples", type=int, default=1_000, show_default=True, help="Draws for each observation.")
+@SEED
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Ray workers. Default: one for each accelerator, or each two CPUs."
+)
+@click.option("--address", help="Address of a Ray cluster, or 'auto'. Default: a local Ray, stopped afterwards.")
+def catalog(run: Path, catalog: Path, out: Path, address: str | None, **options: Any) -> None:
+    """Draw for every row of CATALOG (Parquet, .npy or .npz) into the folder OUT. Give the same command again to resume."""
+    from distsbi.fanout import sample_catalog
+
+    result = sample_catalog(run, catalog, out, address=address, **{k: v for k, v in options.items() if v is not None})
+    click.echo(str(result))
+
+
+@cli.command()
+@RUN
+@click.option("--json", "as_json", is_flag=True, help="All of spec.json.")
+def info(run: Path, as_json: bool) -> None:
+    """Say what RUN holds."""
+    from distsbi.sampling.run import read_spec
+
+    spec = read_spec(run)
+    if as_json:
+        click.echo(json.dumps(spec, indent=1))
+        return
+    dim_theta, ch_theta, dim_x, ch_x = spec["sizes"]
+    rows = [
+        ("network", spec["network"]["name"] or "a user's own module"),
+        ("method", spec["method"]["name"]),
+        ("parameters", f"({dim_theta}, {ch_theta}): {', '.join(spec['parameter_names'])}"),
+        ("data", f"({dim_x}, {ch_x})"),
+        ("solver", json.dumps(spec["solver"])),
+        ("versions", ", ".join(f"{name} {version}" for name, version in spec["versions"].items())),
+        ("fingerprint", spec["fingerprint"][:16]),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:<12} {value}")
+
+
+@cli.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder for all it writes."
+)
+@click.option("--quick", is_flag=True, help="A tenth of the work, for a first look; the posterior is rougher.")
+@DEVICES
+def demo(out: Path, quick: bool, devices: int | None) -> None:
+    """Simulate, train, draw a million samples, run a catalog on Ray, and compare with the exact posterior."""
+    mesh = _mesh(devices or 2, None)
+    from distsbi.demo import run_demo
+
+    run_demo(out, quick=quick, mesh=mesh)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = cli.main(arguments, prog_name="distsbi", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "\nInterrupted. What is finished is kept: give the same command again to go on from there.", err=True
+        )
+        code = 130
+    except ValueError as error:
+        _complain(f"Error: {error}", debug)
+        code = 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        hint = "" if debug else " (--debug shows the traceback)"
+        _complain(f"Failed: {type(error).__name__}: {error}{hint}", debug)
+        code = 1
+    sys.exit(code)
+
+
+def _complain(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(message, err=True)
+
+
+def _override(config: "RunConfig", **flags: Any) -> "RunConfig":
+    """The configuration with the options that were given put over it, checked as a file is."""
+    from distsbi.config import parse_config
+
+    content = config.to_dict()
+    data = content.setdefault("data", {})
+    if flags["task"] is not None or flags["data"] is not None:
+        data.pop("task", None)
+        data.pop("path", None)
+    given = {
+        ("data", "task"): flags["task"],
+        ("data", "path"): str(flags["data"]) if flags["data"] is not None else None,
+        ("data", "n"): flags["n"],
+        ("strategy", "model"): flags["network"],
+        ("training", "nsteps"): flags["nsteps"],
+    }
+    for (section, key), value in given.items():
+        if value is not None:
+            content.setdefault(section, {})[key] = value
+    for name in ("mesh", "seed"):
+        if flags[name] is not None:
+            content[name] = flags[name]
+    return parse_config(content)
+
+
+def _mesh(devices: int | None, axes: dict[str, int] | None) -> dict[str, int] | None:
+    """Mesh axes for the options; makes that many virtual CPU devices where JAX has not started yet."""
+    if devices is not None and axes is None:
+        axes = {"data": devices}
+    if axes is None or min(axes.values()) < 1:
+        return axes
+    count = devices or 1
+    for size in axes.values() if devices is None else ():
+        count *= size
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    return axes
+
+
+def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple[Any, Any]:
+    """Builds the pipeline that the configuration names and trains it."""
+    import dataclasses
+
+    import jax
+    from flax import nnx
+
+    from distsbi.data.pairs import open_pairs
+    from distsbi.networks import NETWORKS
+    from distsbi.pipelines import PIPELINES
+    from distsbi.tasks import TASKS, get_task
+
+    if config.data.path is not None:
+        folder = open_pairs(config.data.path)
+        (dim_theta, ch_theta), (dim_x, ch_x) = folder.theta_shape, folder.x_shape
+        dataset: Any = config.data.path
+        source = folder.source.get("task")
+        prior = get_task(source).prior if source in TASKS else None
+    else:
+        task = get_task(config.data.task or "")
+        dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
+        prior = task.prior
+        dataset = task if config.data.n is None else task.pairs(jax.random.key(config.seed), config.data.n)
+    params = NETWORKS[config.network][0].default(dim_theta, dim_x, ch_theta, ch_x)
+    pipeline = PIPELINES[config.pipeline](
+        dataset,
+        None,
+        dim_theta,
+        dim_x,
+        ch_obs=ch_theta,
+        ch_cond=ch_x,
+        params=dataclasses.replace(params, **config.model),
+        training_config={**config.training_config, "checkpoint_dir": str(out)},
+        mesh=axes,
+        prior=prior,
+    )
+    return pipeline.train(nnx.Rngs(config.seed))
+
+
+def _observation(text: str, dim_x: int, ch_x: int) -> "np.ndarray":
+    """One observation [1, dim_x, ch_x] from a .npy file or from numbers; axes of size one are added."""
+    import numpy as np
+
+    if text.endswith(".npy"):
+        try:
+            x = np.load(text, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"--x {text} cannot be read as a .npy array: {error}.") from error
+    else:
+        try:
+            x = np.array([float(number) for number in re.split(r"[,\s]+", text.strip())])
+        except ValueError as error:
+            raise ValueError(f"--x must be a .npy file or numbers such as 0.1,0.2; got {text!r}.") from error
+    if ch_x == 1 and x.shape in ((dim_x,), (1, dim_x)):
+        x = x.reshape(1, dim_x, 1)
+    elif x.shape == (dim_x, ch_x):
+        x = x[None]
+    if x.shape != (1, dim_x, ch_x):
+        raise ValueError(
+            f"--x must be one observation of shape ({dim_x}, {ch_x}); got {x.shape}. For many observations use distsbi catalog."
+        )
+    return x
+
+
+def _write_draws(out: Path, draws: "np.ndarray", names: tuple[str, ...]) -> None:
+    """Draws [n, dim_theta, ch_theta] as .npy, or as .parquet with a column for each parameter; whole or not at all."""
+    import numpy as np
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if out.suffix == ".npy":
+                np.save(file, draws)
+            else:
+                import pyarrow as pa
+                import pyarrow.parquet as pq
+
+                pq.write_table(pa.table(_columns(draws, names)), file)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{out} could not be written ({error.strerror}); free space or give another --out"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _columns(draws: "np.ndarray", names: tuple[str, ...]) -> dict[str, "np.ndarray"]:
+    channels = draws.shape[2]
+    return {
+        name if channels == 1 else f"{name}[{c}]": draws[:, i, c]
+        for i, name in enumerate(names)
+        for c in range(channels)
+    }
+
+
+def _summaries(draws: "np.ndarray", names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    import numpy as np
+
+    rows = []
+    for name, column in _columns(draws, names).items():
+        low, high = np.quantile(column, (0.05, 0.95))
+        rows.append((name, *(f"{value:.4g}" for value in (column.mean(), column.std(), low, high))))
+    return rows
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""A training run as a YAML file, and back.
+
+The sections are GenSBI's, so that its files are read as they are, plus `data` (from what), `mesh` (on what) and `seed`:
+
+    strategy:  {method: flow, model: mlp}
+    data:      {task: two_moons, n: 30000}       # or path: a folder that `distsbi simulate` wrote
+    model:     {width: 128, depth: 4}            # parameters of the network: fields of MLPParams or Flux1Params
+    optimizer: {max_lr: 1.0e-3, warmup_steps: 500}
+    training:  {nsteps: 8000, batch_size: 512}
+    mesh:      {data: 2}
+    seed:      0
+
+`model`, `optimizer` and `training` hold only what the file says: their defaults, which depend on the data, are written once, in
+the network's parameters and in `distsbi.training.TrainingConfig`.
+
+>>> config = parse_config({"strategy": {"model": "mlp"}, "data": {"task": "two_moons"}, "training": {"nsteps": 100}})
+>>> config.pipeline, config.training
+('MLPFlowPipeline', {'nsteps': 100})
+"""
+
+import dataclasses
+import difflib
+import os
+import typing
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+# What a YAML file calls a network or a method: the words of the names `<Network><Method>Pipeline`.
+MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1"}
+METHODS = {"flow": "Flow"}
+
+# Keys of the training configuration that a file gives under `optimizer`; GenSBI reads `ema_decay` under either.
+OPTIMIZER_KEYS = ("max_lr", "min_lr", "warmup_steps", "decay_transition", "clip_norm", "weight_decay", "ema_decay")
+
+# Keys that are decided elsewhere, and where.
+ELSEWHERE = {
+    **dict.fromkeys(("dim_theta", "ch_theta", "dim_x", "ch_x", "dim_obs", "dim_cond"), "it follows from the data"),
+    "rngs": "it follows from `seed`",
+    "checkpoint_dir": "it is the run directory, given by --out",
+}
+
+# GenSBI's spellings, and its keys that steer its own scripts only: accepted with a warning, so that its files are read.
+ALIASES = {"params_dtype": "param_dtype"}
+UNUSED = {
+    "experiment_id": "name the run with --out",
+    "restore_model": "a run directory is resumed by itself",
+    "train_model": "`distsbi train` always trains",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What is learned, by what network."""
+
+    method: str = "flow"
+    model: str = "mlp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """From what: a task by name, simulated, or a folder of pairs.
+
+    task: a name of `distsbi.tasks`.
+    path: a Parquet folder of pairs.
+    n: pairs to simulate from the task; None: new pairs at every step, simulated on the devices.
+    """
+
+    task: str | None = None
+    path: str | None = None
+    n: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All sections of a file. See the module's page for their keys."""
+
+    strategy: Strategy = Strategy()
+    data: Data = Data()
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: Mapping[str, int] | None = None
+    seed: int = 0
+
+    @property
+    def network(self) -> str:
+        """The network's name, as in `distsbi.networks.NETWORKS`."""
+        return MODELS[self.strategy.model.lower()]
+
+    @property
+    def pipeline(self) -> str:
+        """The name of the pipeline class, as in `distsbi.pipelines.PIPELINES`."""
+        return f"{self.network}{METHODS[self.strategy.method.lower()]}Pipeline"
+
+    @property
+    def training_config(self) -> dict[str, Any]:
+        """`optimizer` and `training` together: the `training_config` of a pipeline."""
+        return {**self.optimizer, **self.training}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `parse_config` gives the same configuration back. Sections that say nothing are left out."""
+        sections = {
+            "strategy": dataclasses.asdict(self.strategy),
+            "data": {key: value for key, value in dataclasses.asdict(self.data).items() if value is not None},
+            **{name: dict(getattr(self, name) or {}) for name in ("model", "optimizer", "training", "mesh")},
+        }
+        return {name: _plain(section) for name, section in sections.items() if section} | {"seed": self.seed}
+
+    def to_yaml(self) -> str:
+        """The file's text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def read_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The configuration in a YAML file.
+
+    Raises ValueError, naming the file, if it is missing or no YAML, and for what `parse_config` refuses.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark is not None else ""
+        raise ValueError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}.") from error
+    try:
+        return parse_config({} if content is None else content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_config(content: Any) -> RunConfig:
+    """The configuration in a nested dict.
+
+    Raises ValueError naming the section, the unknown key and the nearest known ones, or the value and the type expected.
+    """
+    from distsbi.networks import NETWORKS
+    from distsbi.training import TrainingConfig
+
+    names = _fields(RunConfig)
+    given = _mapping("the configuration", content)
+    for name in given:
+        if name not in names:
+            raise ValueError(f"unknown section {name!r} in the configuration{_nearest(name, names)}")
+    seed = _typed("seed", int, given.pop("seed", 0))
+    given = {name: _mapping(f"section {name!r}", values) for name, values in given.items() if values is not None}
+
+    strategy = Strategy(**_section("strategy", Strategy, given))
+    for name, value, known in (("method", strategy.method, METHODS), ("model", strategy.model, MODELS)):
+        if value.lower() not in known:
+            raise ValueError(f"strategy.{name} must be one of {', '.join(known)}; got {value!r}.")
+    data = Data(**_section("data", Data, given))
+    if data.task is not None and data.path is not None:
+        raise ValueError(f"section 'data' gives both task {data.task!r} and path {data.path!r}; keep one of them.")
+    if data.n is not None and (data.n < 1 or data.path is not None):
+        raise ValueError(f"data.n counts the pairs to simulate from a task; got {data.n} with path {data.path!r}.")
+
+    network_params = NETWORKS[MODELS[strategy.model.lower()]][0]
+    model_keys = [key for key in _fields(network_params) if key not in ELSEWHERE]
+    optimizer_keys = [key for key in _fields(TrainingConfig) if key in OPTIMIZER_KEYS]
+    training_keys = [key for key in _fields(TrainingConfig) if key not in OPTIMIZER_KEYS or key == "ema_decay"]
+    config = RunConfig(
+        strategy=strategy,
+        data=data,
+        model=_section("model", network_params, given, model_keys),
+        optimizer=_section("optimizer", TrainingConfig, given, optimizer_keys),
+        training=_section("training", TrainingConfig, given, training_keys),
+        mesh=_mesh(given.get("mesh")),
+        seed=seed,
+    )
+    twice = set(config.optimizer) & set(config.training)
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} is given in both sections 'optimizer' and 'training'; keep one.")
+    return config
+
+
+def _section(
+    name: str, cls: type, sections: Mapping[str, dict[str, Any]], keys: list[str] | None = None
+) -> dict[str, Any]:
+    """The values that the section gives, each of the type of its field in the dataclass `cls`; `keys`: the fields allowed."""
+    known = _fields(cls) if keys is None else keys
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Any] = {}
+    for given, value in sections.get(name, {}).items():
+        key = ALIASES.get(given, given)
+        if key in UNUSED and name == "training":
+            warnings.warn(f"{name}.{key} is ignored: {UNUSED[key]}.", stacklevel=4)
+        elif key in ELSEWHERE and key in _fields(cls):
+            raise ValueError(f"{name}.{given} cannot be set in a file: {ELSEWHERE[key]}.")
+        elif key not in known:
+            raise ValueError(f"unknown key {given!r} in section {name!r}{_nearest(given, known)}")
+        elif key in found:
+            raise ValueError(f"{name}.{given} and {name}.{key} mean the same; keep one.")
+        else:
+            found[key] = _typed(f"{name}.{given}", hints[key], value)
+    if name == "model" and found.get("theta") == -1:  # GenSBI's word for the default
+        del found["theta"]
+    return found
+
+
+def _typed(where: str, hint: Any, value: Any) -> Any:
+    """The value as the type `hint`, numbers written as text (YAML reads 1e-3 as text) included."""
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(f"{where}: {reason[0].lower()}{reason[1:]}; got {value!r}.") from error
+
+
+def _mesh(sizes: dict[str, Any] | None) -> dict[str, int] | None:
+    """Sizes of mesh axes; their names are checked where the mesh is made."""
+    return {axis: _typed(f"mesh.{axis}", int, size) for axis, size in sizes.items()} if sizes else None
+
+
+def _fields(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _mapping(what: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{what} must be a mapping of names to values; got {type(values).__name__} ({values!r}).")
+    return dict(values)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f".{hint} The known ones are {', '.join(known)}."
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML's safe loader knows no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
