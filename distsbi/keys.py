@@ -107,3 +107,13 @@ def draw_noise(
     observation = observation_key(key, words)
     indices = start + jnp.arange(draws, dtype=jnp.uint32)
     return jax.vmap(lambda i: jax.random.normal(draw_key(observation, i), shape, jnp.float32))(indices)
+
+
+def training_keys(key: Key[Array, ""], step: Array) -> Key[Array, "4"]:
+    """The four keys of a training update: data, augmentation, times, noise."""
+    return jax.random.split(jax.random.fold_in(key, step), 4)
+
+
+def epoch_key(key: Key[Array, ""], epoch: Array) -> Key[Array, ""]:
+    """The key of an epoch's shuffle."""
+    return jax.random.fold_in(jax.random.fold_in(key, 0x5EED), epoch)

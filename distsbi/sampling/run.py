@@ -22,6 +22,7 @@ from flax import nnx
 
 from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
+from distsbi.files import write_json
 from distsbi.methods import METHODS, make_method
 from distsbi.networks import NETWORKS, Network, make_network, network_name
 from distsbi.sampling.posterior import Posterior
@@ -100,16 +101,6 @@ def save(path: str | os.PathLike[str], posterior: Posterior) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(root / WEIGHTS, nnx.to_pure_dict(posterior.weights.params), force=True)
     write_json(root / SPEC, make_spec(posterior))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""FROM what a run learns: one shape for every form of training data.
+
+    arrays (theta, x)     on the devices, shuffled and indexed inside the training step
+    Task                  simulated on the devices inside the step: no finite set at all
+    Parquet folder        read into arrays where it fits, else streamed in shuffled row groups
+    iterable of batches   streamed; anything that yields (theta, x), grain included
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from distsbi.data.pairs import as_pairs, iter_pairs, open_pairs, read_pairs
+from distsbi.data.prior import check_theta
+from distsbi.tasks.base import Task
+
+IN_MEMORY_BYTES = 2 * 2**30
+FIT_PAIRS = 50_000  # pairs that scales are fitted on where the set is not in memory
+
+Pairs = tuple[Float[np.ndarray, "n dim_theta ch_theta"], Float[np.ndarray, "n dim_x ch_x"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Training data.
+
+    size: pairs in the set, or None where it is endless or unknown.
+    arrays: the pairs, where they are in memory.
+    draw: `draw(key, index [b], data) -> (theta, x)`, traceable; None where batches are streamed.
+    batches: `batches(step, batch_size) -> iterator` over host batches from update `step` on, for streams.
+    fit: pairs to fit the scales on.
+    fingerprint: a digest of the data, for resuming.
+    """
+
+    size: int | None
+    fit: Callable[[], Pairs]
+    fingerprint: str
+    arrays: Pairs | None = None
+    draw: Callable[[Array, Array, Any], tuple[Array, Array]] | None = None
+    batches: Callable[[int, int], Iterator[Pairs]] | None = None
+
+
+def make_source(data: Any, shapes: tuple[tuple[int, int], tuple[int, int]], prior: Any = None) -> Source:
+    """The source that `data` describes. `shapes`: (dim_theta, ch_theta) and (dim_x, ch_x).
+
+    Raises ValueError for mismatched lengths, wrong shapes, non-finite rows, theta outside the prior, or another type.
+    """
+    if isinstance(data, Task):
+        return _from_task(data, shapes)
+    if isinstance(data, (str, os.PathLike)):
+        return _from_folder(data, shapes, prior)
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+        return _from_arrays(_checked(data, shapes, prior))
+    if isinstance(data, Iterable):
+        return _from_iterable(data, shapes)
+    raise ValueError(
+        f"a dataset must be arrays (theta, x), an iterable of such batches, a Parquet folder, a Task or None; got {type(data).__name__}."
+    )
+
+
+def _checked(data: Any, shapes: Any, prior: Any) -> Pairs:
+    theta, x, _ = as_pairs(*data)
+    for name, array, shape in (("theta", theta, shapes[0]), ("x", x, shapes[1])):
+        if array.shape[1:] != shape:
+            raise ValueError(f"{name} must have shape (n, {shape[0]}, {shape[1]}) for this pipeline; got {array.shape}.")
+    if prior is not None:
+        check_theta(prior, theta)
+    return theta, x
+
+
+def take(key: Array, index: Array, data: Any) -> tuple[Array, Array]:
+    """Rows of device-resident arrays."""
+    return data[0][index], data[1][index]
+
+
+def _from_arrays(pairs: Pairs) -> Source:
+    digest = hashlib.sha256()
+    for array in pairs:
+        digest.update(f"{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Source(size=len(pairs[0]), fit=lambda: pairs, fingerprint=digest.hexdigest(), arrays=pairs, draw=take)
+
+
+def _from_task(task: Task, shapes: Any) -> Source:
+    given = (task.dim_theta, 1), (task.dim_x, 1)
+    if given != shapes:
+        raise ValueError(f"task {task.name!r} has theta {given[0]} and x {given[1]}; this pipeline has {shapes[0]} and {shapes[1]}.")
+
+    def fit() -> Pairs:
+        theta, x = jax.jit(task.pairs, static_argnums=1)(jax.random.key(0), FIT_PAIRS // 5)
+        return np.asarray(theta), np.asarray(x)
+
+    return Source(size=None, fit=fit, fingerprint=f"task:{task.name}", draw=lambda key, index, data: task.pairs(key, index.shape[0]))
+
+
+def _from_folder(path: str | os.PathLike[str], shapes: Any, prior: Any) -> Source:
+    folder = open_pairs(path)
+    if len(folder) * sum(a * b for a, b in shapes) * 4 <= IN_MEMORY_BYTES:
+        pairs = read_pairs(folder)
+        return _from_arrays(_checked((pairs.theta, pairs.x), shapes, prior))
+
+    def batches(step: int, batch_size: int) -> Iterator[Pairs]:
+        per_epoch = len(folder) // batch_size
+        for epoch in itertools.count(step // per_epoch):
+            first = step % per_epoch if epoch == step // per_epoch else 0
+            yield from iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first)
+
+    def fit() -> Pairs:
+        return _checked(next(iter_pairs(folder, min(len(folder), FIT_PAIRS), seed=0)), shapes, prior)
+
+    digest = hashlib.sha256(repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode())
+    return Source(size=len(folder), fit=fit, fingerprint=digest.hexdigest(), batches=batches)
+
+
+def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
+    """Batches as they come. What can be iterated again starts again at its end; an iterator is used once.
+
+    The pairs that the scales are fitted on are kept and are the first to be trained on, so nothing of an iterator is lost.
+    """
+    once = iter(data) is data
+    supply = iter(data)
+    head: list[Pairs] = []
+
+    def checked(batch: Any) -> Pairs:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(f"every batch must be a pair (theta, x); got {type(batch).__name__}.")
+        return _checked(batch, shapes, None)
+
+    def fit() -> Pairs:
+        if not head:
+            head.extend(checked(batch) for batch in itertools.islice(supply, 1))
+            if not head:
+                raise ValueError("the training iterable is empty.")
+            more = itertools.islice(supply, max(0, FIT_PAIRS // 10 // len(head[0][0]) - 1))
+            head.extend(checked(batch) for batch in more)
+        return tuple(np.concatenate(parts) for parts in zip(*head, strict=True))  # type: ignore[return-value]
+
+    def passes() -> Iterator[Pairs]:
+        yield from head
+        yield from map(checked, supply)
+        while not once:
+            yield from map(checked, data)
+        raise ValueError("the training iterable has ended before nsteps; give one that can be iterated again, or fewer nsteps.")
+
+    def batches(step: int, batch_size: int) -> Iterator[Pairs]:
+        fit()
+        return itertools.islice(passes(), step, None)
+
+    return Source(size=None, fit=fit, fingerprint="iterable", batches=batches)
+
+
+def hold_out(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:
+    """(training, validation): an evenly spaced share of the rows held out. Raises ValueError for fewer than 20 pairs."""
+    n = len(pairs[0])
+    if n < 20:
+        raise ValueError(f"{n} pairs are too few to hold some out; give at least 20, or a validation set.")
+    count = max(1, min(n // 2, max(round(n * fraction), min(100, n // 10)), 5_000))
+    held = np.zeros(n, bool)
+    held[np.linspace(0, n - 1, count).round().astype(int)] = True
+    theta, x = pairs
+    return (theta[~held], x[~held]), (theta[held], x[held])

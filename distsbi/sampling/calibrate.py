@@ -1,0 +1,85 @@
+"""The production grid, chosen by measurement after training.
+
+A coarse grid takes noise z to theta'. The tight solution takes theta' back to the noise z' that it should have come from. |z' - z|
+is the error in units of the posterior's LOCAL scale, whatever its shape: a thin crescent turns a small error in theta into a large
+one in z. The cheapest candidate whose error is under tolerance on held-out observations is the run's grid; the errors of
+all candidates are its certificate.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from distsbi import keys
+from distsbi.sampling.tiles import velocity
+from distsbi.solvers import FixedGrid, Solver
+
+CANDIDATES = (("multistep", 6), ("multistep", 8), ("multistep", 10), ("multistep", 12), ("midpoint", 8), ("multistep", 20),
+              ("midpoint", 12), ("midpoint", 16), ("midpoint", 24), ("rk4", 16), ("rk4", 32))  # fmt: skip
+TOLERANCE = 0.02  # median |z' - z| per parameter, in units of the local posterior scale
+TOLERANCE_Q95 = 0.2  # and its 95 % quantile
+OBSERVATIONS, DRAWS = 16, 32
+REFERENCE_STEPS = 48  # of RK4, each way
+
+
+def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[Solver, dict[str, Any]]:
+    """(the chosen grid, the certificate), from up to 16 of the observations `xs` with 32 draws each.
+
+    Where no candidate is under tolerance the best is taken, and the certificate says so.
+    """
+    method = posterior.method
+    xs = np.asarray(xs)[np.linspace(0, len(xs) - 1, min(OBSERVATIONS, len(xs))).round().astype(int)]
+    shape = (posterior.dim_theta, posterior.ch_theta)
+    words = keys.split_id(np.arange(len(xs)))
+    tight = FixedGrid("rk4", method.grid(REFERENCE_STEPS))
+
+    @jax.jit
+    def prepare(weights: Any, xs: Array) -> tuple[Any, Array]:
+        context = nnx.merge(posterior.graphdef, weights.params).encode(weights.standardizer.forward_x(xs))
+        noise = lambda w: keys.draw_noise(keys.as_key(0), w, jnp.uint32(0), DRAWS, shape)  # noqa: E731
+        return context, jax.vmap(noise)(jnp.asarray(words))
+
+    @jax.jit
+    def back(weights: Any, y: Array, context: Any) -> Array:
+        """The noise that the tight solution takes to y."""
+        field = velocity(nnx.merge(posterior.graphdef, weights.params), method)
+        end = tight.times[-1]
+        reverse = FixedGrid("rk4", tuple(end - t for t in reversed(tight.times)))
+        return reverse.solve(lambda s, y, c: -field(end - s, y, c), y, context)
+
+    def forward(solver: FixedGrid) -> Any:
+        return jax.jit(
+            lambda weights, z, context: solver.solve(
+                velocity(nnx.merge(posterior.graphdef, weights.params), method), method.initial(z), context
+            )
+        )
+
+    context, z = prepare(posterior.weights, xs)
+    scale = method.sigma(jnp.zeros(()))
+
+    def errors(solver: FixedGrid) -> tuple[float, float]:
+        returned = back(posterior.weights, forward(solver)(posterior.weights, z, context), context)
+        error = np.asarray(jnp.sqrt(jnp.mean(((returned - method.initial(z)) / scale) ** 2, axis=(-2, -1))))
+        error = np.where(np.isfinite(error), error, np.inf)
+        return float(np.median(error)), float(np.quantile(error, 0.95))
+
+    rows = []
+    floor = errors(tight)
+    for rule, steps in CANDIDATES:
+        solver = FixedGrid(rule, method.grid(steps))
+        median, q95 = errors(solver)
+        rows.append({"solver": rule, "steps": steps, "evaluations": solver.evaluations, "median": median, "q95": q95})
+        if median <= TOLERANCE and q95 <= TOLERANCE_Q95:
+            break
+    good = [row for row in rows if row["median"] <= TOLERANCE and row["q95"] <= TOLERANCE_Q95]
+    best = good[-1] if good else min(rows, key=lambda row: row["q95"])
+    certificate = {
+        "met": bool(good), "tolerance": {"median": TOLERANCE, "q95": TOLERANCE_Q95},
+        "reference": {"solver": "rk4", "steps": REFERENCE_STEPS, "median": floor[0], "q95": floor[1]},
+        "observations": len(xs), "draws": DRAWS, "candidates": rows,
+    }  # fmt: skip
+    return FixedGrid(best["solver"], method.grid(best["steps"])), certificate

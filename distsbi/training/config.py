@@ -1,0 +1,108 @@
+"""How to train: plain numbers, each default written once. Keys follow GenSBI's `training_config`."""
+
+import dataclasses
+import difflib
+import math
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Training options; None means: chosen from the number of simulations (see `resolve`).
+
+    Args:
+        nsteps: updates.
+        batch_size: pairs per update.
+        noise_draws: noise levels per pair and update, which share one encoding of x.
+        max_lr, min_lr: learning rate after warm-up and at the end.
+        warmup_steps: linear warm-up, in updates.
+        decay_transition: fraction of `nsteps` at constant `max_lr` before the cosine decay.
+        weight_decay: of matrices (AdamW).
+        clip_norm: bound on the global gradient norm.
+        multistep: updates whose gradients are averaged into one.
+        ema_decay: of the averaged weights, which are the ones sampled with.
+        val_every: updates between validations.
+        val_fraction: held out of the training set where no validation set is given.
+        val_draws: noise levels per validation pair (fixed).
+        early_stopping: stop after `patience` validations without improvement; best weights are kept either way.
+        val_error_ratio: a validation loss above this many times the training loss counts as no improvement; None: off.
+        save_every: updates between checkpoints, a multiple of `val_every`.
+        checkpoint_dir: run directory written while training, and resumed from; None: nothing is written.
+        experiment_id: subfolder of `checkpoint_dir`.
+        fsdp: split parameters and optimiser state over the devices.
+        calibrate: choose the sampling grid on validation pairs after training.
+        show_progress: a progress bar; None: on a terminal.
+    """
+
+    nsteps: int | None = None
+    batch_size: int | None = None
+    noise_draws: int = 1
+    max_lr: float = 2e-3
+    min_lr: float = 1e-6
+    warmup_steps: int | None = None
+    decay_transition: float = 0.0
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    multistep: int = 1
+    ema_decay: float = 0.999
+    val_every: int | None = None
+    val_fraction: float = 0.05
+    val_draws: int = 8
+    early_stopping: bool = True
+    patience: int = 16
+    val_error_ratio: float | None = None
+    save_every: int | None = None
+    checkpoint_dir: str | None = None
+    experiment_id: int | str | None = None
+    fsdp: bool = False
+    calibrate: bool = True
+    show_progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nsteps", "batch_size", "noise_draws", "multistep", "val_every", "val_draws", "patience", "save_every"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
+                raise ValueError(f"training option {name} must be a positive integer; got {value!r}.")
+        for name in ("max_lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")
+        if not 0 < self.ema_decay < 1 or not 0 < self.val_fraction < 1 or not 0 <= self.decay_transition <= 1:
+            raise ValueError("training options ema_decay, val_fraction and decay_transition are fractions between 0 and 1.")
+        if not 0 <= self.min_lr <= self.max_lr:
+            raise ValueError(f"training option min_lr must lie between 0 and max_lr; got {self.min_lr} and {self.max_lr}.")
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        """From a dict. Raises ValueError naming an unknown key and the nearest known."""
+        known = sorted(f.name for f in dataclasses.fields(cls))
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise ValueError(f"unknown training option {name!r};{hint} The options are {', '.join(known)}.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, JSON-able."""
+        return dataclasses.asdict(self)
+
+    def resolve(self, simulations: int | None) -> "TrainingConfig":
+        """Every None filled in for so many simulations (None: an endless supply).
+
+        Updates grow with the square root of the simulations, the batch with the simulations, within bounds.
+        """
+        n = simulations if simulations is not None else 100_000
+        nsteps = self.nsteps or int(min(20_000, max(2_000, 100 * round(math.sqrt(n) * 80 / 100))))
+        batch = self.batch_size or 2 ** int(min(9, max(6, round(math.log2(max(n, 1) / 100)))))
+        val_every = min(self.val_every or max(100, nsteps // 4000 * 100), nsteps)
+        save_every = self.save_every or max(val_every, val_every * (nsteps // (8 * val_every)))
+        if save_every % val_every:
+            raise ValueError(f"save_every must be a multiple of val_every; got {save_every} and {val_every}.")
+        return dataclasses.replace(
+            self,
+            nsteps=nsteps,
+            batch_size=min(batch, simulations or batch),
+            warmup_steps=self.warmup_steps if self.warmup_steps is not None else min(500, nsteps // 10),
+            val_every=val_every,
+            save_every=save_every,
+        )

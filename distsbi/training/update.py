@@ -1,0 +1,154 @@
+"""One training update, K of them per dispatch, and validation: pure functions of one state.
+
+    loss = E_{(theta, x)} E_{t, z} weight(t) |f(t, x_t, encode(x)) - (a(t) y + b(t) z)|^2,    y = standardised theta
+
+(Lipman et al. 2210.02747, eq. 14, for flow matching.) The state is a value: created sharded, donated to every dispatch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int32, UInt32
+
+from distsbi import keys, mesh as meshes
+from distsbi.data.standardise import Standardizer
+from distsbi.methods import Method
+from distsbi.training.config import TrainingConfig
+
+Batch = tuple[Array, Array]
+Augment = Callable[[Array, Array, Array], Batch]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All of training. `order`: this epoch's shuffle of the training set (one entry where nothing is shuffled)."""
+
+    step: Int32[Array, ""]
+    seed: UInt32[Array, "2"]
+    params: Any
+    ema: Any
+    best: Any
+    best_loss: Float[Array, ""]
+    stale: Int32[Array, ""]
+    opt: Any
+    order: Int32[Array, "n"]
+
+    @property
+    def key(self) -> Array:
+        return jax.random.wrap_key_data(self.seed, impl=keys.IMPL)
+
+
+def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up and cosine decay; matrices alone decay."""
+    nsteps, warmup = config.nsteps or 1, config.warmup_steps or 0
+    hold = max(0, int(config.decay_transition * nsteps) - warmup)
+    parts = [
+        optax.linear_schedule(config.max_lr * 1e-3, config.max_lr, max(warmup, 1)),
+        optax.constant_schedule(config.max_lr),
+        optax.cosine_decay_schedule(config.max_lr, max(nsteps - warmup - hold, 1), config.min_lr / config.max_lr),
+    ]
+    schedule = optax.join_schedules(parts, [warmup, warmup + hold])
+    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
+    chain = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, weight_decay=config.weight_decay, mask=matrices),
+    )
+    return optax.MultiSteps(chain, config.multistep).gradient_transformation() if config.multistep > 1 else chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What is fixed while training: turns states into states."""
+
+    graphdef: nnx.GraphDef
+    rest: Any
+    method: Method
+    standardizer: Standardizer
+    config: TrainingConfig
+    mesh: jax.sharding.Mesh
+    draw: Callable[[Array, Array, Any], Batch] | None  # (key, index in epoch order, data) -> batch; None: batches come in
+    epoch: int  # updates per epoch where `order` is used, else 0
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", make_optimizer(self.config))
+
+    def init(self, params: Any, key: Array, shuffled: int) -> TrainState:
+        """The first state. Run under jit with sharded outputs."""
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), seed=jax.random.key_data(key), params=params, ema=copy(params), best=copy(params),
+            best_loss=jnp.full((), jnp.inf), stale=jnp.zeros((), jnp.int32), opt=self.optimizer.init(params),  # type: ignore[attr-defined]
+            order=jnp.arange(max(shuffled, 1), dtype=jnp.int32),
+        )  # fmt: skip
+
+    def loss(self, params: Any, batch: Batch, key_times: Array, key_noise: Array, draws: int) -> Float[Array, ""]:
+        """Mean loss of a batch of (theta, x), with `draws` noise levels per pair."""
+        theta, x = batch
+        network = nnx.merge(self.graphdef, params, self.rest)
+        y = self.standardizer.forward(theta)
+        context = network.encode(self.standardizer.forward_x(x))
+        t = self.method.draw_times(key_times, (y.shape[0], draws))
+        z = jax.random.normal(key_noise, (y.shape[0], draws, *y.shape[1:]))
+        times = t[..., None, None]
+        y_t = self.method.perturb(times, y[:, None], z)
+        f = network(self.method.c_time(t), self.method.c_in(times) * y_t, context)
+        return jnp.mean(self.method.weight(times) * (f - self.method.goal(times, y[:, None], z)) ** 2)
+
+    def advance(self, state: TrainState, data: Any, count: int) -> tuple[TrainState, Float[Array, ""]]:
+        """`count` updates; the mean training loss. `data`: the training set, or `count` stacked batches where `draw` is None."""
+
+        def update(state: TrainState, given: Any) -> tuple[TrainState, Array]:
+            k_data, k_augment, k_times, k_noise = keys.training_keys(state.key, state.step)
+            order = state.order
+            if self.epoch:
+                fresh = lambda: jax.random.permutation(  # noqa: E731
+                    keys.epoch_key(state.key, state.step // self.epoch), order.shape[0]
+                ).astype(jnp.int32)
+                order = jax.lax.cond(state.step % self.epoch == 0, fresh, lambda: order)
+            if self.draw is None:
+                batch = given
+            else:
+                size = self.config.batch_size or 1
+                at = (state.step % max(self.epoch, 1)) * size
+                index = jax.lax.dynamic_slice(order, (at,), (size,)) if self.epoch else jnp.arange(size)
+                index = jax.lax.with_sharding_constraint(index, self._split(size))
+                batch = self.draw(k_data, index, data)
+            if self.augment is not None:
+                batch = self.augment(k_augment, *batch)
+            loss, grads = jax.value_and_grad(self.loss)(state.params, batch, k_times, k_noise, self.config.noise_draws)
+            updates, opt = self.optimizer.update(grads, state.opt, state.params)  # type: ignore[attr-defined]
+            params = optax.apply_updates(state.params, updates)
+            decay = jnp.minimum(self.config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+            return dataclasses.replace(state, step=state.step + 1, params=params, ema=ema, opt=opt, order=order), loss
+
+        state, losses = jax.lax.scan(update, state, data if self.draw is None else None, length=count)
+        return state, losses.mean()
+
+    def validate(self, state: TrainState, batches: Batch, train_loss: Array) -> tuple[TrainState, Float[Array, ""]]:
+        """Loss of the averaged weights on stacked validation batches under fixed noise; keeps the best weights."""
+
+        def one(numbered: tuple[Array, Batch]) -> Array:
+            number, batch = numbered
+            k_times, k_noise = jax.random.split(jax.random.fold_in(keys.as_key(0), number))
+            return self.loss(state.ema, batch, k_times, k_noise, self.config.val_draws)
+
+        count = batches[0].shape[0]
+        loss = jnp.mean(jax.lax.map(one, (jnp.arange(count), batches)))
+        good = loss < state.best_loss
+        if self.config.val_error_ratio is not None:
+            good &= loss <= self.config.val_error_ratio * train_loss
+        best = jax.tree.map(lambda b, e: jnp.where(good, e, b), state.best, state.ema)
+        stale = jnp.where(good, 0, state.stale + 1)
+        return dataclasses.replace(state, best=best, best_loss=jnp.where(good, loss, state.best_loss), stale=stale), loss
+
+    def _split(self, size: int) -> jax.sharding.NamedSharding:
+        even = size % meshes.data_size(self.mesh) == 0
+        return meshes.batch_sharding(self.mesh) if even else meshes.replicated(self.mesh)
