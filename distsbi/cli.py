@@ -1,7 +1,7 @@
 """The command line: `distsbi simulate | train | sample | catalog | info | demo`.
 
-Thin: each command reads its options, calls the function of the same name in the library and says what it did. JAX is imported
-inside the commands, so that `--help` is quick and `--devices` can still say how many virtual devices JAX will have.
+Thin: each command reads its options, calls the function of the same name in the library and says what it did. JAX is
+imported inside the commands, so that `--help` is quick and `--devices` can still say how many virtual devices JAX has.
 
 Exit codes: 0 done; 1 failed; 2 the user's to mend (options, files, values); 130 interrupted.
 """
@@ -70,25 +70,17 @@ def simulate(task: str, n: int, seed: int, out: Path) -> None:
 
 
 @cli.command()
-@click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), help="YAML file; the options below override it."
-)
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML file; the options override it.")
 @click.option("--task", help="Train on this task: two_moons, gaussian_linear, slcp.")
 @click.option("--data", type=click.Path(path_type=Path), help="Train on the pairs in this Parquet folder.")
-@click.option(
-    "-n", "--n", type=click.IntRange(min=1), help="Pairs to simulate from --task; default: new ones at every step."
-)
+@click.option("-n", "--n", type=click.IntRange(min=1), help="Pairs to simulate. Default: new ones at every step.")
 @click.option("--network", help="mlp or flux1. Default: mlp.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Run directory; a run begun there is resumed."
-)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory.")
 @click.option("--seed", type=int, help="Seed of initialisation, order and noise. Default: 0.")
 @click.option("--nsteps", type=click.IntRange(min=1), help="Updates. Default: scaled to the data.")
 @DEVICES
 @MESH
-@click.option(
-    "--resume/--no-resume", default=True, show_default=True, help="Go on with the run found in --out, or refuse it."
-)
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run in --out.")
 def train(config_path: Path | None, out: Path, devices: int | None, resume: bool, **flags: Any) -> None:
     """Train a posterior and write its run directory. Give the same command again to resume an interrupted training."""
     from distsbi.config import RunConfig, read_config
@@ -100,11 +92,12 @@ def train(config_path: Path | None, out: Path, devices: int | None, resume: bool
         raise click.UsageError(f"{out} is not empty; leave out --no-resume to go on with it, or give another --out.")
     axes = _mesh(devices, dict(config.mesh) if config.mesh else None)
     start = time.perf_counter()
-    losses, val_losses = _train(config, out, axes)
+    pipeline, val_losses = _train(config, out, axes)
     seconds = time.perf_counter() - start
     best = f", best validation loss {min(val_losses):.4f}" if len(val_losses) else ""
-    click.echo(f"trained {config.pipeline} in {seconds:.0f} s{best}; run directory {out}")
-    click.echo(f"next: distsbi sample {out} --x 0.0,0.0 --nsamples 100000 --out draws.npy")
+    click.echo(f"trained {type(pipeline).__name__} in {seconds:.0f} s{best}; run directory {out}")
+    example = ",".join(["0.0"] * pipeline.dim_cond) if pipeline.dim_cond <= 10 and pipeline.ch_cond == 1 else "x.npy"
+    click.echo(f"next: distsbi sample {out} --x {example} --nsamples 100000 --out draws.npy")
 
 
 @cli.command()
@@ -113,7 +106,7 @@ def train(config_path: Path | None, out: Path, devices: int | None, resume: bool
 @click.option("-n", "--nsamples", type=int, default=10_000, show_default=True, help="Draws.")
 @SEED
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("draws.npy"), show_default=True, help=".npy or .parquet."
+    "--out", type=click.Path(path_type=Path), default="draws.npy", show_default=True, help=".npy or .parquet."
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--solver", help="euler, midpoint, heun, rk4, or adaptive: tsit5, dopri5. Default: the calibrated grid.")
@@ -150,9 +143,7 @@ def sample(
     draws = posterior.sample(seed, x, nsamples, **{name: value for name, value in solver.items() if value is not None})
     seconds = time.perf_counter() - start
     _write_draws(out, draws, posterior.parameter_names)
-    click.echo(
-        f"{len(draws):,} draws in {out} ({seconds:.1f} s, {len(draws) / seconds:,.0f} draws/s, compilation included)"
-    )
+    click.echo(f"{len(draws):,} draws in {out} ({seconds:.1f} s with compilation, {len(draws) / seconds:,.0f} draws/s)")
     _table(("parameter", "mean", "sd", "5 %", "95 %"), _summaries(draws, posterior.parameter_names))
 
 
@@ -162,12 +153,10 @@ def sample(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-n", "--nsamples", type=int, default=1_000, show_default=True, help="Draws for each observation.")
 @SEED
-@click.option(
-    "--workers", type=click.IntRange(min=1), help="Ray workers. Default: one for each accelerator, or each two CPUs."
-)
+@click.option("--workers", type=click.IntRange(min=1), help="Ray workers.")
 @click.option("--address", help="Address of a Ray cluster, or 'auto'. Default: a local Ray, stopped afterwards.")
 def catalog(run: Path, catalog: Path, out: Path, address: str | None, **options: Any) -> None:
-    """Draw for every row of CATALOG (Parquet, .npy or .npz) into the folder OUT. Give the same command again to resume."""
+    """Draw for every row of CATALOG (Parquet, .npy or .npz) into the folder OUT; the same command again resumes."""
     from distsbi.fanout import sample_catalog
 
     result = sample_catalog(run, catalog, out, address=address, **{k: v for k, v in options.items() if v is not None})
@@ -201,7 +190,7 @@ def info(run: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder for all it writes."
+    "--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for all it writes."
 )
 @click.option("--quick", is_flag=True, help="A tenth of the work, for a first look; the posterior is rougher.")
 @DEVICES
@@ -224,9 +213,7 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         code = 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "\nInterrupted. What is finished is kept: give the same command again to go on from there.", err=True
-        )
+        click.echo("\nInterrupted. What is finished is kept; give the same command again to go on.", err=True)
         code = 130
     except ValueError as error:
         _complain(f"Error: {error}", debug)
@@ -286,11 +273,10 @@ def _mesh(devices: int | None, axes: dict[str, int] | None) -> dict[str, int] | 
     return axes
 
 
-def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple[Any, Any]:
-    """Builds the pipeline that the configuration names and trains it."""
+def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple[Any, list[float]]:
+    """The pipeline that the configuration names, trained, and its validation losses."""
     import dataclasses
 
-    import jax
     from flax import nnx
 
     from distsbi.data.pairs import open_pairs
@@ -308,7 +294,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         task = get_task(config.data.task or "")
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
         prior = task.prior
-        dataset = task if config.data.n is None else task.pairs(jax.random.key(config.seed), config.data.n)
+        dataset = task if config.data.n is None else task.pairs(_data_key(config.seed), config.data.n)
     params = NETWORKS[config.network][0].default(dim_theta, dim_x, ch_theta, ch_x)
     pipeline = PIPELINES[config.pipeline](
         dataset,
@@ -322,7 +308,15 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         mesh=axes,
         prior=prior,
     )
-    return pipeline.train(nnx.Rngs(config.seed))
+    _, val_losses = pipeline.train(nnx.Rngs(config.seed))
+    return pipeline, val_losses
+
+
+def _data_key(seed: int) -> Any:
+    """The key of simulations made for a training with this seed: none that the training itself uses."""
+    import jax
+
+    return jax.random.fold_in(jax.random.key(seed), 2**31)
 
 
 def _observation(text: str, dim_x: int, ch_x: int) -> "np.ndarray":
@@ -345,7 +339,8 @@ def _observation(text: str, dim_x: int, ch_x: int) -> "np.ndarray":
         x = x[None]
     if x.shape != (1, dim_x, ch_x):
         raise ValueError(
-            f"--x must be one observation of shape ({dim_x}, {ch_x}); got {x.shape}. For many observations use distsbi catalog."
+            f"--x must be one observation of shape ({dim_x}, {ch_x}); got {x.shape}. "
+            f"For many observations use distsbi catalog."
         )
     return x
 
@@ -374,12 +369,9 @@ def _write_draws(out: Path, draws: "np.ndarray", names: tuple[str, ...]) -> None
 
 
 def _columns(draws: "np.ndarray", names: tuple[str, ...]) -> dict[str, "np.ndarray"]:
-    channels = draws.shape[2]
-    return {
-        name if channels == 1 else f"{name}[{c}]": draws[:, i, c]
-        for i, name in enumerate(names)
-        for c in range(channels)
-    }
+    if draws.shape[2] == 1:
+        return {name: draws[:, i, 0] for i, name in enumerate(names)}
+    return {f"{name}[{c}]": draws[:, i, c] for i, name in enumerate(names) for c in range(draws.shape[2])}
 
 
 def _summaries(draws: "np.ndarray", names: tuple[str, ...]) -> list[tuple[str, ...]]:

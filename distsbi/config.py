@@ -10,12 +10,12 @@ The sections are GenSBI's, so that its files are read as they are, plus `data` (
     mesh:      {data: 2}
     seed:      0
 
-`model`, `optimizer` and `training` hold only what the file says: their defaults, which depend on the data, are written once, in
-the network's parameters and in `distsbi.training.TrainingConfig`.
+`model`, `optimizer` and `training` hold only what the file says: their defaults, which depend on the data, are written
+once, in the network's parameters and in `distsbi.training.TrainingConfig`.
 
 >>> config = parse_config({"strategy": {"model": "mlp"}, "data": {"task": "two_moons"}, "training": {"nsteps": 100}})
 >>> config.pipeline, config.training
-('MLPFlowPipeline', {'nsteps': 100})
+('MLPFlow', {'nsteps': 100})
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-# What a YAML file calls a network or a method: the words of the names `<Network><Method>Pipeline`.
+# What a YAML file calls a network or a method, and the words of the names `<Network><Method>Pipeline`.
 MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1"}
 METHODS = {"flow": "Flow"}
 
@@ -94,8 +94,8 @@ class RunConfig:
 
     @property
     def pipeline(self) -> str:
-        """The name of the pipeline class, as in `distsbi.pipelines.PIPELINES`."""
-        return f"{self.network}{METHODS[self.strategy.method.lower()]}Pipeline"
+        """The pipeline's name, as in `distsbi.pipelines.PIPELINES`."""
+        return f"{self.network}{METHODS[self.strategy.method.lower()]}"
 
     @property
     def training_config(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
 def parse_config(content: Any) -> RunConfig:
     """The configuration in a nested dict.
 
-    Raises ValueError naming the section, the unknown key and the nearest known ones, or the value and the type expected.
+    Raises ValueError naming the section, the unknown key and the nearest known ones, or the value and what is wrong.
     """
     from distsbi.networks import NETWORKS
     from distsbi.training import TrainingConfig
@@ -180,10 +180,8 @@ def parse_config(content: Any) -> RunConfig:
     return config
 
 
-def _section(
-    name: str, cls: type, sections: Mapping[str, dict[str, Any]], keys: list[str] | None = None
-) -> dict[str, Any]:
-    """The values that the section gives, each of the type of its field in the dataclass `cls`; `keys`: the fields allowed."""
+def _section(name: str, cls: type, sections: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
+    """What the section gives, each value as the type of its field in `cls`; `keys`: the fields allowed."""
     known = _fields(cls) if keys is None else keys
     hints = typing.get_type_hints(cls)
     found: dict[str, Any] = {}
@@ -193,6 +191,9 @@ def _section(
             warnings.warn(f"{name}.{key} is ignored: {UNUSED[key]}.", stacklevel=4)
         elif key in ELSEWHERE and key in _fields(cls):
             raise ValueError(f"{name}.{given} cannot be set in a file: {ELSEWHERE[key]}.")
+        elif key not in known and key in _fields(cls):
+            other = "optimizer" if key in OPTIMIZER_KEYS else "training"
+            raise ValueError(f"{given} belongs in section {other!r}, not in {name!r}; move it there.")
         elif key not in known:
             raise ValueError(f"unknown key {given!r} in section {name!r}{_nearest(given, known)}")
         elif key in found:

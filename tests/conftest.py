@@ -1,4 +1,4 @@
-"""Every test, and every process a test starts, runs on CPUs: eight virtual devices, and compiled programs kept between runs."""
+"""Every test, and every process a test starts, runs on CPUs: eight virtual devices, compiled programs kept."""
 
 import os
 from pathlib import Path

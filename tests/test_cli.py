@@ -1,0 +1,230 @@
+"""Every command: its help, what it writes, and its exit code with one sentence for what cannot be."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from distsbi.cli import cli, main
+
+COMMANDS = ("simulate", "train", "sample", "catalog", "info", "demo")
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def distsbi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # what --devices writes is undone afterwards
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def in_new_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distsbi.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run, made by the command line from a folder of pairs."""
+    root = tmp_path_factory.mktemp("cli")
+    config = root / "config.yaml"
+    config.write_text("model: {width: 16, depth: 1}\ntraining: {batch_size: 64, val_every: 10}\n")
+    pairs, run = root / "pairs", root / "run"
+    result = in_new_process("simulate", "two_moons", "--n", 500, "--out", pairs)
+    assert result.returncode == 0, result.stderr
+    assert pq.read_table(pairs).num_rows == 500
+    result = in_new_process("train", "--config", config, "--data", pairs, "--nsteps", 20, "--devices", 2, "--out", run)
+    assert result.returncode == 0, result.stderr
+    assert "trained MLPFlowPipeline" in result.stdout
+    assert f"next: distsbi sample {run} --x 0.0,0.0" in result.stdout
+    return run
+
+
+# Help
+
+
+def test_commands() -> None:
+    assert set(cli.commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(distsbi: Cli, command: str | None) -> None:
+    code, out, _ = distsbi(*([command] if command else []), "--help")
+    assert code == 0
+    assert out.startswith("Usage: distsbi")
+    options = [param for param in cli.commands[command].params if param.param_type_name == "option"] if command else []
+    assert all(getattr(option, "help", None) for option in options)
+
+
+def test_version(distsbi: Cli) -> None:
+    assert distsbi("--version")[1] == "distsbi, version 0.1.0\n"
+
+
+def test_help_is_quick_and_loads_no_jax() -> None:
+    code = """
+import sys
+from distsbi.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    print([m for m in ("jax", "ray", "pydantic", "numpy") if m in sys.modules])
+"""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert result.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < 0.5
+
+
+# What the commands do
+
+
+def test_sample_npy_and_parquet_agree(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+    x = tmp_path / "x.npy"
+    np.save(x, np.zeros((1, 2, 1), np.float32))
+    npy, parquet = tmp_path / "draws.npy", tmp_path / "draws.parquet"
+    code, out, err = distsbi("sample", trained, "--x", x, "--nsamples", 300, "--seed", 1, "--out", npy)
+    assert code == 0, err
+    assert "300 draws" in out
+    assert "theta_0" in out
+    code, _, err = distsbi("sample", trained, "--x", "0.0, 0.0", "--nsamples", 300, "--seed", 1, "--out", parquet)
+    assert code == 0, err
+    draws, table = np.load(npy), pq.read_table(parquet)
+    assert draws.shape == (300, 2, 1)
+    assert table.column_names == ["theta_0", "theta_1"]
+    assert np.array_equal(draws[:, 1, 0], table["theta_1"].to_numpy())
+    assert np.abs(draws).max() <= 1.0  # the prior of two_moons, known from the folder of pairs
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["draws.npy", "draws.parquet", "x.npy"]
+
+
+def test_sample_takes_solver_options(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+    draws = []
+    for options in (["--solver", "euler", "--steps", "4"], ["--step-size", "0.25", "--solver", "heun"]):
+        file = tmp_path / f"{len(draws)}.npy"
+        code, _, err = distsbi("sample", trained, "--x", "0,0", "--nsamples", 50, "--out", file, *options)
+        assert code == 0, err
+        draws.append(np.load(file))
+    assert not np.array_equal(*draws)
+
+
+def test_train_again_changes_nothing(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+    """The same command on a finished run is a resume with nothing left to do."""
+    config, pairs = trained.parent / "config.yaml", trained.parent / "pairs"
+    before = json.loads((trained / "spec.json").read_text())["weights_sha256"]
+    code, _, err = distsbi(
+        "train", "--config", config, "--data", pairs, "--nsteps", 20, "--devices", 2, "--out", trained
+    )
+    assert code == 0, err
+    assert json.loads((trained / "spec.json").read_text())["weights_sha256"] == before
+
+
+def test_info(distsbi: Cli, trained: Path) -> None:
+    code, out, _ = distsbi("info", trained)
+    assert code == 0
+    assert "MLP" in out
+    assert "theta_0, theta_1" in out
+    assert json.loads(distsbi("info", trained, "--json")[1])["network"]["name"] == "MLP"
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simulate", "three_moons", "--out", "{tmp}/p"], "no task named 'three_moons'; the known tasks are"),
+        (["simulate", "two_moons", "--n", "0", "--out", "{tmp}/p"], "0 is not in the range x>=1"),
+        (["simulate", "two_moons"], "Missing option '--out'"),
+        (["train", "--out", "{tmp}/r"], "give either --task or --data"),
+        (["train", "--task", "two_moons", "--data", "p", "--out", "{tmp}/r"], "both task 'two_moons' and path 'p'"),
+        (["train", "--task", "moons", "--out", "{tmp}/r"], "no task named 'moons'"),
+        (["train", "--data", "{tmp}/none", "--out", "{tmp}/r"], "is not a folder of pairs"),
+        (["train", "--config", "{tmp}/none.yaml", "--out", "{tmp}/r"], "cannot read the configuration"),
+        (["train", "--task", "two_moons", "--network", "unet", "--out", "{tmp}/r"], "strategy.model must be one of"),
+        (["train", "--task", "two_moons", "--mesh", "two", "--out", "{tmp}/r"], "write axis sizes such as data=2"),
+        (["train", "--task", "two_moons", "--mesh", "rows=2", "--out", "{tmp}/r"], "unknown mesh axes ['rows']"),
+        (["train", "--task", "two_moons", "--no-resume", "--out", "{tmp}"], "is not empty"),
+        (["train", "--task", "two_moons", "--steps", "5", "--out", "{tmp}/r"], "No such option '--steps'"),
+        (["sample", "{tmp}/none", "--x", "0,0", "--out", "{tmp}/d.npy"], "no such folder"),
+        (["sample", "{tmp}", "--x", "0,0", "--out", "{tmp}/d.npy"], "is no finished run"),
+        (["sample", "{run}", "--x", "0,0", "--out", "{tmp}/d.csv"], "must end in .npy or .parquet"),
+        (["sample", "{run}", "--x", "0,0", "--out", "{tmp}/there.npy"], "exists; give --overwrite"),
+        (["sample", "{run}", "--x", "0,0", "--out", "{tmp}/no/d.npy"], "there is no folder"),
+        (["sample", "{run}", "--x", "0,zero", "--out", "{tmp}/d.npy"], "--x must be a .npy file or numbers"),
+        (
+            ["sample", "{run}", "--x", "0,0,0", "--out", "{tmp}/d.npy"],
+            "must be one observation of shape (2, 1); got (3,)",
+        ),
+        (["sample", "{run}", "--x", "0,nan", "--out", "{tmp}/d.npy"], "NaN or infinite"),
+        (["sample", "{run}", "--x", "{tmp}/there.npy", "--out", "{tmp}/d.npy"], "cannot be read as a .npy array"),
+        (["sample", "{run}", "--x", "0,0", "--nsamples", "0", "--out", "{tmp}/d.npy"], "nsamples must be a positive"),
+        (["sample", "{run}", "--x", "0,0", "--solver", "rk9", "--out", "{tmp}/d.npy"], "rk9"),
+        (["info", "{tmp}/none"], "no such folder"),
+        (["fit"], "No such command 'fit'"),
+    ],
+)
+def test_user_errors(distsbi: Cli, trained: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "there.npy").write_bytes(b"not an array")
+    code, _, err = distsbi(*(argument.format(tmp=tmp_path, run=trained) for argument in arguments))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert (tmp_path / "there.npy").read_bytes() == b"not an array"
+    assert not (tmp_path / "d.npy").exists()
+
+
+def test_failures_exit_with_1(distsbi: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("the device went away")
+
+    monkeypatch.setattr("distsbi.tasks.get_task", fail)
+    code, _, err = distsbi("simulate", "two_moons", "--out", "nowhere")
+    assert code == 1
+    assert err == "Failed: RuntimeError: the device went away (--debug shows the traceback)\n"
+    code, _, err = distsbi("simulate", "two_moons", "--out", "nowhere", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_interrupt_exits_with_130(distsbi: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distsbi.tasks.get_task", interrupt)
+    code, _, err = distsbi("simulate", "two_moons", "--out", "nowhere")
+    assert code == 130
+    assert "give the same command again" in err
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    distsbi: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    code, _, err = distsbi("sample", trained, "--x", "0,0", "--nsamples", 10, "--out", tmp_path / "draws.npy")
+    assert code == 1
+    assert "draws.npy could not be written (No space left on device); free space or give another --out" in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,129 @@
+"""YAML files: GenSBI's are read, what is wrong is named, and what is written is read back."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distsbi.config import RunConfig, parse_config, read_config
+
+# A file of GenSBI's examples (docs/examples/config_examples/config_flow_flux.yaml), as it is.
+GENSBI = """
+strategy:
+  method: "flow"
+  model: "flux"
+
+optimizer:
+  warmup_steps: 500
+  decay_transition: 0.70
+  max_lr: 4.0e-4
+  min_lr: 4.0e-6
+
+model:
+  in_channels: 1
+  vec_in_dim: null
+  context_in_dim: 1
+  mlp_ratio: 4
+  num_heads: 4
+  depth: 8
+  depth_single_blocks: 16
+  axes_dim: [10]
+  qkv_bias: true
+  theta: -1
+  id_embedding_strategy: ["absolute", "absolute"]
+  params_dtype: "float32"
+
+training:
+  batch_size: 4096
+  nsteps: 50000
+  ema_decay: 0.999
+  multistep: 1
+  early_stopping: true
+  val_every: 100
+  experiment_id: 1
+  restore_model: true
+  train_model: false
+  val_error_ratio: 1.3
+"""
+
+
+def test_a_file_of_gensbi(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(GENSBI)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = read_config(file)
+    ignored = sorted(str(w.message).split(" ")[0] for w in caught)
+    assert ignored == ["training.experiment_id", "training.restore_model", "training.train_model"]
+    assert config.pipeline == "Flux1Flow"
+    assert config.model["depth"] == 8
+    assert config.model["param_dtype"] == "float32"
+    assert "theta" not in config.model
+    assert config.training_config["max_lr"] == 4e-4
+    assert config.training_config["nsteps"] == 50_000
+
+
+def test_defaults_are_not_repeated() -> None:
+    config = parse_config({})
+    assert config == RunConfig()
+    assert config.pipeline == "MLPFlow"
+    assert config.training_config == {}
+
+
+def test_written_and_read_back(tmp_path: Path) -> None:
+    config = parse_config(
+        {
+            "strategy": {"model": "flux"},
+            "data": {"task": "two_moons", "n": 1000},
+            "model": {"depth": 2, "axes_dim": [6, 2], "id_embedding_strategy": ["absolute", "pos1d"]},
+            "optimizer": {"max_lr": "1e-3"},  # YAML reads 1e-3 as text
+            "training": {"nsteps": 10},
+            "mesh": {"data": 2},
+            "seed": 3,
+        }
+    )
+    assert config.optimizer == {"max_lr": 1e-3}
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert read_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"trainng": {}}, r"unknown section 'trainng' in the configuration\. Did you mean training\?"),
+        ({"training": {"nstep": 10}}, r"unknown key 'nstep' in section 'training'\. Did you mean nsteps"),
+        ({"training": {"max_lr": 1e-3}}, r"max_lr belongs in section 'optimizer'"),
+        ({"optimizer": {"nsteps": 1}}, r"nsteps belongs in section 'training'"),
+        ({"model": {"wdth": 64}}, r"unknown key 'wdth' in section 'model'\. Did you mean width"),
+        ({"strategy": {"model": "flux"}, "model": {"width": 64}}, r"unknown key 'width' in section 'model'"),
+        ({"model": {"dim_x": 64}}, r"model\.dim_x cannot be set in a file: it follows from the data"),
+        ({"training": {"checkpoint_dir": "a"}}, r"checkpoint_dir cannot be set in a file: .* --out"),
+        ({"training": {"nsteps": "many"}}, r"training\.nsteps: .*integer.*; got 'many'"),
+        ({"strategy": {"method": "flows"}}, r"strategy\.method must be one of flow; got 'flows'"),
+        ({"strategy": {"model": "unet"}}, r"strategy\.model must be one of mlp, flux, flux1; got 'unet'"),
+        ({"data": {"task": "two_moons", "path": "pairs"}}, r"both task 'two_moons' and path 'pairs'; keep one"),
+        ({"data": {"task": "two_moons", "n": 0}}, r"data\.n counts the pairs to simulate from a task; got 0"),
+        ({"training": [1]}, r"section 'training' must be a mapping of names to values; got list"),
+        ({"training": {"ema_decay": 0.9}, "optimizer": {"ema_decay": 0.9}}, r"ema_decay is given in both sections"),
+        ({"mesh": {"data": "two"}}, r"mesh\.data: .*integer.*; got 'two'"),
+        ("two_moons", r"the configuration must be a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_config(content)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the configuration .*none\.yaml: No such file"):
+        read_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("strategy: {model: mlp\ntraining: 3")
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML \(line 2\)"):
+        read_config(broken)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("seeed: 3")
+    with pytest.raises(ValueError, match=r"wrong\.yaml: unknown section 'seeed'.* Did you mean seed"):
+        read_config(wrong)
