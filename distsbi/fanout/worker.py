@@ -1,0 +1,208 @@
+"""One worker of a catalog: it loads the posterior once, keeps its compiled tile, and turns shard numbers into shard files.
+
+Samples never leave it except through the file; what it returns is one small manifest row.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import os
+import platform
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
+from distsbi.store.source import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know. Plain values.
+
+    Args:
+        run: the run directory.
+        source: the catalog.
+        out: the output folder.
+        nsamples: draws per row.
+        seed: the words of the seed key, or an integer seed.
+        options: keywords of `Posterior.draw` that were given.
+        output: what is kept of the draws.
+        loader: "module:function" that makes a posterior of `run`.
+    """
+
+    run: str
+    source: SourceSpec
+    out: str
+    nsamples: int
+    seed: int | tuple[int, int]
+    options: dict[str, Any]
+    output: Output
+    loader: str = "distsbi.sampling:load"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How the catalog is divided, and the fingerprint of the run that the shards belong to."""
+
+    n_rows: int
+    rows_per_shard: int
+    fingerprint: str
+
+    @property
+    def count(self) -> int:
+        return -(-self.n_rows // self.rows_per_shard)
+
+    def rows(self, shard: int) -> range:
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.n_rows))
+
+
+class Worker:
+    """Runs in the driver or as a Ray actor."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def ready(self, own_process: bool = False) -> dict[str, Any]:
+        """Loads, compiles, and tells what defines the draws: the same on every worker, or it is not the same run.
+
+        `own_process`: the process is this worker's alone, so its environment and jax's settings are ours to choose.
+
+        Raises ValueError for a run, catalog or option that cannot be used.
+        """
+        if own_process:
+            if "XLA_CLIENT_MEM_FRACTION" in os.environ:  # jax refuses to have both names
+                os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+            _use_compile_cache()
+        from distsbi import keys
+        from distsbi.sampling import SampleOptions
+
+        job = self.job
+        module, name = job.loader.split(":")
+        self.posterior = getattr(importlib.import_module(module), name)(job.run)
+        self.source = open_source(job.source)
+        self.key = keys.as_key(job.seed) if isinstance(job.seed, int) else keys.from_words(job.seed)
+        options = SampleOptions.parse(job.options)
+        solver = options.make_solver(self.posterior.method, self.posterior.default_solver)
+        tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples)
+        p = self.posterior
+        with contextlib.suppress(RuntimeError):  # compiles; zeros may be no x that a solver converges on
+            self._draw(np.zeros((1, p.dim_x, p.ch_x), np.float32), np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws))
+        device = next(iter(p.mesh.devices.flat))
+        return {
+            "definition": {
+                "posterior": p.fingerprint,
+                "seed": list(keys.key_words(self.key)),
+                "solver": solver.to_dict(),
+                "tile": [tile.slots, tile.draws],
+            },
+            "sizes": [p.dim_theta, p.ch_theta],
+            "parameter_names": list(p.parameter_names),
+            "worker": {"host": socket.gethostname(), "pid": os.getpid(), "device": f"{device.platform}: {device.device_kind}"},
+        }
+
+    def begin(self, shards: Shards) -> None:
+        """Comes before the first shard, once the folder is known to be this run's."""
+        p = self.posterior
+        self.shards = shards
+        self.format = Format(
+            self.source.id_type, tuple(p.parameter_names), p.ch_theta, self.job.nsamples, self.job.output, shards.fingerprint
+        )
+
+    def shard(self, number: int) -> dict[str, Any]:
+        """Samples the rows of one shard, writes its file and returns its manifest row.
+
+        Raises OSError if the file cannot be written.
+        """
+        began = time.monotonic()
+        rows = self.shards.rows(number)
+        ids, values = self.source.read(rows.start, rows.stop)
+        if self.job.source.id_column is None:
+            observation_ids = np.asarray(rows, np.uint64)
+        else:
+            from distsbi.keys import hash_id
+
+            observation_ids = np.asarray([hash_id(value) for value in ids.to_pylist()], np.uint64)
+        checked = [self._check(value) for value in values]
+        status = [schema.INVALID if isinstance(x, str) else schema.OK for x in checked]
+        message = [x if isinstance(x, str) else None for x in checked]
+        draws = self._draw_rows(checked, observation_ids, status, message)
+        table = self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
+        path = layout.shard_file(self.job.out, number, self.shards.count)
+        layout.write_whole(path, lambda file: self.format.write(table, file))
+        return {
+            "shard": number,
+            "rows": len(rows),
+            **{name: status.count(name) for name in schema.STATUSES},
+            "seconds": round(time.monotonic() - began, 4),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+    def _check(self, value: Row) -> Row:
+        """x of shape (dim_x, ch_x), or why there is none."""
+        if isinstance(value, str):
+            return value
+        p = self.posterior
+        if value.ndim == 1 and value.size == p.dim_x * p.ch_x:
+            value = value.reshape(p.dim_x, p.ch_x)
+        elif value.ndim == 1:
+            return f"x has {value.size} values; this posterior takes {p.dim_x * p.ch_x} (dim_x {p.dim_x}, ch_x {p.ch_x})"
+        try:
+            p.check_x(value)
+        except ValueError as error:
+            return str(error)
+        return value
+
+    def _draw_rows(self, xs: Sequence[Row], ids: np.ndarray, status: list[str], message: list[str | None]) -> np.ndarray:
+        """Draws of the rows that are "ok"; a row whose sampling raises becomes "failed", alone."""
+        from jax.errors import JaxRuntimeError
+
+        p, n = self.posterior, self.job.nsamples
+        good = [i for i, s in enumerate(status) if s == schema.OK]
+        if not good:
+            return np.empty((0, n, p.dim_theta, p.ch_theta), np.float32)
+        try:
+            return self._draw(np.stack([xs[i] for i in good]), ids[good], n)  # type: ignore[arg-type]
+        except Exception:  # which row it was shows below
+            parts = []
+            for i in good:
+                try:
+                    parts.append(self._draw(np.stack([xs[i]]), ids[i : i + 1], n))  # type: ignore[arg-type]
+                except (JaxRuntimeError, MemoryError):  # the device's fault, not the row's
+                    raise
+                except Exception as error:
+                    status[i], message[i] = schema.FAILED, f"{type(error).__name__}: {error}"[:1000]
+            return np.concatenate(parts) if parts else np.empty((0, n, p.dim_theta, p.ch_theta), np.float32)
+
+    def _draw(self, xs: np.ndarray, ids: np.ndarray, nsamples: int) -> np.ndarray:
+        return self.posterior.draw(self.key, xs, nsamples, observation_ids=ids, show_progress=False, **self.job.options)
+
+
+def _use_compile_cache() -> None:
+    """Compiled programs on disk, so that later workers of this machine start quickly.
+
+    The folder is named by the processor and jax: one home folder may be shared by machines on which each other's programs would
+    crash. JAX_COMPILATION_CACHE_DIR, where set, is left alone.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return
+    machine = platform.machine() + jax.__version__
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        wanted = ("model name", "flags", "Features", "CPU part")
+        machine += "".join(sorted({line for line in cpuinfo.read_text().splitlines() if line.startswith(wanted)}))
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "distsbi" / f"jax-{hashlib.blake2b(machine.encode(), digest_size=8).hexdigest()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,75 @@
+"""run.json: what defines the draws in a folder, so that only the very same run goes on in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distsbi.store import layout
+
+FORMAT = 1
+
+
+def fingerprint(definition: Mapping[str, Any]) -> str:
+    """blake2b of a definition (JSON-able). Hexadecimal."""
+    return hashlib.blake2b(json.dumps(definition, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_run(out: str | Path) -> dict[str, Any] | None:
+    """run.json of a folder; None if there is none.
+
+    Raises ValueError if it is damaged or of a newer format.
+    """
+    path = layout.run_file(out)
+    try:
+        found = json.loads(path.read_text())
+        version, _ = found["format"], found["definition"]["n_rows"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); restore it, or sample into another folder.") from error
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(f"{out} has catalog format {version}; this distsbi reads up to {FORMAT}. Update distsbi.")
+    return found
+
+
+def begin(out: str | Path, definition: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Claims a folder for the run that `definition` defines, or checks that it is this run's already.
+
+    `about`: what else to remember (paths, versions, when); it may differ between calls.
+
+    Raises ValueError naming what differs, given and found, if another run began in this folder.
+    """
+    found = read_run(out)
+    if found is None:
+        if layout.has_shards(out):
+            raise ValueError(f"{out} has shards but no {layout.run_file(out).name} that says what they are; use another folder.")
+        layout.write_json(
+            layout.run_file(out),
+            {"format": FORMAT, "fingerprint": fingerprint(definition), "definition": dict(definition), "about": dict(about)},
+        )
+        return
+    given, there = _flat(definition), _flat(found["definition"])
+    differing = [name for name in sorted({*given, *there}) if given.get(name) != there.get(name)]
+    if differing:
+        named = "; ".join(f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}" for name in differing)
+        raise ValueError(
+            f"{out} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was found to go on "
+            f"with it, or delete {out}."
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in json.loads(json.dumps(value)).items():
+        if isinstance(item, dict):
+            flat.update(_flat(item, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = item
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:50]}... ({fingerprint({'value': value})[:8]})"

@@ -1,0 +1,326 @@
+"""The catalog that comes in: rows of (id, x), read a few at a time.
+
+    catalog.parquet, or a folder of Parquet files    id column + one list or tensor column x, or named scalar columns
+    catalog.npy                                      x alone, (rows, dim_x) or (rows, dim_x, ch_x)
+    catalog.npz                                      arrays named like the columns
+
+Rows are numbered 0, 1, 2, ... through the files in name order. A reader takes any range of rows and touches only what holds
+them: the row groups of a Parquet file, the pages of a mapped .npy. A row that holds no usable x comes back as the reason.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+Row = np.ndarray | str  # x of one observation, or why there is none
+
+GROUP_BYTES = 256 * 2**20  # a decoded row group up to this size is kept for the next range
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """Where the rows are. Plain values: it travels to the workers.
+
+    Args:
+        path: a Parquet file, a folder of them, .npy or .npz.
+        id_column: the column (array of the .npz) with the ids, integers or strings; None: the row number is the id.
+        x_column: the column with x, a list or a tensor per row.
+        x_columns: instead, scalar columns that make up x, in this order.
+    """
+
+    path: str
+    id_column: str | None = "id"
+    x_column: str = "x"
+    x_columns: tuple[str, ...] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.x_columns or (self.x_column,)
+
+
+class Source(Protocol):
+    """A catalog that is open."""
+
+    n_rows: int
+    id_type: pa.DataType
+
+    def ids(self) -> pa.ChunkedArray:
+        """All ids, int64, uint64, string or binary."""
+        ...
+
+    def read(self, start: int, stop: int) -> tuple[pa.Array, list[Row]]:
+        """Ids and x of the rows start, ..., stop - 1."""
+        ...
+
+
+def open_source(spec: SourceSpec) -> Source:
+    """Raises ValueError for a missing or unreadable catalog, a missing column, or a column of another kind than needed."""
+    path = Path(spec.path)
+    if not path.exists():
+        raise ValueError(f"there is no catalog at {path}; give a Parquet file, a folder of them, a .npy or a .npz file.")
+    if path.suffix in (".npy", ".npz"):
+        return NumpySource(spec)
+    if path.is_dir() or path.suffix in (".parquet", ".pq"):
+        return ParquetSource(spec)
+    raise ValueError(f"{path} is no catalog that can be read; give a Parquet file, a folder of them, a .npy or a .npz file.")
+
+
+def check_ids(source: Source, spec: SourceSpec) -> None:
+    """Raises ValueError, naming some, for missing or repeated ids, and for a catalog without rows."""
+    if source.n_rows == 0:
+        raise ValueError(f"the catalog {spec.path} has no rows.")
+    if spec.id_column is None:
+        return
+    ids = source.ids()
+    if ids.null_count:
+        first = pc.index(ids.is_null(), True).as_py()
+        raise ValueError(
+            f"{ids.null_count} rows of {spec.path} have no {spec.id_column!r} (the first is row {first}); give every row its own id, "
+            f"or pass id_column=None to number the rows."
+        )
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        some = ", ".join(f"{row['values']!r} ({row['counts']} times)" for row in repeated.slice(0, 5).to_pylist())
+        more = ", ..." if len(repeated) > 5 else ""
+        raise ValueError(
+            f"{len(repeated)} ids of {spec.path} occur more than once: {some}{more}; the id names an observation's random numbers and "
+            f"result, so make them unique, or pass id_column=None to number the rows."
+        )
+
+
+def fingerprint(spec: SourceSpec) -> str:
+    """blake2b of the bytes of the catalog's files, in row order. Hexadecimal. A moved catalog keeps it, a changed one does not."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in _files(Path(spec.path)):
+        digest.update(path.stat().st_size.to_bytes(8, "big"))
+        with open(path, "rb") as file:
+            while block := file.read(8 * 2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*.parquet") if not any(part[0] in "._" for part in p.relative_to(path).parts))
+    if not found:
+        raise ValueError(f"the folder {path} has no .parquet files; give the catalog's own folder.")
+    return found
+
+
+class ParquetSource:
+    """One Parquet file or a folder of them."""
+
+    def __init__(self, spec: SourceSpec):
+        self.spec = spec
+        self._groups: list[tuple[Path, int]] = []
+        self._first: list[int] = []
+        self.n_rows = 0
+        files = _files(Path(spec.path))
+        for path in files:
+            try:
+                metadata = pq.read_metadata(path)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{path} is no readable Parquet file ({error}).") from error
+            for group in range(metadata.num_row_groups):
+                self._groups.append((path, group))
+                self._first.append(self.n_rows)
+                self.n_rows += metadata.row_group(group).num_rows
+        schema = pq.read_schema(files[0])
+        _check_columns(spec, schema.names)
+        for name in spec.columns:
+            _check_numeric(name, schema.field(name).type, spec)
+        self.id_type = _id_type(schema.field(spec.id_column).type, spec) if spec.id_column else pa.int64()
+        self._columns = list(dict.fromkeys([*([spec.id_column] if spec.id_column else []), *spec.columns]))
+        self._open: tuple[Path, pq.ParquetFile] | None = None
+        self._kept: tuple[int, pa.Table] | None = None
+
+    def ids(self) -> pa.ChunkedArray:
+        if self.spec.id_column is None:
+            return pa.chunked_array([pa.array(np.arange(self.n_rows))])
+        paths = dict.fromkeys(path for path, _ in self._groups)
+        parts = [pq.ParquetFile(p).read(columns=[self.spec.id_column]).column(0).cast(self.id_type) for p in paths]
+        return pa.chunked_array([c for part in parts for c in part.chunks], self.id_type)
+
+    def read(self, start: int, stop: int) -> tuple[pa.Array, list[Row]]:
+        table = pa.concat_tables(list(self._tables(start, stop)), promote_options="default").combine_chunks()
+        if self.spec.id_column is None:
+            ids = pa.array(np.arange(start, stop))
+        else:
+            ids = _one(table[self.spec.id_column]).cast(self.id_type)
+        columns = [_one(table[name]) for name in self.spec.columns]
+        return ids, _stack(columns, self.spec) if self.spec.x_columns else rows_of(columns[0])
+
+    def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
+        index = bisect.bisect_right(self._first, start) - 1
+        while index < len(self._groups) and self._first[index] < stop:
+            first = self._first[index]
+            size = (self._first[index + 1] if index + 1 < len(self._first) else self.n_rows) - first
+            low, high = max(start - first, 0), min(stop - first, size)
+            if high > low:
+                yield from self._slice(index, low, high)
+            index += 1
+
+    def _slice(self, index: int, low: int, high: int) -> Iterator[pa.Table]:
+        path, group = self._groups[index]
+        if self._kept is None or self._kept[0] != index:
+            if self._open is None or self._open[0] != path:
+                self._open = (path, pq.ParquetFile(path))
+            file = self._open[1]
+            if file.metadata.row_group(group).total_byte_size > GROUP_BYTES:
+                done = 0
+                for batch in file.iter_batches(row_groups=[group], columns=self._columns):
+                    here = slice(max(low - done, 0), min(high - done, len(batch)))
+                    if here.stop > here.start:
+                        yield pa.Table.from_batches([batch.slice(here.start, here.stop - here.start)])
+                    done += len(batch)
+                    if done >= high:
+                        return
+                return
+            self._kept = (index, file.read_row_group(group, columns=self._columns))
+        yield self._kept[1].slice(low, high - low)
+
+
+class NumpySource:
+    """.npy (mapped), or .npz (read whole: a zip cannot be mapped)."""
+
+    def __init__(self, spec: SourceSpec):
+        self.spec = spec
+        try:
+            found = np.load(spec.path, mmap_mode="r", allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                arrays = {spec.x_column: found}
+            else:
+                wanted = {spec.id_column, *spec.columns}
+                arrays = {name: found[name] if name in wanted else np.empty(0) for name in found.files}
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{spec.path} is no readable {Path(spec.path).suffix} file ({error}).") from error
+        _check_columns(spec, list(arrays))
+        self._x = [arrays[name] for name in spec.columns]
+        for name, x in zip(spec.columns, self._x, strict=True):
+            if x.ndim == 0 or x.dtype.kind not in "fiub":
+                raise ValueError(f"{name!r} of {spec.path} must hold numbers, one row per observation; got {x.dtype} of shape {x.shape}.")
+        self.n_rows = len(self._x[0])
+        self._ids = None if spec.id_column is None else pa.array(arrays[spec.id_column].tolist())
+        self.id_type = pa.int64() if self._ids is None else _id_type(self._ids.type, spec)
+        lengths = {name: len(arrays[name]) for name in (*spec.columns, *([spec.id_column] if spec.id_column else []))}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the arrays of {spec.path} must have as many rows each; got {lengths}.")
+
+    def ids(self) -> pa.ChunkedArray:
+        ids = pa.array(np.arange(self.n_rows)) if self._ids is None else self._ids.cast(self.id_type)
+        return pa.chunked_array([ids])
+
+    def read(self, start: int, stop: int) -> tuple[pa.Array, list[Row]]:
+        rows = range(start, stop)
+        ids = pa.array(np.asarray(rows)) if self._ids is None else self._ids.slice(start, len(rows)).cast(self.id_type)
+        x = [np.asarray(part[start:stop]) for part in self._x]
+        with np.errstate(over="ignore"):
+            block = (np.stack(x, axis=1) if self.spec.x_columns else x[0]).astype(np.float32)
+        return ids, list(block.reshape(len(rows), 1) if block.ndim == 1 else block)
+
+
+def rows_of(column: pa.Array) -> list[Row]:
+    """x of every row of a column of numbers, lists, lists of lists or tensors; a reason for a null, or a null inside."""
+    kind = column.type
+    if isinstance(kind, pa.FixedShapeTensorType):
+        rows = rows_of(column.storage)
+        order = kind.permutation or range(len(kind.shape))
+        return [row if isinstance(row, str) else row.reshape(kind.shape).transpose(order) for row in rows]
+    if isinstance(kind, pa.DictionaryType):
+        return rows_of(column.dictionary_decode())
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    if not _is_list(kind):
+        values = _floats(column)
+        return [values[i : i + 1] if ok else "x is null" for i, ok in enumerate(valid)]
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    stops = np.cumsum(lengths)
+    inner = column.flatten()
+    if _is_list(inner.type):
+        parts = rows_of(inner)
+        return [_join(parts[b - n : b]) if ok else "x is null" for b, n, ok in zip(stops.tolist(), lengths.tolist(), valid, strict=True)]
+    values = _floats(inner)
+    holes = np.cumsum(np.concatenate([[0], inner.is_null().to_numpy(zero_copy_only=False)]))
+    rows: list[Row] = []
+    for b, n, ok in zip(stops.tolist(), lengths.tolist(), valid, strict=True):
+        missing = int(holes[b] - holes[b - n])
+        rows.append("x is null" if not ok else f"x has {missing} null values" if missing else values[b - n : b])
+    return rows
+
+
+def _join(parts: Sequence[Row]) -> Row:
+    for part in parts:
+        if isinstance(part, str):
+            return part
+    lengths = {len(part) for part in parts}
+    return np.stack(parts) if len(lengths) == 1 else f"x is ragged: inner lists of lengths {sorted(lengths)}"  # type: ignore[arg-type]
+
+
+def _stack(columns: list[pa.Array], spec: SourceSpec) -> list[Row]:
+    table = np.stack([_floats(column) for column in columns], axis=1)
+    null = np.stack([column.is_null().to_numpy(zero_copy_only=False) for column in columns], axis=1)
+    return [f"{spec.columns[int(np.argmax(gap))]} is null" if gap.any() else row for row, gap in zip(table, null, strict=True)]
+
+
+def _floats(values: pa.Array) -> np.ndarray:
+    with np.errstate(over="ignore"):  # past float32 becomes inf, which the posterior's check refuses
+        return values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _check_columns(spec: SourceSpec, names: Sequence[str]) -> None:
+    listed = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
+    if spec.id_column is not None and spec.id_column not in names:
+        raise ValueError(
+            f"the catalog {spec.path} has no id column {spec.id_column!r} (it has {listed}); pass id_column=<its name>, or id_column=None "
+            f"to use row numbers as ids."
+        )
+    missing = [name for name in spec.columns if name not in names]
+    if missing:
+        raise ValueError(
+            f"the catalog {spec.path} has no column {missing[0]!r} for x (it has {listed}); pass x_column=<a list column>, or "
+            f"x_columns=[...] for scalar columns."
+        )
+
+
+def _check_numeric(name: str, kind: pa.DataType, spec: SourceSpec) -> None:
+    value = kind.value_type if isinstance(kind, (pa.FixedShapeTensorType, pa.DictionaryType)) else kind
+    while _is_list(value) and not spec.x_columns:
+        value = value.value_type
+    numeric = pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_decimal(value) or pa.types.is_boolean(value)
+    if not numeric or math.prod(getattr(kind, "shape", [1])) == 0:
+        wanted = "numbers" if spec.x_columns else "numbers, lists of numbers or tensors"
+        raise ValueError(f"column {name!r} of {spec.path} must hold {wanted}; it has type {kind}.")
+
+
+def _id_type(kind: Any, spec: SourceSpec) -> pa.DataType:
+    value = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+    if pa.types.is_uint64(value):
+        return pa.uint64()
+    if pa.types.is_integer(value):
+        return pa.int64()
+    if pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value):
+        return pa.string()
+    if pa.types.is_binary(value) or pa.types.is_large_binary(value) or pa.types.is_fixed_size_binary(value):
+        return pa.binary()
+    raise ValueError(
+        f"ids must be integers or strings; {spec.id_column!r} of {spec.path} has type {kind}. Convert it, or pass id_column=None to use "
+        f"row numbers."
+    )
