@@ -1,0 +1,299 @@
+"""Training pairs (theta, x): checked arrays, and folders of Parquet files for sets larger than memory.
+
+A folder holds complete files `pairs-00000.parquet`, `pairs-00001.parquet`, ... (see `distsbi.data.parquet`).
+
+    simulate_pairs / write_pairs  ->  folder  ->  read_pairs (into memory) or iter_pairs (streamed, shuffled, resumable)
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from distsbi.data.parquet import read_file, read_footer, write_file
+from distsbi.data.prior import check_names
+
+_STALE_SECONDS = 3600
+_SHOWN = 5
+
+
+class Pairs(NamedTuple):
+    """float32 arrays of equal length, finite, with channel axes; `names` are those of the parameters."""
+
+    theta: Float[np.ndarray, "n dim_theta ch_theta"]
+    x: Float[np.ndarray, "n dim_x ch_x"]
+    names: tuple[str, ...]
+
+
+def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None) -> Pairs:
+    """Checked pairs from two arrays of shape [n, dim] or [n, dim, ch]; without names the parameters are `theta_0`,
+    `theta_1`, ...
+
+    Raises ValueError for other shapes, mismatched or zero lengths, entries that are not real numbers, and rows with NaN
+    or inf.
+    """
+    theta, x = _with_channels("theta", theta), _with_channels("x", x)
+    if len(theta) != len(x):
+        raise ValueError(
+            f"theta has {len(theta)} rows and x has {len(x)}; row i of x must be simulated from row i of theta."
+        )
+    if not len(theta):
+        raise ValueError("theta and x have no rows; give at least one pair.")
+    check_finite(theta, x)
+    dim = theta.shape[1]
+    return Pairs(theta, x, check_names(names, dim) if names is not None else tuple(f"theta_{i}" for i in range(dim)))
+
+
+def check_finite(theta: np.ndarray, x: np.ndarray) -> None:
+    """Raises ValueError, naming counts and first rows, if a row of either array holds NaN or inf."""
+    for name, array in (("theta", theta), ("x", x)):
+        bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+        if bad.size:
+            raise ValueError(
+                f"{name} has NaN or inf (as float32) in {bad.size} of {len(array)} rows (first: "
+                f"{', '.join(map(str, bad[:_SHOWN]))}). "
+                f"Drop them, as in keep = np.isfinite({name}).reshape(len({name}), -1).all(1); theta, x = theta[keep], "
+                f"x[keep], or mend the simulator."
+            )
+
+
+def _with_channels(name: str, array: Any) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}.")
+    if array.ndim not in (2, 3) or 0 in array.shape[1:]:
+        advice = f" Add the axis with {name}[:, None]." if array.ndim == 1 else ""
+        raise ValueError(f"{name} must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.{advice}")
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which check_finite reports
+        array = array.astype(np.float32, copy=False)
+    return array if array.ndim == 3 else array[..., None]
+
+
+# Folders
+
+
+@dataclass(frozen=True)
+class PairsFolder:
+    """What a folder's footers say; nothing of the data is read."""
+
+    files: tuple[Path, ...]
+    rows: tuple[int, ...]
+    names: tuple[str, ...]
+    theta_shape: tuple[int, int]
+    x_shape: tuple[int, int]
+    source: dict[str, Any]
+
+    def __len__(self) -> int:
+        return sum(self.rows)
+
+
+def write_pairs(
+    path: str | os.PathLike[str],
+    theta: Any,
+    x: Any,
+    *,
+    names: Sequence[str] | None = None,
+    rows_per_file: int = 65_536,
+    source: dict[str, Any] | None = None,
+) -> PairsFolder:
+    """Write checked pairs to an empty or new folder. `source` is any JSON-able note on where they came from.
+
+    Raises ValueError for bad pairs (see `as_pairs`) and for a folder that holds pairs already.
+    """
+    pairs, folder = as_pairs(theta, x, names), Path(path)
+    _require_positive(rows_per_file=rows_per_file)
+    if folder.exists() and _files(folder):
+        raise ValueError(f"{folder} holds pairs already; give a new folder, or remove it first.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, start in enumerate(range(0, len(pairs.theta), rows_per_file)):
+        part = slice(start, start + rows_per_file)
+        write_file(folder / _file_name(shard), pairs.theta[part], pairs.x[part], pairs.names, source or {})
+    return open_pairs(folder)
+
+
+def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
+    """Read and compare the footers of a folder of Parquet files, in the order of their names.
+
+    Raises ValueError if there are none, if one is damaged or has no theta and x columns, or if they disagree on shapes
+    or names.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of pairs; make one with write_pairs or `distsbi simulate`.")
+    files = _files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no Parquet file; make pairs with write_pairs or `distsbi simulate`.")
+    footers = [read_footer(file) for file in files]
+    first = footers[0]
+    for file, footer in zip(files, footers, strict=True):
+        if footer[1:4] != first[1:4]:
+            raise ValueError(
+                f"{file} does not belong with {files[0]}: (names, theta shape, x shape) {footer[1:4]} against "
+                f"{first[1:4]}."
+            )
+    return PairsFolder(tuple(files), tuple(f[0] for f in footers), *first[1:])
+
+
+def read_pairs(path: str | os.PathLike[str] | PairsFolder) -> Pairs:
+    """A whole folder in memory, checked. Raises ValueError as `open_pairs` and `as_pairs` do."""
+    folder = path if isinstance(path, PairsFolder) else open_pairs(path)
+    theta = np.empty((len(folder), *folder.theta_shape), np.float32)
+    x = np.empty((len(folder), *folder.x_shape), np.float32)
+    start = 0
+    for file, rows in zip(folder.files, folder.rows, strict=True):
+        theta[start : start + rows], x[start : start + rows] = _read(file, folder)
+        start += rows
+    return Pairs(theta, x, folder.names)
+
+
+def iter_pairs(
+    path: str | os.PathLike[str] | PairsFolder,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int = 0,
+    batch: int = 0,
+    files_in_memory: int = 4,
+) -> Iterator[tuple[Float[np.ndarray, "batch dim_theta ch_theta"], Float[np.ndarray, "batch dim_x ch_x"]]]:
+    """The shuffled batches of one epoch, from number `batch` on; the order depends on (seed, epoch) alone.
+
+    The files are permuted, `files_in_memory` of them are held at a time and their rows permuted together; batches run
+    across those groups. So the position (epoch, batch) is all the state: to resume at it reads the one group that it
+    lies in. Rows short of a last full batch are left out; they differ from epoch to epoch.
+
+    Raises ValueError as `open_pairs` does, and if the folder has fewer rows than one batch.
+    """
+    folder = path if isinstance(path, PairsFolder) else open_pairs(path)
+    _require_positive(batch_size=batch_size, files_in_memory=files_in_memory)
+    if len(folder) < batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} is more than the {len(folder)} pairs of {folder.files[0].parent}; give a smaller "
+            f"batch_size."
+        )
+    return _batches(folder, batch_size, seed, epoch, batch, files_in_memory)
+
+
+def _batches(
+    folder: PairsFolder, batch_size: int, seed: int, epoch: int, batch: int, files_in_memory: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    order = np.random.default_rng([seed, epoch]).permutation(len(folder.files))
+    last = len(folder) // batch_size * batch_size
+    position, group_start = batch * batch_size, 0  # rows in the epoch's stream
+    left: list[tuple[np.ndarray, np.ndarray]] = []
+    for group in range(0, len(order), files_in_memory):
+        members = order[group : group + files_in_memory]
+        rows = sum(folder.rows[i] for i in members)
+        group_end = group_start + rows
+        if position < min(group_end, last):
+            parts = [_read(folder.files[i], folder) for i in members]
+            shuffle = np.random.default_rng([seed, epoch, group]).permutation(rows)
+            theta, x = (np.concatenate(column)[shuffle] for column in zip(*parts, strict=True))
+            while position < min(group_end, last):
+                needed = batch_size - sum(len(part[0]) for part in left)
+                here = slice(position - group_start, min(position - group_start + needed, rows))
+                left.append((theta[here], x[here]))
+                position += here.stop - here.start
+                if here.stop - here.start == needed:
+                    thetas, xs = zip(*left, strict=True)
+                    yield np.concatenate(thetas), np.concatenate(xs)
+                    left = []
+        group_start = group_end
+
+
+def simulate_pairs(
+    task: Any,
+    key: Any,
+    n: int,
+    path: str | os.PathLike[str],
+    *,
+    batch: int = 8_192,
+    rows_per_file: int = 65_536,
+    progress: bool = True,
+) -> PairsFolder:
+    """Draw n pairs of a `Task` on the devices into a folder. Complete files are kept: a killed run goes on, a larger n
+    extends the pairs.
+
+    Pair i depends on (key, i, batch, rows_per_file) alone. The simulator is always called on `batch` rows, and compiled
+    once.
+
+    Raises ValueError if the folder holds pairs of another task, key, batch or rows_per_file, or more than n of them, or
+    if the simulator gives NaN or inf; files written before stay.
+    """
+    import jax
+    from tqdm import tqdm
+
+    from distsbi.keys import as_key, key_words
+
+    _require_positive(n=n, batch=batch, rows_per_file=rows_per_file)
+    key, folder = as_key(key), Path(path)
+    source = {"task": task.name, "seed": list(key_words(key)), "batch": batch, "rows_per_file": rows_per_file}
+    done = _rows_done(folder, source, n)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob(".*.tmp"):  # left by a killed writer
+        if time.time() - file.stat().st_mtime > _STALE_SECONDS:
+            file.unlink(missing_ok=True)
+    draw = jax.jit(lambda k: task.pairs(k, batch))
+    with tqdm(total=n, desc=f"simulating {task.name}", unit=" pairs", unit_scale=True, disable=not progress) as bar:
+        for shard, start in enumerate(range(0, n, rows_per_file)):
+            rows = min(rows_per_file, n - start)
+            if done.get(_file_name(shard)) != rows:
+                shard_key = jax.random.fold_in(key, shard)
+                chunks = [jax.device_get(draw(jax.random.fold_in(shard_key, i))) for i in range(-(-rows // batch))]
+                theta, x = (np.concatenate(column)[:rows] for column in zip(*chunks, strict=True))
+                write_file(folder / _file_name(shard), *as_pairs(theta, x, task.parameter_names), source)
+            bar.update(rows)
+    return open_pairs(folder)
+
+
+def _read(path: Path, folder: PairsFolder) -> tuple[np.ndarray, np.ndarray]:
+    theta, x = read_file(path, folder.theta_shape, folder.x_shape)
+    try:
+        check_finite(theta, x)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return theta, x
+
+
+def _rows_done(folder: Path, source: dict[str, Any], n: int) -> dict[str, int]:
+    """Rows of each complete file of this very simulation."""
+    if not folder.exists() or not _files(folder):
+        return {}
+    done = {}
+    for file in _files(folder):
+        footer = read_footer(file)
+        found = footer.source
+        if found != source:
+            raise ValueError(
+                f"{file} was not made by this simulation: it holds {found}, asked for is {source}. Give another folder."
+            )
+        done[file.name] = footer.rows
+    if sum(done.values()) > n:
+        raise ValueError(
+            f"{folder} holds {sum(done.values())} pairs, more than the {n} asked for. Ask for as many, or give another "
+            "folder."
+        )
+    return done
+
+
+# Names
+
+
+def _file_name(shard: int) -> str:
+    return f"pairs-{shard:05d}.parquet"
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder.")
+    return sorted(file for file in folder.glob("*.parquet") if not file.name.startswith((".", "_")))
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")

@@ -1,0 +1,110 @@
+"""One Parquet file of training pairs: two columns of `arrow.fixed_shape_tensor` float32, `theta` [dim_theta, ch_theta]
+and `x` [dim_x, ch_x].
+
+The schema carries the parameter names and where the pairs came from. A file exists if and only if it is complete: it is
+written under a hidden temporary name, synced and renamed. Plain fixed-size lists, as other writers make them, are read
+as one channel.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distsbi.data.prior import check_names
+
+FORMAT = 1
+_METADATA = b"distsbi.pairs"
+_ROW_GROUP_BYTES = 16 << 20
+
+
+class Footer(NamedTuple):
+    """What a file says of itself: shapes are [dim, channels] of one row."""
+
+    rows: int
+    names: tuple[str, ...]
+    theta_shape: tuple[int, int]
+    x_shape: tuple[int, int]
+    source: dict[str, Any]
+
+
+def write_file(path: Path, theta: np.ndarray, x: np.ndarray, names: Sequence[str], source: dict[str, Any]) -> None:
+    """Write one complete file, or none. Raises OSError that says what to do."""
+    columns = [pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(a)) for a in (theta, x)]
+    note = json.dumps({"format": FORMAT, "names": names, "source": source})
+    table = pa.table(columns, names=["theta", "x"]).replace_schema_metadata({_METADATA: note})
+    row_bytes = 4 * (theta[0].size + x[0].size)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            pq.write_table(table, file, use_dictionary=False, row_group_size=max(1, _ROW_GROUP_BYTES // row_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        message = (
+            f"{path} could not be written ({reason}); files written before are complete. Free space and run again."
+        )
+        raise OSError(error.errno, message) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_footer(path: Path) -> Footer:
+    """What a file says of itself. Raises ValueError if it is damaged, newer than this code, or no file of pairs."""
+    try:
+        with pq.ParquetFile(path) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    note = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
+    if note.get("format", FORMAT) > FORMAT:
+        raise ValueError(
+            f"{path} has pairs format {note['format']}, this distsbi reads up to {FORMAT}; install a newer distsbi."
+        )
+    theta_shape, x_shape = (_row_shape(path, schema, name) for name in ("theta", "x"))
+    names = tuple(note.get("names") or (f"theta_{i}" for i in range(theta_shape[0])))
+    return Footer(rows, check_names(names, theta_shape[0]), theta_shape, x_shape, note.get("source", {}))
+
+
+def _row_shape(path: Path, schema: pa.Schema, name: str) -> tuple[int, int]:
+    """[dim, channels] of a column: a fixed-shape tensor, or a fixed-size list (one channel)."""
+    index = schema.get_field_index(name)
+    kind: Any = schema.field(index).type if index >= 0 else None
+    if isinstance(kind, pa.FixedShapeTensorType) and len(kind.shape) in (1, 2):
+        return (kind.shape[0], kind.shape[1] if len(kind.shape) == 2 else 1)
+    if isinstance(kind, pa.FixedSizeListType):
+        return (kind.list_size, 1)
+    found = f"{name} of type {kind}" if kind is not None else f"only {', '.join(schema.names)}"
+    raise ValueError(
+        f"{path} must have columns theta and x of a fixed shape per row (arrow.fixed_shape_tensor or a fixed-size list "
+        f"of float32); it has {found}. Write it with distsbi.data.write_pairs."
+    )
+
+
+def read_file(path: Path, theta_shape: tuple[int, int], x_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """theta and x of one file, float32. Raises ValueError if it is damaged or holds nulls."""
+    try:
+        table = pq.read_table(path, columns=["theta", "x"])
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    arrays = []
+    for name, shape in (("theta", theta_shape), ("x", x_shape)):
+        column = table[name].combine_chunks()
+        storage = column.storage if isinstance(column, pa.ExtensionArray) else column
+        values = storage.flatten()
+        if storage.null_count or values.null_count:
+            raise ValueError(f"{path} has nulls in column {name}; drop those rows.")
+        arrays.append(np.asarray(values, np.float32).reshape(-1, *shape))
+    return arrays[0], arrays[1]
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again."

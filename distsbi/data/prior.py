@@ -1,0 +1,234 @@
+"""Priors: what parameters are called, where they live, and whether a set of theta lies there.
+
+Any object with `sample(key, shape)`, `log_prob(theta)` and `support` is a prior; numpyro distributions of event shape
+`(dim_theta,)` are. `Prior` makes one of named, independent parts:
+
+>>> import jax, numpyro.distributions as dist
+>>> prior = Prior(mass=dist.LogNormal(0.0, 1.0), spin=dist.Uniform(-1.0, 1.0))
+>>> prior.names, prior.sample(jax.random.key(0), (5,)).shape
+(('mass', 'spin'), (5, 2))
+>>> supports(prior)
+[Support(low=0.0, high=inf), Support(low=-1.0, high=1.0)]
+
+The support decides the bijection that keeps every draw inside the prior, so it must be elementwise: an interval, a half
+line or the real line for each parameter. An object of another library may give `support` as a pair `(low, high)` of
+numbers or arrays, infinite where open.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+from numpyro.distributions import constraints
+
+from distsbi.data.standardise import Support
+
+_REAL = (type(constraints.real),)
+_ABOVE = (constraints.greater_than, constraints.greater_than_eq)  # positive, nonnegative, softplus_positive
+_BELOW = (constraints.less_than, constraints.less_than_eq)
+_INTERVAL = (constraints.interval,)  # unit_interval, open_interval, circular
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSupport:
+    """The support of a named joint: one constraint per part, each over `sizes[i]` entries of the last axis."""
+
+    parts: tuple[Any, ...]
+    sizes: tuple[int, ...]
+
+    event_dim = 1
+    is_discrete = False
+
+    def __call__(self, theta: Float[Array, "... dim"]) -> Bool[Array, "..."]:
+        inside = jnp.ones(jnp.shape(theta)[:-1], bool)
+        for part, start, size in zip(self.parts, np.cumsum((0, *self.sizes)), self.sizes, strict=False):
+            value = theta[..., int(start)] if part.event_dim == 0 else theta[..., int(start) : int(start) + size]
+            inside &= part(value)
+        return inside
+
+
+class Prior:
+    """Independent named parts as one prior over a vector. A part of event shape `(k,)` gives the names `part[0]`, ...,
+    `part[k-1]`."""
+
+    def __init__(self, **parts: Any) -> None:
+        if not parts:
+            raise ValueError("Prior() needs at least one part, such as Prior(mass=dist.Uniform(0.0, 1.0)).")
+        for name, part in parts.items():
+            _require_prior(part, f"the part {name!r}")
+            if part.batch_shape != () or len(part.event_shape) > 1:
+                raise ValueError(
+                    f"the part {name!r} must be a scalar distribution or one of event shape (k,); it has batch shape "
+                    f"{part.batch_shape} and "
+                    f"event shape {part.event_shape}. Make a batch of scalars one vector with .to_event(1)."
+                )
+        self.parts = dict(parts)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(part.event_shape[0] if part.event_shape else 1 for part in self.parts.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        vectors = ((name, part.event_shape) for name, part in self.parts.items())
+        return tuple(
+            n for name, shape in vectors for n in ([f"{name}[{i}]" for i in range(shape[0])] if shape else [name])
+        )
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (sum(self._sizes),)
+
+    @property
+    def support(self) -> ProductSupport:
+        return ProductSupport(tuple(part.support for part in self.parts.values()), self._sizes)
+
+    def sample(self, key: Key[Array, ""], sample_shape: tuple[int, ...] = ()) -> Float[Array, "*sample_shape dim"]:
+        keys = jax.random.split(key, len(self.parts))
+        draws = [part.sample(k, sample_shape) for k, part in zip(keys, self.parts.values(), strict=True)]
+        columns = [d if part.event_shape else d[..., None] for d, part in zip(draws, self.parts.values(), strict=True)]
+        return jnp.concatenate(columns, axis=-1)
+
+    def log_prob(self, theta: Float[Array, "... dim"]) -> Float[Array, "..."]:
+        """Sum of the parts' log-densities."""
+        total: Any = 0.0
+        for part, start, size in zip(self.parts.values(), np.cumsum((0, *self._sizes)), self._sizes, strict=False):
+            value = theta[..., int(start) : int(start) + size]
+            total += part.log_prob(value if part.event_shape else value[..., 0])
+        return total
+
+    def __repr__(self) -> str:
+        return f"Prior({', '.join(f'{name}={type(part).__name__}' for name, part in self.parts.items())})"
+
+
+def parameter_names(prior: Any, dim: int) -> tuple[str, ...]:
+    """The prior's own `names`, else `theta_0`, `theta_1`, ... Raises ValueError if they are not `dim` different
+    names."""
+    given = getattr(prior, "names", None)
+    return check_names(given, dim) if given is not None else tuple(f"theta_{i}" for i in range(dim))
+
+
+def check_names(names: Sequence[str], dim: int) -> tuple[str, ...]:
+    """The names as a tuple. Raises ValueError if they are not `dim` different, non-empty strings."""
+    names = tuple(names)
+    if len(names) != dim:
+        raise ValueError(f"{len(names)} parameter names given for {dim} parameters: {', '.join(map(str, names))}.")
+    if bad := [n for n in names if not isinstance(n, str) or not n or names.count(n) > 1]:
+        raise ValueError(f"parameter names must be different, non-empty strings; got {bad}.")
+    return names
+
+
+def supports(prior: Any, dim: int | None = None) -> list[Support]:
+    """The support of each parameter. `prior=None` is the real line in `dim` dimensions.
+
+    Raises ValueError if the prior is no prior, is not a distribution over one vector, has not `dim` parameters, or has
+    a support that is not elementwise (simplex, ordered, positive definite, ...) or not continuous.
+    """
+    if prior is None:
+        if dim is None:
+            raise ValueError("without a prior the number of parameters must be given.")
+        return [Support()] * dim
+    _require_prior(prior, "the prior")
+    size = _size(prior, dim)
+    found = _from_constraint(prior.support, size)
+    if len(found) != size:
+        raise ValueError(f"the prior's support has {len(found)} entries, its samples have {size}.")
+    return found
+
+
+def check_theta(prior: Any, theta: Float[np.ndarray, "n dim ..."], names: Sequence[str] | None = None) -> None:
+    """Raises ValueError, naming the first row, parameter, value and bounds, if a theta lies outside the prior. Bounds
+    belong to the support."""
+    theta = np.asarray(theta, np.float32)
+    bounds = supports(prior, theta.shape[1])
+    per_component = theta.reshape(*theta.shape[:2], -1)
+    low = np.asarray([s.low for s in bounds], np.float32)[:, None]
+    high = np.asarray([s.high for s in bounds], np.float32)[:, None]
+    outside = (per_component < low) | (per_component > high)
+    if not outside.any():
+        return
+    row, column, channel = (int(i) for i in np.argwhere(outside)[0])
+    name = (tuple(names) if names is not None else parameter_names(prior, theta.shape[1]))[column]
+    rows = int(outside.any(axis=(1, 2)).sum())
+    raise ValueError(
+        f"{rows} of {len(theta)} rows of theta lie outside the prior; first: row {row}, parameter {name!r} = "
+        f"{per_component[row, column, channel]:g}, "
+        f"prior support [{bounds[column].low:g}, {bounds[column].high:g}]. Drop those rows or give the prior they were "
+        f"drawn from."
+    )
+
+
+def _require_prior(prior: Any, what: str) -> None:
+    missing = [a for a in ("sample", "log_prob", "support") if not hasattr(prior, a)]
+    if missing:
+        raise ValueError(
+            f"{what} must have sample(key, shape), log_prob(theta) and support, as numpyro distributions do; "
+            f"{type(prior).__name__} has no "
+            f"{' and no '.join(missing)}. A support may be a pair (low, high)."
+        )
+
+
+def _size(prior: Any, dim: int | None) -> int:
+    """The number of parameters, from event_shape where there is one, else from the shape of one abstract sample."""
+    batch, event = getattr(prior, "batch_shape", None), getattr(prior, "event_shape", None)
+    if event is None:
+        shape = prior.sample(jax.random.key(0), (1,)).shape[1:]
+        batch, event = (), tuple(shape)
+    if batch or len(event) != 1:
+        advice = (
+            "Make it one vector with .to_event(1)."
+            if batch and not event
+            else "Use .expand([1]).to_event(1), or distsbi.Prior(name=...)."
+            if not batch and not event
+            else "Give a distribution of event shape (dim_theta,)."
+        )
+        raise ValueError(
+            f"the prior must be over one vector; it has batch shape {tuple(batch or ())} and event shape "
+            f"{tuple(event)}. {advice}"
+        )
+    if dim is not None and event[0] != dim:
+        raise ValueError(f"the prior has {event[0]} parameters; {dim} were expected.")
+    return int(event[0])
+
+
+def _from_constraint(support: Any, size: int) -> list[Support]:
+    """`size` supports from one constraint: products and `independent` are opened, bounds are broadcast."""
+    if isinstance(support, ProductSupport):
+        return [s for part, n in zip(support.parts, support.sizes, strict=True) for s in _from_constraint(part, n)]
+    if isinstance(support, constraints.cat):
+        return [s for c, n in zip(support.cseq, support.lengths, strict=True) for s in _from_constraint(c, n)]
+    if isinstance(support, constraints.independent):
+        return _from_constraint(support.base_constraint, size)
+    if isinstance(support, tuple) and len(support) == 2:
+        return _from_bounds(support[0], support[1], size)
+    if getattr(support, "is_discrete", False):
+        raise ValueError(
+            f"the prior's support {support!r} is discrete; flow and diffusion posteriors need continuous parameters."
+        )
+    if isinstance(support, _REAL):
+        return [Support()] * size
+    if isinstance(support, _INTERVAL):
+        return _from_bounds(support.lower_bound, support.upper_bound, size)
+    if isinstance(support, _ABOVE):
+        return _from_bounds(support.lower_bound, np.inf, size)
+    if isinstance(support, _BELOW):
+        return _from_bounds(-np.inf, support.upper_bound, size)
+    raise ValueError(
+        f"the prior's support {support!r} is not elementwise: distsbi keeps draws inside the prior with one bijection "
+        f"per parameter, for intervals, "
+        "half lines and the real line. Infer unconstrained parameters instead (such as the logits of a simplex) and "
+        "transform the draws."
+    )
+
+
+def _from_bounds(low: Any, high: Any, size: int) -> list[Support]:
+    lows, highs = (np.broadcast_to(np.asarray(b, np.float64), (size,)).tolist() for b in (low, high))
+    return [Support(a, b) for a, b in zip(lows, highs, strict=True)]
