@@ -21,12 +21,12 @@ def connected(address: str | None, cpus: int | None, gpus: float) -> Iterator[No
 
     Raises ValueError if no cluster answers at the address.
     """
+    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     import ray
 
     if ray.is_initialized():
         yield
         return
-    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         try:

@@ -1,0 +1,88 @@
+"""A posterior in closed form with faults on demand: fast enough to test everything around it.
+
+    theta | x ~ N(x[:dim_theta], 1), noise from (seed, observation id, draw index)
+
+x[0] is the switch: RAISE raises, KILL kills the process, KILL_ONCE and SLEEP_ONCE do so only the first time.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from distsbi.mesh import make_mesh
+from distsbi.methods import make_method
+from distsbi.sampling import Tile
+from distsbi.solvers import make_solver
+
+RAISE, KILL, KILL_ONCE, SLEEP_ONCE = 1001.0, 1002.0, 1003.0, 1004.0
+
+
+class FakePosterior:
+    def __init__(self, run: Path):
+        self.run = run
+        config = json.loads((run / "fake.json").read_text())
+        self.dim_theta, self.ch_theta, self.dim_x, self.ch_x = 2, 1, 3, 1
+        self.parameter_names = ("a", "b")
+        self.fingerprint = config.get("fingerprint", "f00d")
+        self.seconds_per_row = config.get("seconds_per_row", 0.0)
+        self.method = make_method("flow")
+        self.default_solver = make_solver(self.method)
+        self.tile = Tile(2, 4)
+        self.mesh = make_mesh({"data": 1})
+
+    def check_x(self, x: np.ndarray) -> None:
+        if x.shape != (3, 1):
+            raise ValueError(f"x must have shape (3, 1); got {x.shape}")
+        if not np.isfinite(x).all():
+            raise ValueError("x has values that are NaN or infinite")
+
+    def draw(self, key: Any, xs: np.ndarray, nsamples: int, *, observation_ids: np.ndarray, **options: Any) -> np.ndarray:
+        return np.stack([self._row(key, x, nsamples, int(i)) for x, i in zip(xs, observation_ids, strict=True)])
+
+    def _row(self, key: Any, x: np.ndarray, nsamples: int, observation_id: int) -> np.ndarray:
+        switch = float(x[0, 0])
+        if switch == RAISE:
+            raise RuntimeError("the solver did not converge")
+        if switch == KILL or (switch == KILL_ONCE and self._first("killed")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if switch == SLEEP_ONCE and self._first("slept"):
+            time.sleep(120)
+        time.sleep(self.seconds_per_row)
+        words = np.asarray(jax.random.key_data(key)).astype(np.uint64)
+        bits = np.random.Philox(key=np.asarray([(words[0] << np.uint64(32)) | words[1], observation_id], np.uint64))
+        noise = np.random.Generator(bits).standard_normal((nsamples, self.dim_theta), np.float32)
+        return (x[: self.dim_theta, 0] + noise)[:, :, None]
+
+    def _first(self, what: str) -> bool:
+        try:
+            (self.run / what).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def load(run: str) -> FakePosterior:
+    return FakePosterior(Path(run))
+
+
+def make_run(path: Path, **config: Any) -> Path:
+    path.mkdir()
+    (path / "fake.json").write_text(json.dumps(config))
+    return path
+
+
+def draws_hash(out: Path) -> str:
+    """SHA-256 of ids and decoded draws of all good rows, by id: through plain pyarrow."""
+    table = pq.read_table(out).filter(pc.field("status") == "ok").sort_by("id").combine_chunks()
+    digest = hashlib.sha256("".join(map(str, table["id"].to_pylist())).encode())
+    digest.update(table["draws"].chunk(0).storage.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()

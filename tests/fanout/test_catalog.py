@@ -1,0 +1,235 @@
+"""A catalog in this process: what is written, what is refused, and how it goes on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from fake_posterior import RAISE, draws_hash, load, make_run
+
+from distsbi import open_catalog
+from distsbi.fanout import sample_catalog
+from distsbi.fanout.pool import InProcess
+from distsbi.keys import hash_id
+from distsbi.store import layout
+
+QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
+
+
+def test_every_row_gets_its_draws(run, make_catalog, tmp_path):
+    result = sample_catalog(run, make_catalog(), tmp_path / "out", **QUICK)
+    assert (result.n_rows, result.n_ok, result.n_bad, result.shards, result.shards_now) == (40, 40, 0, 7, 7)
+    out = result.open()
+    assert out.verify() == []
+    table = out.table(["id", "row", "observation_id", "status"])
+    assert table["id"].to_pylist() == [f"g{i}" for i in range(40)]
+    assert table["observation_id"].to_pylist() == [hash_id(f"g{i}") for i in range(40)]
+    x = np.asarray(pq.read_table(tmp_path / "catalog.parquet")["x"][11].as_py(), np.float32).reshape(1, 3, 1)
+    expected = load(str(run)).draw(jax.random.key(0), x, 9, observation_ids=np.asarray([hash_id("g11")], np.uint64))[0]
+    np.testing.assert_array_equal(out.draws("g11"), expected)
+    row = out.summary().slice(11, 1).to_pylist()[0]
+    assert row["a_mean"] == pytest.approx(expected[:, 0, 0].mean(), rel=1e-5)
+    assert row["b_q95"] == pytest.approx(np.quantile(expected[:, 1, 0], 0.95), rel=1e-5)
+
+
+def test_shards_do_not_change_draws(run, make_catalog, tmp_path):
+    catalog = make_catalog()
+    hashes = set()
+    for rows in (1, 6, 40, 1000, None):
+        sample_catalog(run, catalog, tmp_path / str(rows), **{**QUICK, "rows_per_shard": rows})
+        hashes.add(draws_hash(tmp_path / str(rows)))
+    assert len(hashes) == 1
+    sample_catalog(run, catalog, tmp_path / "seed", **QUICK, seed=1)
+    assert draws_hash(tmp_path / "seed") not in hashes
+    sample_catalog(run, catalog, tmp_path / "rng", **QUICK, rng=jax.random.PRNGKey(1))
+    assert draws_hash(tmp_path / "rng") == draws_hash(tmp_path / "seed")
+
+
+def test_row_numbers_as_ids_equal_a_batch(run, make_catalog, tmp_path):
+    sample_catalog(run, make_catalog(), tmp_path / "out", **QUICK, id_column=None)
+    out = open_catalog(tmp_path / "out")
+    assert out.table(["observation_id"])["observation_id"].to_pylist() == list(range(40))
+    assert out.draws(39).shape == (9, 2, 1)
+
+
+def test_bad_rows_get_a_reason_and_the_others_go_on(run, make_catalog, tmp_path):
+    bad = {3: [1.0, float("nan"), 2.0], 4: [1.0, float("inf"), 2.0], 9: [1.0, 2.0], 13: None, 20: [1.0, None, 2.0]}
+    catalog = make_catalog(rows=bad, switches={30: RAISE})
+    result = sample_catalog(run, catalog, tmp_path / "out", **QUICK)
+    assert result.counts == {"ok": 34, "invalid": 5, "failed": 1}
+    out = result.open()
+    rows = {row["id"]: row for row in out.table().to_pylist()}
+    assert "NaN" in rows["g3"]["message"]
+    assert "infinite" in rows["g4"]["message"]
+    assert "2 values; this posterior takes 3" in rows["g9"]["message"]
+    assert rows["g13"]["message"] == "x is null"
+    assert "1 null" in rows["g20"]["message"]
+    assert rows["g30"]["status"] == "failed"
+    assert "did not converge" in rows["g30"]["message"]
+    assert all(rows[f"g{i}"]["mean"] is None for i in (*bad, 30))
+    with pytest.raises(ValueError, match="invalid, x is null"):
+        out.draws("g13")
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    sample_catalog(run, make_catalog(), clean / "out", **QUICK)
+    whole = open_catalog(clean / "out")
+    for name in ("g2", "g5", "g31"):
+        np.testing.assert_array_equal(out.draws(name), whole.draws(name))
+
+
+def test_goes_on_where_it_stopped(run, make_catalog, tmp_path):
+    catalog, out = make_catalog(), tmp_path / "out"
+    sample_catalog(run, catalog, out, **QUICK)
+    before = draws_hash(out)
+    kept = layout.shard_file(out, 0, 7).stat().st_mtime_ns
+    layout.shard_file(out, 2, 7).unlink()
+    left = out / f".{layout.shard_file(out, 2, 7).name}.{'ab' * 16}"
+    left.write_bytes(b"half a shard")
+    result = sample_catalog(run, catalog, out, **QUICK)
+    assert (result.shards_now, result.rows_now, result.n_ok) == (1, 6, 40)
+    assert draws_hash(out) == before
+    assert layout.shard_file(out, 0, 7).stat().st_mtime_ns == kept
+    assert not left.exists()
+
+
+def test_another_run_is_refused_by_name(run, make_catalog, tmp_path):
+    catalog, out = make_catalog(), tmp_path / "out"
+    sample_catalog(run, catalog, out, **QUICK)
+    before = draws_hash(out)
+    for change, named in (
+        ({"nsamples": 10}, "nsamples: given 10, found 9"),
+        ({"seed": 5}, r"seed: given \[0, 5\], found \[0, 0\]"),
+        ({"steps": 3}, "solver.times"),
+        ({"rows_per_shard": 5}, "rows_per_shard: given 5, found 6"),
+        ({"thin": 2}, "output.thin: given 2, found 1"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another run.*{named}.*Use another folder"):
+            sample_catalog(run, catalog, out, **{**QUICK, **change})
+    other = make_run(tmp_path / "other", fingerprint="beef")
+    with pytest.raises(ValueError, match='posterior: given "beef", found "f00d"'):
+        sample_catalog(other, catalog, out, **QUICK)
+    with pytest.raises(ValueError, match="catalog.content: given"):
+        sample_catalog(run, make_catalog(switches={1: 0.5}), out, **QUICK)
+    make_catalog()
+    moved = shutil.copy(catalog, tmp_path / "moved.parquet")
+    sample_catalog(shutil.copytree(run, tmp_path / "copy"), moved, out, **{**QUICK, "rows_per_shard": None})
+    assert draws_hash(out) == before
+
+
+def test_a_folder_has_one_writer(run, make_catalog, tmp_path):
+    out = tmp_path / "out"
+    (out / layout.HIDDEN).mkdir(parents=True)
+    with layout.one_writer(out), pytest.raises(ValueError, match=f"being written by process {os.getpid()}"):
+        sample_catalog(run, make_catalog(), out, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nsamples": 0}, "nsamples must be a positive integer; got 0"),
+        ({"nsamples": 2.5}, "nsamples must be a positive integer; got 2.5"),
+        ({"rows_per_shard": 0}, "rows_per_shard must be a positive integer"),
+        ({"workers": -1}, "workers must be None, 0"),
+        ({"thin": 0}, "thin must be a positive integer"),
+        ({"quantiles": (0.5, 0.1)}, "quantiles must be between 0 and 1 and ascending"),
+        ({"solver": "leap"}, "leap"),
+        ({"id_column": "name"}, "no id column 'name' .it has 'id', 'x'.; pass id_column=<its name>, or id_column=None"),
+        ({"x_column": "data"}, "no column 'data' for x"),
+        ({"seed": 3, "rng": jax.random.key(1)}, "seed or rng, not both"),
+        ({"time_limit": 5.0}, "time_limit needs workers"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(run, make_catalog, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        sample_catalog(run, make_catalog(), tmp_path / "out", **{**QUICK, **change})
+
+
+def test_repeated_ids_are_named(run, tmp_path):
+    path = tmp_path / "twice.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 2, 3, 3, 3], "x": [[0.0, 1.0, 2.0]] * 6}), path)
+    with pytest.raises(ValueError, match=r"2 ids .* more than once: 2 \(2 times\), 3 \(3 times\); .*id_column=None"):
+        sample_catalog(run, path, tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(run, make_catalog, tmp_path, monkeypatch):
+    catalog, out = make_catalog(), tmp_path / "out"
+    wait, calls = InProcess.wait, []
+
+    def interrupted(pool):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return wait(pool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcess, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="2 of 7 shards are finished"):
+            sample_catalog(run, catalog, out, **QUICK)
+    assert sample_catalog(run, catalog, out, **QUICK).shards_now == 5
+
+
+def test_sigkill_of_the_driver_loses_nothing(make_catalog, tmp_path):
+    catalog, out = make_catalog(), tmp_path / "out"
+    slow = make_run(tmp_path / "slow", seconds_per_row=0.05)
+    call = f"sample_catalog({str(slow)!r}, {str(catalog)!r}, {str(out)!r}, nsamples=9, workers=0, rows_per_shard=3)"
+    code = f"import distsbi.fanout.catalog as c; c.LOADER = 'fake_posterior:load'; c.{call}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("shard-*"))) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    there = layout.shards_done(out, 14)
+    assert 4 <= len(there) < 14
+    result = sample_catalog(slow, catalog, out, **{**QUICK, "rows_per_shard": 3})
+    assert result.shards_now == 14 - len(there)
+    sample_catalog(make_run(tmp_path / "run"), catalog, tmp_path / "calm", **QUICK)
+    assert draws_hash(out) == draws_hash(tmp_path / "calm")
+
+
+def test_full_disk_is_one_sentence_and_goes_on(run, make_catalog, small_disk):
+    catalog, out = make_catalog(), small_disk.path / "out"
+    many = {**QUICK, "nsamples": 3000}  # 24 kB a row
+    with pytest.raises(OSError, match="is full, [1-5] of 7 shards are finished in .*; free some space, and the same call goes on"):
+        sample_catalog(run, catalog, out, **many)
+    assert not list(out.glob(".shard*"))
+    assert ds.dataset(out).count_rows() >= 6
+    small_disk.grow()
+    result = sample_catalog(run, catalog, out, **many)
+    assert result.n_ok == 40
+    assert result.shards_now < 7
+    assert result.open().verify() == []
+
+
+def test_ray_is_not_imported_without_workers(run, make_catalog, tmp_path):
+    code = (
+        "import sys, distsbi.fanout.catalog as c; c.LOADER = 'fake_posterior:load'\n"
+        f"c.sample_catalog({str(run)!r}, {str(make_catalog())!r}, {str(tmp_path / 'out')!r}, nsamples=2, workers=0)\n"
+        "sys.exit('ray' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0
+
+
+def test_summaries_only_and_thinned(run, make_catalog, tmp_path):
+    catalog = make_catalog()
+    sample_catalog(run, catalog, tmp_path / "all", **QUICK)
+    sample_catalog(run, catalog, tmp_path / "none", **QUICK, draws=False, quantiles=(0.025, 0.5))
+    sample_catalog(run, catalog, tmp_path / "thin", **QUICK, thin=4)
+    whole, bare, thin = (open_catalog(tmp_path / name) for name in ("all", "none", "thin"))
+    with pytest.raises(ValueError, match="draws=False"):
+        bare.draws("g1")
+    assert "b_q2.5" in bare.summary().column_names
+    np.testing.assert_array_equal(thin.draws("g5"), whole.draws("g5")[::4])
+    assert thin.table(["mean"]) == whole.table(["mean"]) == bare.table(["mean"])
