@@ -1,0 +1,270 @@
+"""Pairs: what is accepted, round trips, the stream's order and its resumption, kill and resume of a simulation, bad
+files."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distsbi.data import parquet
+from distsbi.data.pairs import as_pairs, iter_pairs, open_pairs, read_pairs, simulate_pairs, write_pairs
+from distsbi.tasks import get_task
+
+RNG = np.random.default_rng(0)
+THETA = RNG.normal(size=(103, 2)).astype(np.float32)
+X = RNG.normal(size=(103, 3, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_pairs(tmp_path / "pairs", THETA, X, names=["a", "b"], rows_per_file=20, source={"note": "test"})
+    return tmp_path / "pairs"
+
+
+class TestArrays:
+    def test_channel_axis_and_dtype(self):
+        pairs = as_pairs(THETA.astype(np.float64), (10 * X).astype(np.int64))
+        assert pairs.theta.shape == (103, 2, 1)
+        assert pairs.x.shape == (103, 3, 2)
+        assert pairs.theta.dtype == pairs.x.dtype == np.float32
+        assert pairs.names == ("theta_0", "theta_1")
+
+    @pytest.mark.parametrize(
+        ("theta", "x", "message"),
+        [
+            (THETA[:100], X, "theta has 100 rows and x has 103"),
+            (THETA[:, 0], X, r"got \[103\]. Add the axis with theta\[:, None\]"),
+            (THETA, X[None], r"x must have shape \[n, dim\] or \[n, dim, channels\]; got \[1, 103, 3, 2\]"),
+            (THETA[:0], X[:0], "no rows"),
+            (THETA[:, :0], X, r"got \[103, 0\]"),
+            (THETA.astype(str), X, "theta must hold real numbers"),
+            (THETA.astype(complex), X, "theta must hold real numbers"),
+            (np.where(np.isin(np.arange(103), (4, 17))[:, None], np.nan, THETA), X, r"2 of 103 rows \(first: 4, 17\)"),
+            (
+                THETA,
+                np.where(np.arange(103)[:, None, None] > 95, np.inf, X),
+                r"7 of 103 rows \(first: 96, 97, 98, 99, 100\)",
+            ),
+            (THETA.astype(np.float64) * 1e300, X, r"theta has NaN or inf \(as float32\)"),
+        ],
+    )
+    def test_errors(self, theta, x, message):
+        with pytest.raises(ValueError, match=message):
+            as_pairs(theta, x)
+
+    def test_names_must_fit(self):
+        with pytest.raises(ValueError, match="1 parameter names given for 2"):
+            as_pairs(THETA, X, ["a"])
+
+
+class TestFolder:
+    def test_round_trip(self, folder):
+        pairs = read_pairs(folder)
+        np.testing.assert_array_equal(pairs.theta[..., 0], THETA)
+        np.testing.assert_array_equal(pairs.x, X)
+        assert pairs.names == ("a", "b")
+        found = open_pairs(folder)
+        assert found.rows == (20,) * 5 + (3,)
+        assert len(found) == 103
+        assert found.source == {"note": "test"}
+
+    def test_readable_without_distsbi(self, folder):
+        table = pq.read_table(folder)
+        assert table["x"].type == pa.fixed_shape_tensor(pa.float32(), (3, 2))
+        np.testing.assert_array_equal(table["x"].combine_chunks().to_numpy_ndarray(), X)
+
+    def test_files_of_other_writers(self, tmp_path):
+        lists = {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(a.ravel().astype(np.float64)), a.shape[1])
+            for name, a in (("theta", THETA), ("x", X[..., 0]))
+        }
+        pq.write_table(pa.table(lists), tmp_path / "mine.parquet")
+        pairs = read_pairs(tmp_path)
+        np.testing.assert_array_equal(pairs.x, X[..., :1])
+        assert pairs.names == ("theta_0", "theta_1")
+
+    def test_will_not_overwrite(self, folder):
+        with pytest.raises(ValueError, match="holds pairs already"):
+            write_pairs(folder, THETA, X)
+
+    @pytest.mark.parametrize("keep", [0, 100, -10])
+    def test_damaged_file_is_named(self, folder, keep):
+        file = folder / "pairs-00002.parquet"
+        file.write_bytes(file.read_bytes()[:keep])
+        with pytest.raises(ValueError, match=r"pairs-00002.parquet cannot be read .* may be damaged"):
+            read_pairs(folder)
+
+    def test_damaged_data_pages_are_named(self, folder):
+        file = folder / "pairs-00002.parquet"
+        content = bytearray(file.read_bytes())
+        content[4:200] = b"\xff" * 196
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="pairs-00002.parquet"):
+            read_pairs(folder)
+
+    def test_missing_empty_and_foreign(self, tmp_path):
+        with pytest.raises(ValueError, match="not a folder of pairs"):
+            read_pairs(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="holds no Parquet file"):
+            read_pairs(tmp_path)
+        pq.write_table(pa.table({"theta": [1.0, 2.0], "y": [1.0, 2.0]}), tmp_path / "foreign.parquet")
+        with pytest.raises(ValueError, match="foreign.parquet must have columns theta and x .* theta of type double"):
+            read_pairs(tmp_path)
+
+    def test_nulls(self, tmp_path):
+        column = pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
+        pq.write_table(pa.table({"theta": column, "x": column}), tmp_path / "nulls.parquet")
+        with pytest.raises(ValueError, match="nulls.parquet has nulls in column theta"):
+            read_pairs(tmp_path)
+
+    def test_files_that_disagree(self, folder):
+        write_pairs(folder.parent / "other", THETA, X, names=["a", "c"])
+        (folder.parent / "other" / "pairs-00000.parquet").rename(folder / "pairs-00009.parquet")
+        with pytest.raises(ValueError, match="pairs-00009.parquet does not belong with"):
+            open_pairs(folder)
+
+    def test_newer_format(self, folder, monkeypatch):
+        monkeypatch.setattr(parquet, "FORMAT", 0)
+        with pytest.raises(ValueError, match="has pairs format 1, this distsbi reads up to 0"):
+            open_pairs(folder)
+
+    def test_full_disk_leaves_what_was_written(self, tmp_path, monkeypatch):
+        calls = []
+
+        def fsync(_):
+            calls.append(1)
+            if len(calls) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(
+            OSError, match=r"pairs-00002.parquet could not be written \(No space left on device\)"
+        ) as raised:
+            write_pairs(tmp_path / "pairs", THETA, X, rows_per_file=20)
+        assert raised.value.errno == errno.ENOSPC
+        assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == ["pairs-00000.parquet", "pairs-00001.parquet"]
+
+
+class TestStream:
+    def epoch(self, folder, **options):
+        return [theta[:, 0, 0] for theta, _ in iter_pairs(folder, 8, seed=1, **options)]
+
+    def test_an_epoch_is_a_permutation_short_of_one_batch(self, folder):
+        batches = self.epoch(folder)
+        assert [len(b) for b in batches] == [8] * (103 // 8)
+        rows = np.concatenate(batches)
+        assert len(np.unique(rows)) == len(rows)
+        assert np.isin(rows, THETA[:, 0]).all()
+
+    def test_theta_and_x_stay_together(self, folder):
+        row_of = {float(t): i for i, t in enumerate(THETA[:, 0])}
+        for theta, x in iter_pairs(folder, 8, seed=1):
+            np.testing.assert_array_equal(x, X[[row_of[float(t)] for t in theta[:, 0, 0]]])
+
+    def test_order_depends_on_seed_and_epoch_alone(self, folder):
+        first = np.concatenate(self.epoch(folder))
+        np.testing.assert_array_equal(first, np.concatenate(self.epoch(folder)))
+        assert not np.array_equal(first, np.concatenate(self.epoch(folder, epoch=1)))
+        other_seed = np.concatenate([theta[:, 0, 0] for theta, _ in iter_pairs(folder, 8, seed=2)])
+        assert not np.array_equal(first, other_seed)
+
+    @pytest.mark.parametrize("files_in_memory", [1, 2, 4, 100])
+    def test_resumes_at_any_batch(self, folder, files_in_memory):
+        whole = self.epoch(folder, files_in_memory=files_in_memory)
+        for batch in range(len(whole) + 1):
+            rest = self.epoch(folder, batch=batch, files_in_memory=files_in_memory)
+            np.testing.assert_array_equal(np.array(rest), np.array(whole[batch:]))
+
+    def test_rows_mix_within_a_group(self, folder):
+        """With everything in memory a batch comes from many files."""
+        row_of = {float(t): i for i, t in enumerate(THETA[:, 0])}
+        first = self.epoch(folder, files_in_memory=100)[0]
+        assert len({row_of[float(t)] // 20 for t in first}) >= 3
+
+    def test_errors_come_at_the_call(self, folder):
+        with pytest.raises(ValueError, match="batch_size=104 is more than the 103 pairs"):
+            iter_pairs(folder, 104, seed=0)
+        with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+            iter_pairs(folder, 0, seed=0)
+
+
+def simulate(folder, n=100, seed=3, **options):
+    return simulate_pairs(
+        get_task("two_moons"),
+        jax.random.key(seed),
+        n,
+        folder,
+        **{"batch": 16, "rows_per_file": 32, "progress": False, **options},
+    )
+
+
+class TestSimulate:
+    def test_pairs_and_source(self, tmp_path):
+        found = simulate(tmp_path / "s")
+        assert found.rows == (32, 32, 32, 4)
+        assert found.source["task"] == "two_moons"
+        pairs = read_pairs(found)
+        assert len(np.unique(pairs.theta[:, 0, 0])) == 100
+        assert pairs.names == get_task("two_moons").parameter_names
+
+    def test_resume_and_extension_equal_one_go(self, tmp_path):
+        simulate(tmp_path / "parts", n=70)
+        kept = (tmp_path / "parts" / "pairs-00000.parquet").stat().st_mtime_ns
+        (tmp_path / "parts" / "pairs-00001.parquet").unlink()
+        parts, whole = read_pairs(simulate(tmp_path / "parts")), read_pairs(simulate(tmp_path / "whole"))
+        np.testing.assert_array_equal(parts.theta, whole.theta)
+        np.testing.assert_array_equal(parts.x, whole.x)
+        assert (tmp_path / "parts" / "pairs-00000.parquet").stat().st_mtime_ns == kept
+
+    def test_another_simulation_is_refused(self, tmp_path):
+        simulate(tmp_path / "s")
+        for options in ({"seed": 4}, {"batch": 32}):
+            with pytest.raises(ValueError, match="was not made by this simulation"):
+                simulate(tmp_path / "s", **options)
+        with pytest.raises(ValueError, match="holds 100 pairs, more than the 50 asked for"):
+            simulate(tmp_path / "s", n=50)
+        assert len(open_pairs(tmp_path / "s")) == 100
+
+    def test_old_temporaries_are_removed_young_ones_left(self, tmp_path):
+        (tmp_path / "s").mkdir()
+        old, young = tmp_path / "s" / ".old.tmp", tmp_path / "s" / ".young.tmp"
+        old.touch()
+        young.touch()
+        os.utime(old, (time.time() - 7200,) * 2)
+        simulate(tmp_path / "s")
+        assert young.exists()
+        assert not old.exists()
+
+    def test_killed_simulation_goes_on(self, tmp_path):
+        """SIGKILL once the third file is there: every file is readable, and the resumed folder is that of one go."""
+        code = (
+            "import jax; from distsbi.data.pairs import simulate_pairs; from distsbi.tasks import get_task; import sys;"
+            "simulate_pairs(get_task('two_moons'), jax.random.key(3), 100_000, sys.argv[1], batch=16, rows_per_file=32)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s")], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "s" / "pairs-00002.parquet").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = open_pairs(tmp_path / "s")
+        assert set(done.rows) == {32}
+        n = len(done) + 40
+        resumed, whole = read_pairs(simulate(tmp_path / "s", n=n)), read_pairs(simulate(tmp_path / "whole", n=n))
+        np.testing.assert_array_equal(resumed.theta, whole.theta)
+        np.testing.assert_array_equal(resumed.x, whole.x)
+
+
+def test_schema_note_is_plain_json(folder):
+    note = json.loads(pq.read_schema(folder / "pairs-00000.parquet").metadata[b"distsbi.pairs"])
+    assert note == {"format": 1, "names": ["a", "b"], "source": {"note": "test"}}
