@@ -46,6 +46,19 @@ DEVICES = click.option(
 MESH = click.option("--mesh", type=Axes(), help="Sizes of the mesh axes, e.g. data=2. Default: all devices on data.")
 
 
+def _solver_options(command: Any) -> Any:
+    """How to solve; without any of these the grid that was calibrated after training is used."""
+    for option in (
+        click.option("--atol", type=float, help="Absolute tolerance of an adaptive solver."),
+        click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver."),
+        click.option("--step-size", type=float, help="Equal steps of this size, e.g. 0.01."),
+        click.option("--steps", type=int, help="Steps, on the method's own grid."),
+        click.option("--solver", help="euler, midpoint, heun, rk4; adaptive: tsit5. Default: the calibrated grid."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="distsbi")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -109,11 +122,7 @@ def train(config_path: Path | None, out: Path, devices: int | None, resume: bool
     "--out", type=click.Path(path_type=Path), default="draws.npy", show_default=True, help=".npy or .parquet."
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
-@click.option("--solver", help="euler, midpoint, heun, rk4, or adaptive: tsit5, dopri5. Default: the calibrated grid.")
-@click.option("--steps", type=int, help="Steps of the solver, on the method's own grid.")
-@click.option("--step-size", type=float, help="Equal steps of this size, e.g. 0.01.")
-@click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver.")
-@click.option("--atol", type=float, help="Absolute tolerance of an adaptive solver.")
+@_solver_options
 @DEVICES
 @MESH
 def sample(
@@ -153,14 +162,38 @@ def sample(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-n", "--nsamples", type=int, default=1_000, show_default=True, help="Draws for each observation.")
 @SEED
-@click.option("--workers", type=click.IntRange(min=1), help="Ray workers.")
-@click.option("--address", help="Address of a Ray cluster, or 'auto'. Default: a local Ray, stopped afterwards.")
-def catalog(run: Path, catalog: Path, out: Path, address: str | None, **options: Any) -> None:
+@click.option(
+    "--workers", type=int, help="Worker processes; 0: none, without Ray. Default: as many as there is room for."
+)
+@click.option("--address", help="Address of a Ray cluster, or auto. Default: $RAY_ADDRESS, else this machine.")
+@click.option("--id-column", default="id", show_default=True, help="Column of unique ids; '' for row numbers.")
+@click.option("--x-column", default="x", show_default=True, help="Column with a list or tensor of data in each row.")
+@click.option("--x-columns", help="Scalar columns that make up the data instead, as a,b,c.")
+@click.option("--rows-per-shard", type=int, help="Rows in each output file. Default: by size.")
+@click.option("--draws/--no-draws", default=True, show_default=True, help="Write draws, or summaries only.")
+@click.option("--thin", type=int, default=1, show_default=True, help="Write every so many-th draw.")
+@click.option("--cpus-per-worker", type=int, default=1, show_default=True, help="Cores for each worker.")
+@click.option("--gpus-per-worker", type=float, default=0, show_default=True, help="GPUs for each worker.")
+@click.option("--time-limit", type=float, help="Seconds for one shard before its worker is replaced. Default: none.")
+@_solver_options
+def catalog(run: Path, catalog: Path, out: Path, **options: Any) -> None:
     """Draw for every row of CATALOG (Parquet, .npy or .npz) into the folder OUT; the same command again resumes."""
     from distsbi.fanout import sample_catalog
 
-    result = sample_catalog(run, catalog, out, address=address, **{k: v for k, v in options.items() if v is not None})
-    click.echo(str(result))
+    options["id_column"] = options["id_column"] or None
+    options["x_columns"] = options["x_columns"].split(",") if options["x_columns"] else None
+    options["num_gpus_per_worker"] = options.pop("gpus_per_worker")
+    done = sample_catalog(run, catalog, out, **options)
+    rate = (
+        f"{done.rows_now * options['nsamples'] / done.seconds:,.0f} draws/s with start-up"
+        if done.rows_now
+        else "nothing"
+    )
+    click.echo(f"{done.n_rows:,} rows in {out}: {done.n_ok:,} with draws, {done.n_bad:,} without")
+    click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s, {rate}")
+    if done.n_bad:
+        click.echo("the reasons are in the column `message`", err=True)
+    click.echo(f'next: python -c "import distsbi; print(distsbi.open_catalog({str(out)!r}).summary())"')
 
 
 @cli.command()
@@ -212,8 +245,9 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         code = 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("\nInterrupted. What is finished is kept; give the same command again to go on.", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        so_far = str(error) or "what is finished is kept; give the same command again to go on."
+        click.echo(f"\nInterrupted: {so_far}", err=True)
         code = 130
     except ValueError as error:
         _complain(f"Error: {error}", debug)

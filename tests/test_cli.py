@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run, made by the command line from a folder of pairs."""
     root = tmp_path_factory.mktemp("cli")
     config = root / "config.yaml"
-    config.write_text("model: {width: 16, depth: 1}\ntraining: {batch_size: 64, val_every: 10}\n")
+    config.write_text("model: {width: 16, depth: 1}\ntraining: {batch_size: 64, val_every: 10, calibrate: false}\n")
     pairs, run = root / "pairs", root / "run"
     result = in_new_process("simulate", "two_moons", "--n", 500, "--out", pairs)
     assert result.returncode == 0, result.stderr
