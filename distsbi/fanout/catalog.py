@@ -36,8 +36,8 @@ LOADER = "distsbi.sampling:load"
 class CatalogResult:
     """A catalog that is done.
 
-    `n_ok`, `n_bad`: rows with draws and without, of the whole catalog; `counts`: by status; `shards`: all, `shards_now`: those
-    done in this call, in `seconds` with `rows_now` rows.
+    `n_ok`, `n_bad`: rows with draws and without, of the whole catalog; `counts`: by status; `shards`: all,
+    `shards_now`: those done in this call, in `seconds` with `rows_now` rows.
     """
 
     path: Path
@@ -83,11 +83,12 @@ def sample_catalog(
     time_limit: float | None = None,
     show_progress: bool = True,
 ) -> CatalogResult:
-    """Draws from the posterior of every row of a catalog, into a folder of Parquet shards (`distsbi.open_catalog` reads it).
+    """Draws from the posterior of every row of a catalog, into a folder of Parquet shards for `distsbi.open_catalog`.
 
-    Called again with the same arguments it goes on where it stopped. The draws depend on the run, the seed and a row's id alone, not on
-    workers, shards, order or failures: `posterior.sample(key, x, observation_id=...)` with the row's `observation_id` repeats them.
-    A row with unusable x gets status "invalid" and a message, a row whose sampling raises "failed"; the others go on.
+    Called again with the same arguments it goes on where it stopped. The draws depend on the run, the seed and a
+    row's id alone, not on workers, shards, order or failures: `posterior.sample(key, x, observation_id=...)` with the
+    row's `observation_id` repeats them. A row with unusable x gets status "invalid" and a message, a row whose
+    sampling raises "failed"; the others go on.
 
     Args:
         run: the run directory; with a cluster, one that all its machines see.
@@ -95,10 +96,10 @@ def sample_catalog(
         out: the output folder; made if missing.
         nsamples: draws per row.
         seed, rng: an integer seed, or instead a jax key.
-        workers: processes; None: as many as the cluster, or this machine, has room for; 0: in this process, without Ray.
+        workers: processes; None: as many as the cluster or this machine has room for; 0: this process, without Ray.
         address: of a Ray cluster; None: the one in $RAY_ADDRESS, else this machine.
         rows_per_shard: None: by size and number.
-        id_column: integers or strings, unique; None: row numbers, then draws equal those of `sample_batched` over the rows.
+        id_column: integers or strings, unique; None: row numbers, and the draws of `sample_batched` over the rows.
         x_column, x_columns: one list or tensor column, or several scalar columns.
         solver, steps, step_size, rtol, atol: as for `Posterior.sample`.
         draws, thin, quantiles: what is written: draws at all, every thin-th, which quantiles.
@@ -137,9 +138,17 @@ def sample_catalog(
         try:
             (folder / layout.HIDDEN).mkdir(parents=True, exist_ok=True)
             stack.enter_context(layout.one_writer(folder))
-            pool = stack.enter_context(
-                _pool(stack, job, n_rows, workers, address, cpus_per_worker, num_gpus_per_worker, time_limit, max_failures)
-            )
+            if workers == 0:
+                pool: Pool = InProcess(job)
+            else:
+                cpus, gpus = cpus_per_worker, num_gpus_per_worker
+                stack.enter_context(
+                    cluster.connected(address, (workers or cluster.own_cpus() // cpus or 1) * cpus, gpus)
+                )
+                count = min(workers or cluster.cluster_workers(cpus, gpus), n_rows)
+                environment = cluster.worker_environment(cpus, gpus)
+                pool = RayPool(job, count, environment, cpus, gpus, time_limit, max_failures)
+            stack.enter_context(pool)
             told = pool.start()
             found = record.read_run(folder)
             if rows_per_shard is None and found is not None:
@@ -164,11 +173,15 @@ def sample_catalog(
             if not layout.is_disk_full(error):
                 raise
             raise OSError(
-                errno.ENOSPC, f"the disk that holds {folder} is full{_so_far(folder)}; free some space, and the same call goes on from there"
+                errno.ENOSPC,
+                f"the disk that holds {folder} is full{_so_far(folder)}; free some space, and the same call goes on "
+                "from there",
             ) from error
 
 
-def _work(pool: Pool, shards: Shards, folder: Path, max_failures: int, show_progress: bool, began: float) -> CatalogResult:
+def _work(
+    pool: Pool, shards: Shards, folder: Path, max_failures: int, show_progress: bool, began: float
+) -> CatalogResult:
     """The loop: keeps the pool filled, notes outcomes, tries failed shards again."""
     before = layout.shards_done(folder, shards.count)
     present = set(before)
@@ -180,7 +193,13 @@ def _work(pool: Pool, shards: Shards, folder: Path, max_failures: int, show_prog
     given_up: dict[int, str] = {}
     in_flight = rows_now = 0
     shards_now = len(todo)
-    with tqdm(total=shards.n_rows, initial=counts.total(), unit="rows", desc="catalog", disable=None if show_progress else True) as bar:
+    with tqdm(
+        total=shards.n_rows,
+        initial=counts.total(),
+        unit="rows",
+        desc="catalog",
+        disable=None if show_progress else True,
+    ) as bar:
         while todo or in_flight:
             while todo and pool.room():
                 pool.submit(todo.popleft())
@@ -200,7 +219,9 @@ def _work(pool: Pool, shards: Shards, folder: Path, max_failures: int, show_prog
                 failures[shard] += outcome.blamed
                 if outcome.blamed:
                     reason = one_line(outcome.error)
-                    layout.append_journal(folder, {"event": "failed", "shard": shard, "attempt": failures[shard], "error": reason})
+                    layout.append_journal(
+                        folder, {"event": "failed", "shard": shard, "attempt": failures[shard], "error": reason}
+                    )
                 if failures[shard] < max_failures:
                     todo.append(shard)
                 else:
@@ -209,25 +230,22 @@ def _work(pool: Pool, shards: Shards, folder: Path, max_failures: int, show_prog
         shard, reason = next(iter(given_up.items()))
         rows = shards.rows(shard)
         raise RuntimeError(
-            f"{len(given_up)} of {shards.count} shards failed {max_failures} times each and were given up, e.g. shard {shard} (rows "
-            f"{rows.start} to {rows.stop - 1}): {reason}. All others are finished in {folder}; the same call tries these again."
+            f"{len(given_up)} of {shards.count} shards failed {max_failures} times each and were given up, e.g. shard "
+            f"{shard} (rows {rows.start} to {rows.stop - 1}): {reason}. All others are finished in {folder}; the same "
+            "call tries these again."
         )
     bad = counts.total() - counts[schema.OK]
     return CatalogResult(
-        folder, shards.n_rows, counts[schema.OK], bad, dict(counts), shards.count, shards_now, rows_now, time.monotonic() - began
+        folder,
+        shards.n_rows,
+        counts[schema.OK],
+        bad,
+        dict(counts),
+        shards.count,
+        shards_now,
+        rows_now,
+        time.monotonic() - began,
     )
-
-
-def _pool(
-    stack: contextlib.ExitStack, job: Job, n_rows: int, workers: int | None, address: str | None, cpus: int, gpus: float,
-    time_limit: float | None, max_failures: int,
-) -> Pool:  # fmt: skip
-    if workers == 0:
-        return InProcess(job)
-    here = workers or max(1, len(os.sched_getaffinity(0)) // cpus) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
-    stack.enter_context(cluster.connected(address, here * cpus, gpus))
-    count = min(workers or cluster.cluster_workers(cpus, gpus), n_rows)
-    return RayPool(job, count, cluster.worker_environment(cpus, gpus), cpus, gpus, time_limit, max_failures)
 
 
 def _rows_per_shard(n_rows: int, nsamples: int, size: int) -> int:
@@ -281,7 +299,9 @@ def _check_arguments(
         ("max_failures", max_failures, 1),
     ):
         optional = name in ("workers", "rows_per_shard")
-        if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if not (optional and value is None) and (
+            isinstance(value, bool) or not isinstance(value, int) or value < least
+        ):
             wanted = "a positive integer" if least else "None, 0 (no Ray) or a positive integer"
             raise ValueError(f"{name} must be {wanted}; got {value!r}.")
     if gpus < 0:

@@ -15,9 +15,9 @@ OBJECT_STORE_BYTES = 100 * 2**20  # manifests only: samples never enter it
 def connected(address: str | None, cpus: int | None, gpus: float) -> Iterator[None]:
     """Ray for the time of the block.
 
-    A Ray that is up in this process is used and left up. Else the cluster at `address` (or $RAY_ADDRESS) is joined, or without one
-    a local Ray of `cpus` is started on the loopback interface; that is shut down at the end, and the environment variables which
-    `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
+    A Ray that is up in this process is used and left up. Else the cluster at `address` (or $RAY_ADDRESS) is joined,
+    or without one a local Ray of `cpus` is started on the loopback interface; that is shut down at the end, and the
+    environment variables which `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
 
     Raises ValueError if no cluster answers at the address.
     """
@@ -34,14 +34,22 @@ def connected(address: str | None, cpus: int | None, gpus: float) -> Iterator[No
                 ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
             else:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+                # Without it Ray warns that it will stop hiding GPUs; worker_environment does that.
+                os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
                 ray.init(
-                    address="local", num_cpus=cpus, num_gpus=None if gpus else 0, include_dashboard=False, _node_ip_address="127.0.0.1",
-                    object_store_memory=OBJECT_STORE_BYTES, logging_level=logging.ERROR, log_to_driver=False,
-                )  # fmt: skip
+                    address="local",
+                    num_cpus=cpus,
+                    num_gpus=None if gpus else 0,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
         except (ConnectionError, TimeoutError) as error:
             raise ValueError(
-                f"no Ray cluster answers at {address!r} ({error}); check the address with `ray status --address {address}`, or leave "
-                f"address out to use this machine."
+                f"no Ray cluster answers at {address!r} ({error}); check the address with `ray status --address "
+                f"{address}`, or leave address out to use this machine."
             ) from error
         yield
     finally:
@@ -49,6 +57,11 @@ def connected(address: str | None, cpus: int | None, gpus: float) -> Iterator[No
         for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
             del os.environ[name]
         os.environ.update(before)
+
+
+def own_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cluster_workers(cpus_per_worker: int, gpus_per_worker: float) -> int:
@@ -63,8 +76,8 @@ def cluster_workers(cpus_per_worker: int, gpus_per_worker: float) -> int:
 def worker_environment(cpus: int, gpus: float) -> dict[str, str]:
     """Environment variables of a worker process with `cpus` cores and `gpus` GPUs.
 
-    PJRT_NPROC is what bounds XLA's thread pool. A worker without a GPU must be told JAX_PLATFORMS=cpu, or jax takes one that Ray gave
-    to somebody else. Virtual CPU devices of the driver are not passed on.
+    PJRT_NPROC is what bounds XLA's thread pool. A worker without a GPU must be told JAX_PLATFORMS=cpu, or jax takes
+    one that Ray gave to somebody else. Virtual CPU devices of the driver are not passed on.
     """
     env = {"PYTHONPATH": os.pathsep.join(_import_path())}
     if gpus:
@@ -80,8 +93,10 @@ def worker_environment(cpus: int, gpus: float) -> dict[str, str]:
 
 
 def _import_path() -> list[str]:
-    """What this process imports from besides its Python installation, so that a distsbi or a module on PYTHONPATH or added to
-    sys.path is found by workers on this machine. On other machines it must be installed."""
+    """What this process imports from besides its Python installation, so that a distsbi or a module on PYTHONPATH or
+    added to sys.path is found by workers on this machine. On other machines it must be installed."""
     installed = tuple(os.path.realpath(path) for path in sysconfig.get_paths().values())
     own = [os.path.abspath(path) for path in sys.path]
-    return [path for path in dict.fromkeys(own) if os.path.isdir(path) and not os.path.realpath(path).startswith(installed)]
+    return [
+        path for path in dict.fromkeys(own) if os.path.isdir(path) and not os.path.realpath(path).startswith(installed)
+    ]

@@ -1,7 +1,7 @@
 """Who does the shards: this process, or actors on Ray. Both take shard numbers and give outcomes.
 
-Ray gives placement and transport. Retries are counted here, where it is known which shard a dead worker was at: actors are made with
-max_restarts=0 and max_task_retries=0, and a dead one is replaced by a new one.
+Ray gives placement and transport. Retries are counted here, where it is known which shard a dead worker was at:
+actors are made with max_restarts=0 and max_task_retries=0, and a dead one is replaced by a new one.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ log = logging.getLogger("distsbi")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a shard: a manifest row, or an error. `blamed`: the error came while this shard was at work, not waiting."""
+    """What became of a shard: a manifest row, or an error. `blamed`: it was at work then, not waiting behind
+    another."""
 
     shard: int
     manifest: dict[str, Any] | None = None
@@ -106,11 +107,19 @@ class RayPool:
     """
 
     def __init__(
-        self, job: Job, workers: int, environment: dict[str, str], cpus: int, gpus: float, time_limit: float | None, max_failures: int
+        self,
+        job: Job,
+        workers: int,
+        environment: dict[str, str],
+        cpus: int,
+        gpus: float,
+        time_limit: float | None,
+        max_failures: int,
     ):
         import ray
+        import ray.exceptions
 
-        self._ray = ray
+        self._ray: Any = ray
         self._make = ray.remote(Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": environment}
         )
@@ -135,7 +144,11 @@ class RayPool:
             self._greet(timeout=1.0)
             if time.monotonic() - said > PATIENCE and self._told is None:
                 said = time.monotonic()
-                log.warning("no worker is up yet; Ray has %s free of %s", self._ray.available_resources(), self._ray.cluster_resources())
+                log.warning(
+                    "no worker is up yet; Ray has %s free of %s",
+                    self._ray.available_resources(),
+                    self._ray.cluster_resources(),
+                )
         return self._told
 
     def begin(self, shards: Shards) -> None:
@@ -164,7 +177,9 @@ class RayPool:
         if self._time_limit is not None:
             for member in [m for m in self._members if m.queue and time.monotonic() - m.since > self._time_limit]:
                 self._ray.kill(member.actor)
-                outcomes += self._bury(member, TimeoutError(f"it took longer than the time limit of {self._time_limit:g} s"))
+                outcomes += self._bury(
+                    member, TimeoutError(f"it took longer than the time limit of {self._time_limit:g} s")
+                )
         return outcomes
 
     def _collect(self, member: _Member) -> list[Outcome]:
@@ -205,7 +220,8 @@ class RayPool:
     def _greet(self, timeout: float) -> None:
         """Takes in workers that have come up.
 
-        Raises what a worker raised in starting; RuntimeError if workers die in starting; ValueError if one loaded another run.
+        Raises what a worker raised in starting; RuntimeError if workers die in starting; ValueError if one loaded
+        another run.
         """
         starting = {m.starting: m for m in self._members if m.starting is not None}
         for ref in self._ray.wait(list(starting), num_returns=1, timeout=timeout)[0] if starting else []:
@@ -217,15 +233,18 @@ class RayPool:
             except self._ray.exceptions.RayError as error:
                 self._deaths += 1
                 if self._deaths >= self._max_failures:
-                    raise RuntimeError(f"{self._deaths} workers in a row died while starting: {one_line(error)}") from error
+                    raise RuntimeError(
+                        f"{self._deaths} workers in a row died while starting: {one_line(error)}"
+                    ) from error
                 self._bury(member, error)
                 continue
             self._deaths = 0
             self._told = self._told or told
             if told["definition"] != self._told["definition"]:
                 raise ValueError(
-                    f"the worker on {told['worker']['host']} found another posterior at {self._job.run} than the one on "
-                    f"{self._told['worker']['host']}; give a run directory that all machines share, or the same copy everywhere."
+                    f"the worker on {told['worker']['host']} found another posterior at {self._job.run} than the one "
+                    f"on {self._told['worker']['host']}; give a run directory that all machines share, or the same "
+                    "copy everywhere."
                 )
             member.starting = None
             if self._shards is not None:

@@ -1,4 +1,4 @@
-"""One worker of a catalog: it loads the posterior once, keeps its compiled tile, and turns shard numbers into shard files.
+"""One worker of a catalog: loads the posterior once, keeps its compiled tile, turns shard numbers into shard files.
 
 Samples never leave it except through the file; what it returns is one small manifest row.
 """
@@ -92,7 +92,9 @@ class Worker:
         tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples)
         p = self.posterior
         with contextlib.suppress(RuntimeError):  # compiles; zeros may be no x that a solver converges on
-            self._draw(np.zeros((1, p.dim_x, p.ch_x), np.float32), np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws))
+            self._draw(
+                np.zeros((1, p.dim_x, p.ch_x), np.float32), np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws)
+            )
         device = next(iter(p.mesh.devices.flat))
         return {
             "definition": {
@@ -103,7 +105,11 @@ class Worker:
             },
             "sizes": [p.dim_theta, p.ch_theta],
             "parameter_names": list(p.parameter_names),
-            "worker": {"host": socket.gethostname(), "pid": os.getpid(), "device": f"{device.platform}: {device.device_kind}"},
+            "worker": {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "device": f"{device.platform}: {device.device_kind}",
+            },
         }
 
     def begin(self, shards: Shards) -> None:
@@ -111,7 +117,12 @@ class Worker:
         p = self.posterior
         self.shards = shards
         self.format = Format(
-            self.source.id_type, tuple(p.parameter_names), p.ch_theta, self.job.nsamples, self.job.output, shards.fingerprint
+            self.source.id_type,
+            tuple(p.parameter_names),
+            p.ch_theta,
+            self.job.nsamples,
+            self.job.output,
+            shards.fingerprint,
         )
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -152,14 +163,18 @@ class Worker:
         if value.ndim == 1 and value.size == p.dim_x * p.ch_x:
             value = value.reshape(p.dim_x, p.ch_x)
         elif value.ndim == 1:
-            return f"x has {value.size} values; this posterior takes {p.dim_x * p.ch_x} (dim_x {p.dim_x}, ch_x {p.ch_x})"
+            return (
+                f"x has {value.size} values; this posterior takes {p.dim_x * p.ch_x} (dim_x {p.dim_x}, ch_x {p.ch_x})"
+            )
         try:
             p.check_x(value)
         except ValueError as error:
             return str(error)
         return value
 
-    def _draw_rows(self, xs: Sequence[Row], ids: np.ndarray, status: list[str], message: list[str | None]) -> np.ndarray:
+    def _draw_rows(
+        self, xs: Sequence[Row], ids: np.ndarray, status: list[str], message: list[str | None]
+    ) -> np.ndarray:
         """Draws of the rows that are "ok"; a row whose sampling raises becomes "failed", alone."""
         from jax.errors import JaxRuntimeError
 
@@ -187,12 +202,12 @@ class Worker:
 def _use_compile_cache() -> None:
     """Compiled programs on disk, so that later workers of this machine start quickly.
 
-    The folder is named by the processor and jax: one home folder may be shared by machines on which each other's programs would
-    crash. JAX_COMPILATION_CACHE_DIR, where set, is left alone.
+    The folder is named by the processor and jax: one home folder may be shared by machines on which each other's
+    programs would crash. JAX_COMPILATION_CACHE_DIR, where set, is left alone.
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.read("jax_compilation_cache_dir"):
         return
     machine = platform.machine() + jax.__version__
     if (cpuinfo := Path("/proc/cpuinfo")).exists():

@@ -1,4 +1,4 @@
-"""The catalog that came out, opened: who is done, summaries by name, draws by id. Nothing is read before it is asked for."""
+"""The catalog that came out, opened: who is done, summaries by name, draws by id. Nothing is read unasked."""
 
 import dataclasses
 import functools
@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from distsbi.store import layout, record, schema
 from distsbi.store.schema import OK, STATUSES
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Status:
 
 
 class Catalog:
-    """An output folder of `distsbi.sample_catalog`, complete or not. The shards that are there now are what it shows."""
+    """An output folder of `distsbi.sample_catalog`, complete or not: it shows the shards that are there."""
 
     def __init__(self, path: str | Path):
         """Raises ValueError if `path` is no such folder, or is damaged."""
@@ -92,7 +94,8 @@ class Catalog:
         return self.dataset.to_table(columns=wanted)
 
     def summary(self) -> pa.Table:
-        """id, status, message and `<parameter>_<mean, sd, q05, ...>` as plain float columns. `.to_pandas()` where pandas is wanted."""
+        """id, status, message and `<parameter>_<mean, sd, q05, ...>`, plain columns; `.to_pandas()` makes a
+        DataFrame."""
         table = self.table()
         kinds = [name for name in table.column_names if pa.types.is_fixed_size_list(table.schema.field(name).type)]
         columns = {name: table[name] for name in ("id", "status", "message")}
@@ -103,8 +106,8 @@ class Catalog:
     def draws(self, id: int | str | bytes) -> Float[np.ndarray, "draws dim_theta ch_theta"]:
         """The draws of one observation, read from its row group alone.
 
-        Raises ValueError for an id that the catalog lacks or that is not done, a row without draws (saying why), or an output
-        without draws.
+        Raises ValueError for an id that the catalog lacks or that is not done, a row without draws (saying why), or
+        an output without draws.
         """
         if "draws" not in self.dataset.schema.names:
             raise ValueError(f"{self.path} was written with draws=False; it has summaries only.")
@@ -148,7 +151,10 @@ class Catalog:
             if about["fingerprint"] != self.fingerprint:
                 problems.append(f"{path.name} is of another run ({about['fingerprint']}, not {self.fingerprint}).")
             if table["row"].to_pylist() != list(expected):
-                problems.append(f"{path.name} must hold rows {expected.start} to {expected.stop - 1}; it holds {table.num_rows} rows.")
+                problems.append(
+                    f"{path.name} must hold rows {expected.start} to {expected.stop - 1}; it holds {table.num_rows} "
+                    "rows."
+                )
             ids.append(table["id"])
         if ids:
             together = pa.chunked_array([chunk for part in ids for chunk in part.chunks], ids[0].type)

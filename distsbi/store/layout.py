@@ -1,10 +1,10 @@
 """What lies in an output folder, every file name once, and how a file comes to be whole.
 
-    out/  shard-00000007-of-00000120.parquet        rows of the catalog with their results; there if and only if complete
-          .shard-00000007-of-00000120.parquet.<attempt>    being written; ignored by readers, removed at the next start
-          _distsbi/  run.json                       what defines the draws
-                     journal.jsonl                  one line per shard done or failed
-                     lock                           held by the one process that fills the folder
+    out/  shard-00000007-of-00000120.parquet     rows with their results; there if and only if complete
+          .shard-00000007-of-00000120.parquet.*  being written; readers ignore it, the next start removes it
+          _distsbi/  run.json                    what defines the draws
+                     journal.jsonl               one line per shard done or failed
+                     lock                        held by the one process that fills the folder
 
 Names that begin with a dot or an underscore are no data to pyarrow and Ray Data, so `pyarrow.parquet.read_table("out")` reads the
 shards; polars and duckdb take "out/*.parquet".
@@ -49,7 +49,9 @@ def shards_done(out: str | Path, shards: int) -> list[int]:
     for entry in os.scandir(out):
         match = _SHARD.match(entry.name)
         if match and int(match[2]) != shards:
-            raise ValueError(f"{out} has a file {entry.name} of another division (this run has {shards} shards); use another folder.")
+            raise ValueError(
+                f"{out} has a file {entry.name} of another division (this run has {shards} shards); use another folder."
+            )
         if match:
             found.append(int(match[1]))
     return sorted(found)
@@ -115,7 +117,8 @@ def read_journal(out: str | Path) -> list[dict[str, Any]]:
 def one_writer(out: str | Path) -> Iterator[None]:
     """Holds the folder's lock. The system releases it when the process ends, however it ends.
 
-    Where the file system has no locks (some network ones), two writers are not told apart; their shards are the same bytes.
+    Where the file system has no locks (some network ones), two writers are not told apart; their shards are the same
+    bytes.
 
     Raises ValueError naming the writer that holds it.
     """
@@ -125,7 +128,10 @@ def one_writer(out: str | Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
-                raise ValueError(f"{out} is being written by {file.read().strip() or 'another process'}; wait, or use another folder.") from None
+                raise ValueError(
+                    f"{out} is being written by {file.read().strip() or 'another process'}; wait, or use another "
+                    "folder."
+                ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -28,7 +28,9 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); restore it, or sample into another folder.") from error
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}); restore it, or sample into another folder."
+        ) from error
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{out} has catalog format {version}; this distsbi reads up to {FORMAT}. Update distsbi.")
     return found
@@ -44,19 +46,28 @@ def begin(out: str | Path, definition: Mapping[str, Any], about: Mapping[str, An
     found = read_run(out)
     if found is None:
         if layout.has_shards(out):
-            raise ValueError(f"{out} has shards but no {layout.run_file(out).name} that says what they are; use another folder.")
+            raise ValueError(
+                f"{out} has shards but no {layout.run_file(out).name} that says what they are; use another folder."
+            )
         layout.write_json(
             layout.run_file(out),
-            {"format": FORMAT, "fingerprint": fingerprint(definition), "definition": dict(definition), "about": dict(about)},
+            {
+                "format": FORMAT,
+                "fingerprint": fingerprint(definition),
+                "definition": dict(definition),
+                "about": dict(about),
+            },
         )
         return
     given, there = _flat(definition), _flat(found["definition"])
     differing = [name for name in sorted({*given, *there}) if given.get(name) != there.get(name)]
     if differing:
-        named = "; ".join(f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}" for name in differing)
+        named = "; ".join(
+            f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}" for name in differing
+        )
         raise ValueError(
-            f"{out} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was found to go on "
-            f"with it, or delete {out}."
+            f"{out} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "
+            f"found to go on with it, or delete {out}."
         )
 
 

@@ -2,14 +2,14 @@
 
     id             the catalog's id
     row            row number in the catalog
-    observation_id the 64 bits that name the observation's random numbers: `posterior.sample(..., observation_id=...)` repeats them
+    observation_id names the observation's random numbers: `posterior.sample(..., observation_id=...)` repeats them
     status         "ok", "invalid" (x is unusable) or "failed" (sampling it raised)
     message        why, where not ok
     mean, sd, q05, q50, q95 (any quantiles)    float32 [parameters], over all draws
     draws          arrow.fixed_shape_tensor float32 [draws, dim_theta, ch_theta]; every `thin`-th draw; may be left out
 
-Where status is not "ok" the numbers are null, never NaN. Shapes, parameter names and the run's fingerprint are also in the schema's
-metadata, as JSON under "distsbi".
+Where status is not "ok" the numbers are null, never NaN. Shapes, parameter names and the run's fingerprint are also
+in the schema's metadata, as JSON under "distsbi".
 """
 
 import dataclasses
@@ -20,12 +20,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
+
 OK, INVALID, FAILED = "ok", "invalid", "failed"
-STATUSES = (OK, INVALID, FAILED)
+STATUSES: tuple[str, ...] = (OK, INVALID, FAILED)
 KEY, COUNTS = b"distsbi", b"distsbi.counts"
 ROW_GROUP_BYTES = 32 * 2**20
 
@@ -121,12 +123,20 @@ class Format:
         """One row per observation; `draws` holds those with status "ok", in order."""
         ok = np.asarray([s == OK for s in status], bool)
         flat = draws.reshape(len(draws), -1, self.size)
-        columns = [ids, pa.array(rows), pa.array(observation_ids), pa.array(status, pa.string()), pa.array(message, pa.string())]
+        columns = [
+            ids,
+            pa.array(rows),
+            pa.array(observation_ids),
+            pa.array(status, pa.string()),
+            pa.array(message, pa.string()),
+        ]
         columns += [_fixed(values, ok) for values in summaries(flat, self.output.quantiles)]
         schema = self.schema()
         if self.output.draws:
             kept = np.ascontiguousarray(flat[:, :: self.output.thin])
-            columns.append(pa.ExtensionArray.from_storage(schema.field("draws").type, _fixed(kept.reshape(len(kept), -1), ok)))
+            columns.append(
+                pa.ExtensionArray.from_storage(schema.field("draws").type, _fixed(kept.reshape(len(kept), -1), ok))
+            )
         columns = [
             column if isinstance(column, pa.ExtensionArray) else column.cast(field.type)
             for column, field in zip(columns, schema, strict=True)
@@ -136,7 +146,7 @@ class Format:
     def write(self, table: pa.Table, file: BinaryIO) -> None:
         """Parquet: row groups by bytes, checksums on the pages; floats as they are (they hardly compress)."""
         row_bytes = 4 * (self.size * (2 + len(self.output.quantiles)) + int(np.prod(self.draws_shape))) + 64
-        compression = {"id": "ZSTD", "row": "ZSTD", "status": "ZSTD", "message": "ZSTD"}
+        compression: Any = {"id": "ZSTD", "row": "ZSTD", "status": "ZSTD", "message": "ZSTD"}
         counts = {name: pc.sum(pc.equal(table["status"], name)).as_py() for name in STATUSES}
         with pq.ParquetWriter(
             file, table.schema, use_dictionary=False, compression=compression, write_page_checksum=True
@@ -154,7 +164,9 @@ def summaries(flat: Float[np.ndarray, "rows nsamples size"], quantiles: Sequence
     """Mean, standard deviation (n - 1; 0 for one draw) and quantiles over the draws, each [rows, size] float32."""
     mean = flat.mean(1, dtype=np.float64)
     spread = flat.std(1, dtype=np.float64, ddof=1) if flat.shape[1] > 1 else np.zeros_like(mean)
-    levels = np.quantile(flat, quantiles, axis=1) if len(flat) and quantiles else np.zeros((len(quantiles), *mean.shape))
+    levels = (
+        np.quantile(flat, quantiles, axis=1) if len(flat) and quantiles else np.zeros((len(quantiles), *mean.shape))
+    )
     return [np.asarray(values, np.float32) for values in (mean, spread, *levels)]
 
 
@@ -182,4 +194,6 @@ def _fixed(values: Float[np.ndarray, "ok width"], ok: np.ndarray) -> pa.FixedSiz
         spread = np.zeros((len(ok), width), np.float32)
         spread[ok] = values
         values = spread
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), width, mask=pa.array(~ok))
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(values).reshape(-1)), width, mask=pa.array(~ok)
+    )

@@ -4,8 +4,9 @@
     catalog.npy                                      x alone, (rows, dim_x) or (rows, dim_x, ch_x)
     catalog.npz                                      arrays named like the columns
 
-Rows are numbered 0, 1, 2, ... through the files in name order. A reader takes any range of rows and touches only what holds
-them: the row groups of a Parquet file, the pages of a mapped .npy. A row that holds no usable x comes back as the reason.
+Rows are numbered 0, 1, 2, ... through the files in name order. A reader takes any range of rows and touches only what
+holds them: the row groups of a Parquet file, the pages of a mapped .npy. A row that holds no usable x comes back as
+the reason.
 """
 
 import bisect
@@ -18,8 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 Row = np.ndarray | str  # x of one observation, or why there is none
 
@@ -63,15 +66,19 @@ class Source(Protocol):
 
 
 def open_source(spec: SourceSpec) -> Source:
-    """Raises ValueError for a missing or unreadable catalog, a missing column, or a column of another kind than needed."""
+    """Raises ValueError for a missing or unreadable catalog, and for a missing column or one of the wrong kind."""
     path = Path(spec.path)
     if not path.exists():
-        raise ValueError(f"there is no catalog at {path}; give a Parquet file, a folder of them, a .npy or a .npz file.")
+        raise ValueError(
+            f"there is no catalog at {path}; give a Parquet file, a folder of them, a .npy or a .npz file."
+        )
     if path.suffix in (".npy", ".npz"):
         return NumpySource(spec)
     if path.is_dir() or path.suffix in (".parquet", ".pq"):
         return ParquetSource(spec)
-    raise ValueError(f"{path} is no catalog that can be read; give a Parquet file, a folder of them, a .npy or a .npz file.")
+    raise ValueError(
+        f"{path} is no catalog that can be read; give a Parquet file, a folder of them, a .npy or a .npz file."
+    )
 
 
 def check_ids(source: Source, spec: SourceSpec) -> None:
@@ -84,8 +91,8 @@ def check_ids(source: Source, spec: SourceSpec) -> None:
     if ids.null_count:
         first = pc.index(ids.is_null(), True).as_py()
         raise ValueError(
-            f"{ids.null_count} rows of {spec.path} have no {spec.id_column!r} (the first is row {first}); give every row its own id, "
-            f"or pass id_column=None to number the rows."
+            f"{ids.null_count} rows of {spec.path} have no {spec.id_column!r} (the first is row {first}); give every "
+            "row its own id, or pass id_column=None to number the rows."
         )
     counts = pc.value_counts(ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
@@ -93,13 +100,14 @@ def check_ids(source: Source, spec: SourceSpec) -> None:
         some = ", ".join(f"{row['values']!r} ({row['counts']} times)" for row in repeated.slice(0, 5).to_pylist())
         more = ", ..." if len(repeated) > 5 else ""
         raise ValueError(
-            f"{len(repeated)} ids of {spec.path} occur more than once: {some}{more}; the id names an observation's random numbers and "
-            f"result, so make them unique, or pass id_column=None to number the rows."
+            f"{len(repeated)} ids of {spec.path} occur more than once: {some}{more}; the id names an observation's "
+            "random numbers and result, so make them unique, or pass id_column=None to number the rows."
         )
 
 
 def fingerprint(spec: SourceSpec) -> str:
-    """blake2b of the bytes of the catalog's files, in row order. Hexadecimal. A moved catalog keeps it, a changed one does not."""
+    """blake2b of the bytes of the catalog's files, in row order. Hexadecimal. A moved catalog keeps it, a changed one
+    does not."""
     digest = hashlib.blake2b(digest_size=16)
     for path in _files(Path(spec.path)):
         digest.update(path.stat().st_size.to_bytes(8, "big"))
@@ -209,7 +217,10 @@ class NumpySource:
         self._x = [arrays[name] for name in spec.columns]
         for name, x in zip(spec.columns, self._x, strict=True):
             if x.ndim == 0 or x.dtype.kind not in "fiub":
-                raise ValueError(f"{name!r} of {spec.path} must hold numbers, one row per observation; got {x.dtype} of shape {x.shape}.")
+                raise ValueError(
+                    f"{name!r} of {spec.path} must hold numbers, one row per observation; got {x.dtype} of shape "
+                    f"{x.shape}."
+                )
         self.n_rows = len(self._x[0])
         self._ids = None if spec.id_column is None else pa.array(arrays[spec.id_column].tolist())
         self.id_type = pa.int64() if self._ids is None else _id_type(self._ids.type, spec)
@@ -231,7 +242,7 @@ class NumpySource:
 
 
 def rows_of(column: pa.Array) -> list[Row]:
-    """x of every row of a column of numbers, lists, lists of lists or tensors; a reason for a null, or a null inside."""
+    """x of every row of a column of numbers, lists, lists of lists or tensors; a reason where it is or holds null."""
     kind = column.type
     if isinstance(kind, pa.FixedShapeTensorType):
         rows = rows_of(column.storage)
@@ -248,7 +259,10 @@ def rows_of(column: pa.Array) -> list[Row]:
     inner = column.flatten()
     if _is_list(inner.type):
         parts = rows_of(inner)
-        return [_join(parts[b - n : b]) if ok else "x is null" for b, n, ok in zip(stops.tolist(), lengths.tolist(), valid, strict=True)]
+        return [
+            _join(parts[b - n : b]) if ok else "x is null"
+            for b, n, ok in zip(stops.tolist(), lengths.tolist(), valid, strict=True)
+        ]
     values = _floats(inner)
     holes = np.cumsum(np.concatenate([[0], inner.is_null().to_numpy(zero_copy_only=False)]))
     rows: list[Row] = []
@@ -269,7 +283,10 @@ def _join(parts: Sequence[Row]) -> Row:
 def _stack(columns: list[pa.Array], spec: SourceSpec) -> list[Row]:
     table = np.stack([_floats(column) for column in columns], axis=1)
     null = np.stack([column.is_null().to_numpy(zero_copy_only=False) for column in columns], axis=1)
-    return [f"{spec.columns[int(np.argmax(gap))]} is null" if gap.any() else row for row, gap in zip(table, null, strict=True)]
+    return [
+        f"{spec.columns[int(np.argmax(gap))]} is null" if gap.any() else row
+        for row, gap in zip(table, null, strict=True)
+    ]
 
 
 def _floats(values: pa.Array) -> np.ndarray:
@@ -289,14 +306,14 @@ def _check_columns(spec: SourceSpec, names: Sequence[str]) -> None:
     listed = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
     if spec.id_column is not None and spec.id_column not in names:
         raise ValueError(
-            f"the catalog {spec.path} has no id column {spec.id_column!r} (it has {listed}); pass id_column=<its name>, or id_column=None "
-            f"to use row numbers as ids."
+            f"the catalog {spec.path} has no id column {spec.id_column!r} (it has {listed}); pass id_column=<its "
+            "name>, or id_column=None to use row numbers as ids."
         )
     missing = [name for name in spec.columns if name not in names]
     if missing:
         raise ValueError(
-            f"the catalog {spec.path} has no column {missing[0]!r} for x (it has {listed}); pass x_column=<a list column>, or "
-            f"x_columns=[...] for scalar columns."
+            f"the catalog {spec.path} has no column {missing[0]!r} for x (it has {listed}); pass x_column=<a list "
+            "column>, or x_columns=[...] for scalar columns."
         )
 
 
@@ -304,7 +321,12 @@ def _check_numeric(name: str, kind: pa.DataType, spec: SourceSpec) -> None:
     value = kind.value_type if isinstance(kind, (pa.FixedShapeTensorType, pa.DictionaryType)) else kind
     while _is_list(value) and not spec.x_columns:
         value = value.value_type
-    numeric = pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_decimal(value) or pa.types.is_boolean(value)
+    numeric = (
+        pa.types.is_integer(value)
+        or pa.types.is_floating(value)
+        or pa.types.is_decimal(value)
+        or pa.types.is_boolean(value)
+    )
     if not numeric or math.prod(getattr(kind, "shape", [1])) == 0:
         wanted = "numbers" if spec.x_columns else "numbers, lists of numbers or tensors"
         raise ValueError(f"column {name!r} of {spec.path} must hold {wanted}; it has type {kind}.")
@@ -321,6 +343,6 @@ def _id_type(kind: Any, spec: SourceSpec) -> pa.DataType:
     if pa.types.is_binary(value) or pa.types.is_large_binary(value) or pa.types.is_fixed_size_binary(value):
         return pa.binary()
     raise ValueError(
-        f"ids must be integers or strings; {spec.id_column!r} of {spec.path} has type {kind}. Convert it, or pass id_column=None to use "
-        f"row numbers."
+        f"ids must be integers or strings; {spec.id_column!r} of {spec.path} has type {kind}. Convert it, or pass "
+        "id_column=None to use row numbers."
     )

@@ -12,7 +12,7 @@ import pytest
 from distsbi.fanout import catalog as catalog_module
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fake_posterior, here and (by way of sys.path) in workers
-from fake_posterior import make_run  # noqa: E402
+from fake_posterior import make_run
 
 ROWS = 40
 
@@ -39,7 +39,11 @@ def make_catalog(tmp_path: Path) -> Callable[..., Path]:
         for row, value in (rows or {}).items():
             x[row] = value
         path = tmp_path / "catalog.parquet"
-        pq.write_table(pa.table({"id": [f"g{i}" for i in range(n)], "x": pa.array(x, pa.list_(pa.float64()))}), path, row_group_size=7)
+        pq.write_table(
+            pa.table({"id": [f"g{i}" for i in range(n)], "x": pa.array(x, pa.list_(pa.float64()))}),
+            path,
+            row_group_size=7,
+        )
         return path
 
     return make
@@ -66,7 +70,9 @@ class SmallDisk:
         self._mount("remount,size=16m")
 
     def _mount(self, options: str) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)], check=True, capture_output=True
+        )
 
 
 @pytest.fixture

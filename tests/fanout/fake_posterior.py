@@ -45,7 +45,9 @@ class FakePosterior:
         if not np.isfinite(x).all():
             raise ValueError("x has values that are NaN or infinite")
 
-    def draw(self, key: Any, xs: np.ndarray, nsamples: int, *, observation_ids: np.ndarray, **options: Any) -> np.ndarray:
+    def draw(
+        self, key: Any, xs: np.ndarray, nsamples: int, *, observation_ids: np.ndarray, **options: Any
+    ) -> np.ndarray:
         return np.stack([self._row(key, x, nsamples, int(i)) for x, i in zip(xs, observation_ids, strict=True)])
 
     def _row(self, key: Any, x: np.ndarray, nsamples: int, observation_id: int) -> np.ndarray:

@@ -201,7 +201,9 @@ def test_sigkill_of_the_driver_loses_nothing(make_catalog, tmp_path):
 def test_full_disk_is_one_sentence_and_goes_on(run, make_catalog, small_disk):
     catalog, out = make_catalog(), small_disk.path / "out"
     many = {**QUICK, "nsamples": 3000}  # 24 kB a row
-    with pytest.raises(OSError, match="is full, [1-5] of 7 shards are finished in .*; free some space, and the same call goes on"):
+    with pytest.raises(
+        OSError, match="is full, [1-5] of 7 shards are finished in .*; free some space, and the same call goes on"
+    ):
         sample_catalog(run, catalog, out, **many)
     assert not list(out.glob(".shard*"))
     assert ds.dataset(out).count_rows() >= 6

@@ -1,0 +1,138 @@
+"""A catalog on Ray: the same draws, and worker deaths that cost nothing but time. Faults are real signals."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fake_posterior import KILL, KILL_ONCE, RAISE, SLEEP_ONCE, draws_hash, make_run
+
+import distsbi
+from distsbi.fanout import catalog as catalog_module, sample_catalog
+from distsbi.fanout.cluster import worker_environment
+from distsbi.store import layout
+
+ON_RAY = {"nsamples": 9, "workers": 2, "rows_per_shard": 3, "show_progress": False}
+ONE = {**ON_RAY, "workers": 1}
+
+
+@pytest.fixture
+def calm_hash(tmp_path, make_catalog):
+    """Hash of the undisturbed draws of a catalog of ordinary rows, made without Ray."""
+
+    def make(catalog: Path, name: str = "calm") -> str:
+        out = tmp_path / name
+        sample_catalog(make_run(tmp_path / f"{name}-run"), catalog, out, nsamples=9, workers=0)
+        return draws_hash(out)
+
+    return make
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_workers_do_not_change_draws(run, make_catalog, tmp_path, calm_hash):
+    catalog = make_catalog()
+    expected = calm_hash(catalog)
+    result = sample_catalog(run, catalog, tmp_path / "two", **ON_RAY)
+    assert (result.n_ok, result.shards_now) == (40, 14)
+    assert draws_hash(tmp_path / "two") == expected
+    layout.shard_file(tmp_path / "two", 5, 14).unlink()
+    assert sample_catalog(run, catalog, tmp_path / "two", **ONE).shards_now == 1
+    assert draws_hash(tmp_path / "two") == expected
+    lines = [line for line in layout.read_journal(tmp_path / "two") if line["event"] == "done"]
+    assert len(lines) == 15
+    assert os.getpid() not in {line["pid"] for line in lines}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_is_replaced(run, make_catalog, tmp_path, calm_hash):
+    catalog = make_catalog(switches={10: KILL_ONCE, 25: RAISE})
+    result = sample_catalog(run, catalog, tmp_path / "out", **ON_RAY)
+    assert (run / "killed").exists()
+    assert result.counts == {"ok": 39, "invalid": 0, "failed": 1}
+    assert result.open().verify() == []
+    failed = [line for line in layout.read_journal(tmp_path / "out") if line["event"] == "failed"]
+    assert [(line["shard"], line["attempt"]) for line in failed] == [(3, 1)]
+    make_run(tmp_path / "again")
+    (tmp_path / "again" / "killed").touch()
+    sample_catalog(tmp_path / "again", catalog, tmp_path / "calm", nsamples=9, workers=0)
+    assert draws_hash(tmp_path / "out") == draws_hash(tmp_path / "calm")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_shard_that_always_kills_is_given_up_at_the_end(run, make_catalog, tmp_path):
+    catalog = make_catalog(switches={4: KILL})
+    with pytest.raises(
+        RuntimeError, match=r"1 of 14 shards failed 2 times each .* shard 1 \(rows 3 to 5\).*All others are finished"
+    ):
+        sample_catalog(run, catalog, tmp_path / "out", **ONE, max_failures=2)
+    status = distsbi.open_catalog(tmp_path / "out").status()
+    assert (status.shards_done, status.left, status.counts["ok"]) == (13, 3, 37)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_hanging_shard_is_killed_after_its_time(run, make_catalog, tmp_path):
+    catalog = make_catalog(switches={7: SLEEP_ONCE})
+    result = sample_catalog(run, catalog, tmp_path / "out", **ONE, time_limit=3.0)
+    assert result.n_ok == 40
+    failed = [line for line in layout.read_journal(tmp_path / "out") if line["event"] == "failed"]
+    assert [line["shard"] for line in failed] == [2]
+    assert "time limit of 3 s" in failed[0]["error"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_errors_of_workers_are_the_users_errors(run, make_catalog, tmp_path, small_disk):
+    with pytest.raises(ValueError, match="leap"):
+        sample_catalog(run, make_catalog(), tmp_path / "out", **ONE, solver="leap")
+    with pytest.raises(OSError, match="is full, .* shards are finished"):
+        sample_catalog(run, make_catalog(), small_disk.path / "out", **{**ONE, "nsamples": 3000})
+    small_disk.grow()
+    assert sample_catalog(run, make_catalog(), small_disk.path / "out", **{**ONE, "nsamples": 3000}).n_ok == 40
+
+
+def test_environment_of_a_worker(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
+    cpu = worker_environment(2, 0)
+    assert (cpu["JAX_PLATFORMS"], cpu["PJRT_NPROC"], cpu["XLA_FLAGS"]) == ("cpu", "2", "--xla_a=1")
+    gpu = worker_environment(1, 0.5)
+    assert gpu["XLA_CLIENT_MEM_FRACTION"] == "0.450"
+    assert "JAX_PLATFORMS" not in gpu
+    assert str(Path(distsbi.__file__).parents[1]) in cpu["PYTHONPATH"].split(os.pathsep)
+
+
+def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog, monkeypatch):
+    """Here sample_catalog starts Ray itself. The draws are those of `Posterior.sample`, and of this process with
+    eight devices."""
+    from flax import nnx
+
+    from distsbi.data.standardise import Standardizer, Support
+    from distsbi.methods import make_method
+    from distsbi.networks import make_network
+    from distsbi.sampling import Posterior, save
+
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(catalog_module, "LOADER", "distsbi.sampling:load")
+    pairs = np.random.default_rng(0).normal(size=(2, 50, 3, 1)).astype(np.float32)
+    scales = Standardizer.fit(pairs[0, :, :2], pairs[1], [Support(), Support(-9, 9)])
+    sizes = {"dim_theta": 2, "dim_x": 3, "width": 16, "depth": 1, "embed_depth": 1}
+    save(
+        tmp_path / "run",
+        Posterior(make_network("MLP", sizes, nnx.Rngs(0)), make_method("flow"), scales, names=("a", "b")),
+    )
+    catalog = make_catalog(12, rows={5: [1.0, 2.0]})
+    before = dict(os.environ)
+    if ray.is_initialized():
+        ray.shutdown()
+    options = {"nsamples": 150, "steps": 4, "show_progress": False}
+    sample_catalog(tmp_path / "run", catalog, tmp_path / "out", **options, workers=1, rows_per_shard=4)
+    assert not ray.is_initialized()
+    assert dict(os.environ) == before
+    out = distsbi.open_catalog(tmp_path / "out")
+    assert out.status().counts == {"ok": 11, "invalid": 1, "failed": 0}
+    x = np.asarray(pq.read_table(catalog)["x"][9].as_py(), np.float32).reshape(1, 3, 1)
+    observation_id = out.table(["observation_id"])["observation_id"][9].as_py()
+    same = distsbi.load(tmp_path / "run").sample(jax.random.key(0), x, 150, observation_id=observation_id, steps=4)
+    np.testing.assert_allclose(out.draws("g9"), same, atol=1e-4)
+    sample_catalog(tmp_path / "run", catalog, tmp_path / "here", **options, workers=0)
+    assert draws_hash(tmp_path / "here") == draws_hash(tmp_path / "out")
