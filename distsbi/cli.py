@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +241,8 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    # Ray and others start processes from this one, which JAX warns of; they exec at once, so nothing can lock.
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     try:
         code = cli.main(arguments, prog_name="distsbi", standalone_mode=False) or 0
     except click.ClickException as error:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distsbi import open_catalog
 from distsbi.cli import cli, main
 
 COMMANDS = ("simulate", "train", "sample", "catalog", "info", "demo")
@@ -147,6 +149,22 @@ def test_info(distsbi: Cli, trained: Path) -> None:
     assert json.loads(distsbi("info", trained, "--json")[1])["network"]["name"] == "MLP"
 
 
+def test_catalog(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+    catalog, out = tmp_path / "catalog.parquet", tmp_path / "out"
+    pq.write_table(pa.table({"name": ["a", "b", "c"], "u": [0.0, 0.1, np.nan], "v": [0.0, 0.2, 0.3]}), catalog)
+    command = ["catalog", trained, catalog, out, "--nsamples", 40, "--workers", 0, "--id-column", "name"]
+    command += ["--x-columns", "u,v"]
+    code, text, err = distsbi(*command)
+    assert code == 0, err
+    assert "3 rows in" in text
+    assert "2 with draws, 1 without" in text
+    assert "column `message`" in err
+    assert open_catalog(out).draws("b").shape == (40, 2, 1)
+    code, text, err = distsbi(*command)
+    assert code == 0, err
+    assert "now: 0 of 1 shards" in text
+
+
 # What cannot be
 
 
@@ -180,6 +198,13 @@ def test_info(distsbi: Cli, trained: Path) -> None:
         (["sample", "{run}", "--x", "{tmp}/there.npy", "--out", "{tmp}/d.npy"], "cannot be read as a .npy array"),
         (["sample", "{run}", "--x", "0,0", "--nsamples", "0", "--out", "{tmp}/d.npy"], "nsamples must be a positive"),
         (["sample", "{run}", "--x", "0,0", "--solver", "rk9", "--out", "{tmp}/d.npy"], "rk9"),
+        (["catalog", "{run}", "{tmp}/none.parquet", "{tmp}/out", "--workers", "0"], "none.parquet"),
+        (["catalog", "{tmp}/none", "{tmp}/none.parquet", "{tmp}/out", "--workers", "0"], "none"),
+        (
+            ["catalog", "{run}", "{tmp}/there.npy", "{tmp}/out", "--nsamples", "0"],
+            "nsamples must be a positive integer",
+        ),
+        (["demo", "--out", "{tmp}"], "not only an earlier demo; give another --out"),
         (["info", "{tmp}/none"], "no such folder"),
         (["fit"], "No such command 'fit'"),
     ],
