@@ -25,7 +25,7 @@ class FlowMatching(Method):
     """
 
     tilt: float = 4.0
-    power: float = 2.0
+    power: float = 2.5
 
     def __post_init__(self) -> None:
         if not self.tilt >= 0 or not self.power >= 1:

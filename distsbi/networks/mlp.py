@@ -80,7 +80,7 @@ class MLP(Network):
         self.x_out, self.x_out_bias = weight(w, w, p.depth * w), zeros(p.depth, w)
         # time
         self.t_in, self.t_in_bias = weight(p.time_features, p.time_features, 64), zeros(64)
-        self.t_out, self.t_out_bias = weight(64, 64, p.depth * 2 * w, scale=0.1), zeros(p.depth * 2 * w)
+        self.t_out, self.t_out_bias = weight(64, p.depth, 64, 2 * w, scale=0.1), zeros(p.depth, 2 * w)
         self.t_skip, self.t_skip_bias = zeros(64, n_theta), zeros(n_theta)
         # step
         self.theta_in, self.theta_in_bias = weight(n_theta, n_theta, w), zeros(w)
@@ -109,21 +109,25 @@ class MLP(Network):
     ) -> Float[Array, "batch draws dim_theta ch_theta"]:
         p = self.params
         batch, draws = theta_t.shape[:2]
-        flat = theta_t.reshape(batch, draws, -1).astype(jnp.float32)
         times = broadcast_time(t)
-        features = jax.nn.silu(_fourier(times, p.time_features) @ self.t_in[...] + self.t_in_bias[...])
-        modulation = dot(features, self.t_out[...], p.dtype) + self.t_out_bias[...]
-        modulation = jnp.moveaxis(modulation.reshape(*modulation.shape[:2], p.depth, 2, p.width), (2, 3), (0, 1))
-        skip = features @ self.t_skip[...] + self.t_skip_bias[...]
+        flat = theta_t.reshape(batch * draws, -1).astype(jnp.float32)
 
+        def rows(a: Array) -> Array:
+            """[1 or batch, 1 or draws, k] as [1 or batch * draws, k]: one row per draw only where draws differ."""
+            return a[0] if a.shape[:2] == (1, 1) else jnp.broadcast_to(a, (batch, draws, a.shape[-1])).reshape(batch * draws, -1)
+
+        features = jax.nn.silu(rows(_fourier(times, p.time_features)) @ self.t_in[...] + self.t_in_bias[...])
+        skip = features @ self.t_skip[...] + self.t_skip_bias[...]
         h = flat @ self.theta_in[...] + self.theta_in_bias[...]
 
         def block(h, layer):
-            (scale, shift), bias, w1, w2, b2 = layer
+            bias, t_out, t_out_bias, w1, w2, b2 = layer
+            scale, shift = jnp.split(dot(features, t_out, p.dtype) + t_out_bias, 2, axis=-1)
             u = (1.0 + scale) * _norm(h) + shift
-            return h + dot(jax.nn.silu(dot(u, w1, p.dtype) + bias[:, None]), w2, p.dtype) + b2, None
+            return h + dot(jax.nn.silu(dot(u, w1, p.dtype) + rows(bias[:, None])), w2, p.dtype) + b2, None
 
-        layers = ((modulation[:, 0], modulation[:, 1]), jnp.moveaxis(context, 1, 0), self.w1[...], self.w2[...], self.b2[...])
+        context = jnp.moveaxis(context, 1, 0)
+        layers = (context, self.t_out[...], self.t_out_bias[...], self.w1[...], self.w2[...], self.b2[...])
         h, _ = jax.lax.scan(block, h, layers)
         f = _norm(h) @ self.theta_out[...] + self.theta_out_bias[...] + skip * flat
         return f.reshape(theta_t.shape)

@@ -45,7 +45,7 @@ def make_solver(
     if name in SOLVERS or (name is None and tolerances and not sizes):
         if sizes:
             raise ValueError(f"{name} chooses its own steps; leave out {sizes[0]}, or take one of {', '.join(RULES)}.")
-        return Adaptive(name or "tsit5", rtol=rtol or 1e-4, atol=atol or 1e-4, t_end=method.t_end)
+        return Adaptive(name or "tsit5", rtol=1e-5 if rtol is None else rtol, atol=1e-5 if atol is None else atol, t_end=method.t_end)
     if tolerances:
         raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
     if time_grid is not None:

@@ -22,8 +22,8 @@ class Adaptive:
     """
 
     name: str = "tsit5"
-    rtol: float = 1e-4
-    atol: float = 1e-4
+    rtol: float = 1e-5
+    atol: float = 1e-5
     t_end: float = 1.0
     max_steps: int = 4096
 
