@@ -186,10 +186,9 @@ def table(arguments: argparse.Namespace) -> None:
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in read_results(arguments.results):
         cells[identity(line)[:-1]].append(line)
-    print(
-        "| task | pipeline | simulations | seed | label | mean C2ST | worst | observations | training s | draws/s on 1, 2 devices |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    head = "task, pipeline, simulations, seed, label, mean C2ST, worst, observations, training s, draws/s on 1 and 2 devices"
+    print(f"| {head.replace(', ', ' | ')} |")
+    print("|---" * (head.count(", ") + 1) + "|")
     for cell, lines in sorted(cells.items()):
         scores = [line["c2st"] for line in lines]
         rate = ", ".join(f"{r:,}" for r in lines[0]["draws_per_second"].values())
