@@ -239,11 +239,11 @@ class RayPool:
                 self._bury(member, error)
                 continue
             self._deaths = 0
-            self._told = self._told or told
-            if told["definition"] != self._told["definition"]:
+            first = self._told = self._told or told
+            if told["definition"] != first["definition"]:
                 raise ValueError(
                     f"the worker on {told['worker']['host']} found another posterior at {self._job.run} than the one "
-                    f"on {self._told['worker']['host']}; give a run directory that all machines share, or the same "
+                    f"on {first['worker']['host']}; give a run directory that all machines share, or the same "
                     "copy everywhere."
                 )
             member.starting = None

@@ -207,7 +207,7 @@ def _use_compile_cache() -> None:
     """
     import jax
 
-    if jax.config.read("jax_compilation_cache_dir"):
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     machine = platform.machine() + jax.__version__
     if (cpuinfo := Path("/proc/cpuinfo")).exists():

@@ -6,8 +6,8 @@
                      journal.jsonl               one line per shard done or failed
                      lock                        held by the one process that fills the folder
 
-Names that begin with a dot or an underscore are no data to pyarrow and Ray Data, so `pyarrow.parquet.read_table("out")` reads the
-shards; polars and duckdb take "out/*.parquet".
+Names that begin with a dot or an underscore are no data to pyarrow and Ray Data, so that both read the folder as it is;
+polars and duckdb take "out/*.parquet".
 """
 
 import contextlib
