@@ -186,7 +186,7 @@ def table(arguments: argparse.Namespace) -> None:
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in read_results(arguments.results):
         cells[identity(line)[:-1]].append(line)
-    head = "task, pipeline, simulations, seed, label, mean C2ST, worst, observations, training s, draws/s on 1 and 2 devices"
+    head = "task, pipeline, simulations, seed, label, mean C2ST, worst, scored, training s, draws/s on 1 and 2 devices"
     print(f"| {head.replace(', ', ' | ')} |")
     print("|---" * (head.count(", ") + 1) + "|")
     for cell, lines in sorted(cells.items()):
