@@ -32,9 +32,11 @@ test: $(STAMP)
 test-full: $(STAMP)
 	$(PYTEST)
 
-# The layers without the long tests: what a second Python is checked with.
+# Imports, command line, numerics and files, without long trainings: what a second Python is checked with.
+SHORT := tests/test_*.py tests/methods tests/solvers tests/data tests/store distsbi
+
 test-short: $(STAMP)
-	$(PYTEST) -m "not slow" tests/test_imports.py tests/test_config.py tests/test_cli.py distsbi
+	$(PYTEST) -m "not slow" $(SHORT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
