@@ -116,6 +116,8 @@ def sample_catalog(
     """
     began = time.monotonic()
     _check_arguments(nsamples, workers, rows_per_shard, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
+    if not address and not Path(run).is_dir():
+        raise ValueError(f"there is no run directory at {run}; give the path that the pipeline was saved to.")
     columns = tuple(x_columns) if x_columns is not None else None
     spec = SourceSpec(str(Path(catalog).absolute()), id_column, x_column, columns)
     given = {"solver": solver, "steps": steps, "step_size": step_size, "rtol": rtol, "atol": atol}

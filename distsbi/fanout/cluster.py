@@ -19,7 +19,7 @@ def connected(address: str | None, cpus: int | None, gpus: float) -> Iterator[No
     or without one a local Ray of `cpus` is started on the loopback interface; that is shut down at the end, and the
     environment variables which `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
 
-    Raises ValueError if no cluster answers at the address.
+    Raises ValueError if no cluster answers at the address; RuntimeError if a local Ray does not start.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     import ray
@@ -29,34 +29,57 @@ def connected(address: str | None, cpus: int | None, gpus: float) -> Iterator[No
         return
     address = address or os.environ.get("RAY_ADDRESS")
     try:
-        try:
-            if address and address != "local":
-                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-            else:
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-                # Without it Ray warns that it will stop hiding GPUs; worker_environment does that.
-                os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    num_gpus=None if gpus else 0,
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                )
-        except (ConnectionError, TimeoutError) as error:
-            raise ValueError(
-                f"no Ray cluster answers at {address!r} ({error}); check the address with `ray status --address "
-                f"{address}`, or leave address out to use this machine."
-            ) from error
+        if address and address != "local":
+            _join(address)
+        else:
+            _start(cpus, gpus)
         yield
     finally:
         ray.shutdown()
         for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
             del os.environ[name]
         os.environ.update(before)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, TimeoutError) as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address!r} ({error}); check the address with `ray status --address "
+            f"{address}`, or leave address out to use this machine."
+        ) from error
+
+
+def _start(cpus: int | None, gpus: float) -> None:
+    """A local Ray; a second attempt where the first does not come up, as happens on a machine that is very busy."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray warns that it will stop hiding GPUs; worker_environment does that.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=None if gpus else 0,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            if attempt == 2:
+                raise RuntimeError(
+                    f"Ray does not start on this machine ({error}); it may be too busy or out of space in /tmp: try "
+                    "again, or give workers=0 to do without Ray."
+                ) from error
 
 
 def own_cpus() -> int:

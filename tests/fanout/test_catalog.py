@@ -152,6 +152,11 @@ def test_bad_arguments_say_what_to_do(run, make_catalog, tmp_path, change, messa
         sample_catalog(run, make_catalog(), tmp_path / "out", **{**QUICK, **change})
 
 
+def test_a_missing_run_is_named(make_catalog, tmp_path):
+    with pytest.raises(ValueError, match="there is no run directory at .*/nowhere"):
+        sample_catalog(tmp_path / "nowhere", make_catalog(), tmp_path / "out", **QUICK)
+
+
 def test_repeated_ids_are_named(run, tmp_path):
     path = tmp_path / "twice.parquet"
     pq.write_table(pa.table({"id": [1, 2, 2, 3, 3, 3], "x": [[0.0, 1.0, 2.0]] * 6}), path)
