@@ -42,10 +42,10 @@ def as_key(rng: object) -> Key[Array, ""]:
     else:
         given = f"an array of shape {rng.shape} and dtype {dtype}" if dtype is not None else repr(rng)  # type: ignore[attr-defined]
         raise ValueError(f"expected a key such as jax.random.key(0), or an integer seed; got {given}.")
-    words = data[:2]
-    if data.shape[0] > 2:
-        words = words ^ data[2:4]
-    return jax.random.wrap_key_data(words, impl=IMPL)
+    key = jax.random.wrap_key_data(data[:2], impl=IMPL)
+    for word in data[2:]:
+        key = jax.random.fold_in(key, word)
+    return key
 
 
 def key_words(key: object) -> tuple[int, int]:

@@ -1,0 +1,89 @@
+"""The run directory: what is saved is what is loaded, on any mesh; damage is named."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from distsbi.sampling import Tile, load
+from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
+
+X = np.ones((1, 3, 1), np.float32)
+
+
+@pytest.fixture
+def saved(run_dir):
+    posterior = random_mlp_posterior(tile=Tile(4, 16), names=("mass", "spin"), facts={"seed": 1})
+    posterior.save(run_dir)
+    return posterior, run_dir
+
+
+def test_round_trip_onto_another_mesh(saved):
+    posterior, path = saved
+    again = load(path, mesh={"data": 3})
+    np.testing.assert_array_equal(again.sample(0, X, 77), posterior.sample(0, X, 77))
+    assert again.fingerprint == posterior.fingerprint
+    assert again.parameter_names == ("mass", "spin")
+    assert again.facts == {"seed": 1}
+    assert again.tile == Tile(4, 16)
+    assert again.default_solver == posterior.default_solver
+    posterior.save(path)  # over itself
+    assert load(path).spec == posterior.spec
+
+
+def test_nothing_is_pickled(saved):
+    _, path = saved
+    for file in path.rglob("*"):
+        assert file.suffix not in (".pkl", ".pickle")
+        assert not file.is_file() or not file.read_bytes().startswith(b"\x80\x04")
+
+
+def test_a_users_own_network(run_dir):
+    posterior = gaussian_posterior()
+    posterior.save(run_dir)
+    with pytest.raises(ValueError, match=r"load\(path, network="):
+        load(run_dir)
+    again = load(run_dir, network=lambda: GaussianNetwork(seed=5))
+    x = np.ones((1, 2, 1))
+    np.testing.assert_array_equal(again.sample(0, x, 10), posterior.sample(0, x, 10))
+
+
+def _edit(path, change):
+    spec = json.loads((path / "spec.json").read_text())
+    change(spec)
+    (path / "spec.json").write_text(json.dumps(spec))
+
+
+DAMAGE = {
+    "no such folder": (lambda p: shutil.rmtree(p), "no such folder"),
+    "no spec": (lambda p: (p / "spec.json").unlink(), "no spec.json"),
+    "unfinished": (lambda p: ((p / "spec.json").unlink(), (p / "checkpoints").mkdir()), "has not finished"),
+    "cut short": (lambda p: (p / "spec.json").write_text((p / "spec.json").read_text()[:100]), "is damaged"),
+    "missing key": (lambda p: _edit(p, lambda s: s.pop("method")), "is damaged"),
+    "newer": (lambda p: _edit(p, lambda s: s.update(format=99)), "Update distsbi"),
+    "no weights": (lambda p: shutil.rmtree(p / "weights"), "missing or damaged"),
+    "other weights": (lambda p: _edit(p, lambda s: s.update(weights_sha256="0")), "does not hold the weights"),
+    "unknown network": (lambda p: _edit(p, lambda s: s["network"].update(name="Transformer9")), "does not have"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(saved, case):
+    _, path = saved
+    harm, says = DAMAGE[case]
+    harm(path)
+    with pytest.raises(ValueError, match=says):
+        load(path)
+
+
+def test_weights_changed_on_disk_are_noticed(saved):
+    posterior, path = saved
+    other = random_mlp_posterior(tile=Tile(4, 16))
+    other.weights.params["b2"][...] = other.weights.params["b2"][...] + jax.numpy.float32(0.5)
+    spec = (path / "spec.json").read_text()
+    other.save(path)
+    (path / "spec.json").write_text(spec)
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        load(path)

@@ -1,0 +1,56 @@
+import jax
+import numpy as np
+import pytest
+
+from distsbi import keys
+
+
+def test_key_types_agree():
+    typed = keys.as_key(jax.random.key(7))
+    for other in (jax.random.PRNGKey(7), 7, np.int64(7), np.asarray(jax.random.PRNGKey(7))):
+        assert keys.key_words(other) == keys.key_words(typed)
+    assert jax.random.key_impl(keys.as_key(jax.random.key(7, impl="rbg"))) == keys.IMPL
+    assert keys.key_words(jax.random.key(1, impl="rbg")) != keys.key_words(jax.random.key(2, impl="rbg"))
+    assert keys.key_words(keys.from_words((3, 4))) == (3, 4)
+
+
+@pytest.mark.parametrize("bad", [None, "0", 1.5, np.zeros(3), jax.random.split(jax.random.key(0)), True])
+def test_bad_keys(bad):
+    with pytest.raises(ValueError, match="expected"):
+        keys.as_key(bad)
+
+
+def test_ids_past_32_bits_differ():
+    low, high = keys.split_id(np.asarray([5, 5 + 2**32], np.uint64))
+    assert low.tolist() == [0, 5]
+    assert high.tolist() == [1, 5]
+    key = jax.random.key(0)
+    a, b = (np.asarray(keys.draw_noise(key, words, np.uint32(0), 4, (2,))) for words in (low, high))
+    assert np.abs(a - b).min() > 0
+    assert keys.split_id([2**64 - 1]).tolist() == [[2**32 - 1, 2**32 - 1]]
+
+
+@pytest.mark.parametrize("bad", [[-1], [1.5], [2**64], ["a"]])
+def test_bad_ids(bad):
+    with pytest.raises(ValueError, match="observation ids"):
+        keys.split_id(bad)
+
+
+def test_noise_is_pinned_and_extends():
+    """The numbers of a seed are a promise between versions."""
+    words = keys.split_id(np.asarray(3))
+    noise = np.asarray(keys.draw_noise(jax.random.key(0), words, np.uint32(0), 3, (2,)))
+    longer = np.asarray(keys.draw_noise(jax.random.key(0), words, np.uint32(1), 4, (2,)))
+    np.testing.assert_array_equal(noise[1:], longer[:2])
+    np.testing.assert_allclose(noise.ravel(), PINNED, atol=1e-6)
+
+
+def test_hash_id_is_stable():
+    assert keys.hash_id("obs-1") == keys.hash_id("obs-1") != keys.hash_id("obs-2")
+    assert keys.hash_id(7) == keys.hash_id(np.int64(7)) != keys.hash_id("7")
+    assert 0 <= keys.hash_id(b"x") < 2**64
+    with pytest.raises(ValueError, match="catalog id"):
+        keys.hash_id(1.5)  # type: ignore[arg-type]
+
+
+PINNED = [-0.15306504, -0.43513745, 0.29017648, -0.42220005, -0.57108516, -0.76929545]

@@ -1,0 +1,247 @@
+"""Training: learns an exact posterior, the same on any mesh, resumes to the same bits, refuses what it cannot train on."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from flax import nnx
+
+from distsbi import ConditionalPipeline, MLPFlowPipeline, MLPParams, Prior
+from distsbi.data import write_pairs
+from distsbi.tasks import get_task
+from distsbi.training import TrainingConfig
+
+SMALL = MLPParams(2, 2, width=16, depth=2)
+QUICK = {"nsteps": 40, "val_every": 10, "batch_size": 32, "calibrate": False}
+
+
+def _pairs(n=400, seed=0):
+    task = get_task("two_moons")
+    return tuple(np.asarray(a) for a in task.pairs(jax.random.key(seed), n))
+
+
+def _pipeline(data=None, val=None, mesh=None, params=SMALL, **config):
+    return MLPFlowPipeline(
+        _pairs() if data is None else data, val, 2, 2, params=params, mesh=mesh,
+        training_config={**QUICK, **config}, prior=get_task("two_moons").prior,
+    )  # fmt: skip
+
+
+def _same(a, b):
+    pairs = zip(jax.tree.leaves(nnx.state(a.model)), jax.tree.leaves(nnx.state(b.model)), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def test_learns_an_exact_posterior():
+    """theta ~ N(0, 1)^2, x = theta + N(0, 0.5^2): theta | x is N(0.8 x, 0.2). Bounds are on what 2,000 short updates learn, ten times
+    the sampling error of 20,000 draws; an untrained network misses them by far (its sd is 1)."""
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=(4_000, 2, 1)).astype("f4")
+    x = theta + 0.5 * rng.normal(size=theta.shape).astype("f4")
+    pipeline = MLPFlowPipeline(
+        (theta, x), None, 2, 2, params=MLPParams(2, 2, width=32, depth=2), training_config={"nsteps": 2_000, "batch_size": 128}
+    )
+    losses, val_losses = pipeline.train(nnx.Rngs(0))
+    assert len(losses) == len(val_losses)
+    x_o = np.asarray([[[0.5], [-1.0]]], np.float32)
+    draws = pipeline.sample(rng=jax.random.PRNGKey(0), x_o=x_o, nsamples=20_000)[..., 0]
+    np.testing.assert_allclose(draws.mean(0), [0.4, -0.8], atol=0.06)
+    np.testing.assert_allclose(np.cov(draws.T), 0.2 * np.eye(2), atol=0.03)
+    assert pipeline.posterior.facts["certificate"]["met"]
+
+
+def test_mesh_and_fsdp_do_not_change_what_is_learned():
+    """The same updates up to the rounding of a sum over devices."""
+    base = _pipeline(mesh={"data": 1})
+    base.train(nnx.Rngs(1))
+    for mesh, fsdp in (({"data": 8}, False), ({"data": 4}, True)):
+        other = _pipeline(mesh=mesh, fsdp=fsdp)
+        _, val_losses = other.train(nnx.Rngs(1))
+        a, b = (jax.tree.leaves(nnx.state(p.model)) for p in (base, other))
+        for left, right in zip(a, b, strict=True):
+            np.testing.assert_allclose(left, right, atol=2e-4)
+
+
+def test_fsdp_really_splits():
+    from distsbi import mesh as meshes
+    from distsbi.training.update import TrainState
+
+    pipeline = _pipeline(mesh={"data": 8}, fsdp=True)
+    params = nnx.state(pipeline.model)
+    shardings = meshes.state_shardings(pipeline.mesh, params, fsdp=True)
+    placed = jax.device_put(params, shardings)["w1"][...]
+    assert placed.addressable_shards[0].data.size * 8 == placed.size
+    assert TrainState is not None
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_interrupted_run_resumes_to_the_same_bits(run_dir, tmp_path, monkeypatch, at):
+    from distsbi.training.checkpoints import Checkpoints
+
+    whole = _pipeline(save_every=20, checkpoint_dir=str(tmp_path / "whole"))
+    whole_losses = whole.train(nnx.Rngs(0))
+    log, calls = Checkpoints.log, []
+
+    def stopping(self, line):
+        log(self, line)
+        calls.append(line)
+        if len(calls) == at:
+            raise _Stop
+
+    monkeypatch.setattr(Checkpoints, "log", stopping)
+    with pytest.raises(_Stop):
+        _pipeline(save_every=20, checkpoint_dir=str(run_dir)).train(nnx.Rngs(0))
+    monkeypatch.setattr(Checkpoints, "log", log)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9')  # a line cut short by the kill
+    resumed = _pipeline(save_every=20, checkpoint_dir=str(run_dir))
+    assert resumed.train(nnx.Rngs(0)) == whole_losses
+    assert _same(resumed, whole)
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 40]
+    with pytest.raises(ValueError, match="another training"):
+        _pipeline(save_every=20, checkpoint_dir=str(run_dir), max_lr=1e-4).train(nnx.Rngs(0))
+
+
+def _batches(data, size=32):
+    return [(data[0][i : i + size], data[1][i : i + size]) for i in range(0, len(data[0]), size)]
+
+
+def test_every_form_of_data(tmp_path):
+    data = _pairs()
+    write_pairs(tmp_path / "pairs", *data)
+    arrays = _pipeline(data, _pairs(100, seed=1))
+    arrays.train(nnx.Rngs(0))
+    folder = _pipeline(str(tmp_path / "pairs"), _pairs(100, seed=1))
+    folder.train(nnx.Rngs(0))
+    assert _same(arrays, folder)
+    for source in (_batches(data), iter(_batches(data) * 4), get_task("two_moons")):
+        pipeline = _pipeline(source, _pairs(100, seed=1))
+        losses, _ = pipeline.train(nnx.Rngs(0))
+        assert np.isfinite(losses).all()
+        assert pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5).shape == (5, 2, 1)
+    assert pipeline.parameter_names == get_task("two_moons").parameter_names
+
+
+def test_a_folder_larger_than_memory_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr("distsbi.data.source.IN_MEMORY_BYTES", 100)
+    write_pairs(tmp_path / "pairs", *_pairs(), rows_per_file=150)
+    runs = [_pipeline(str(tmp_path / "pairs"), _pairs(100, seed=1)) for _ in range(2)]
+    for run in runs:
+        run.train(nnx.Rngs(0))
+    assert _same(*runs)
+
+
+def test_augment_runs_inside_the_step():
+    plain, noisy = _pipeline(), _pipeline()
+    noisy.augment = lambda key, theta, x: (theta, x + jax.random.normal(key, x.shape))
+    plain.train(nnx.Rngs(0))
+    noisy.train(nnx.Rngs(0))
+    assert not _same(plain, noisy)
+
+
+def test_training_goes_on_and_use_ema():
+    pipeline = _pipeline()
+    with pytest.raises(ValueError, match="not trained yet"):
+        pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5)
+    _, first = pipeline.train(nnx.Rngs(0), nsteps=300)
+    _, second = pipeline.train(nnx.Rngs(1), nsteps=100, max_lr=1e-4)
+    assert min(second) < first[0]
+    x = np.zeros((1, 2, 1))
+    assert np.abs(pipeline.sample(0, x, 50) - pipeline.sample(0, x, 50, use_ema=False)).max() > 0
+
+
+def test_early_stopping_keeps_the_best():
+    pipeline = _pipeline(_pairs(60), nsteps=4_000, val_every=50, patience=3, max_lr=1e-2, ema_decay=0.9)
+    _, val_losses = pipeline.train(nnx.Rngs(0))
+    assert len(val_losses) < 80
+    facts = pipeline.posterior.facts["training"]
+    assert facts["best_val_loss"] == pytest.approx(min(val_losses))
+
+
+def test_named_parameters_travel():
+    prior = Prior(mass=dist.LogNormal(0.0, 1.0), spin=dist.Uniform(-1.0, 1.0))
+    theta = np.asarray(prior.sample(jax.random.key(0), (200,)))[..., None]
+    x = theta + 0.1
+    pipeline = MLPFlowPipeline((theta, x), None, 2, 2, params=SMALL, training_config=QUICK, prior=prior)
+    pipeline.train(nnx.Rngs(0))
+    assert pipeline.posterior.parameter_names == ("mass", "spin")
+    draws = pipeline.sample(rng=0, x_o=np.full((1, 2, 1), 50.0), nsamples=500)
+    assert draws[:, 0].min() > 0
+    assert np.abs(draws[:, 1]).max() <= 1
+
+
+def test_a_users_own_module():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(5, 2, rngs=nnx.Rngs(0))
+
+        def encode(self, x):
+            return x[..., 0]
+
+        def __call__(self, t, theta_t, context):
+            batch, draws = theta_t.shape[:2]
+            shared = jnp.broadcast_to(context[:, None], (batch, draws, 2))
+            t = jnp.broadcast_to(jnp.reshape(t, jnp.shape(t) + (1,) * (3 - jnp.ndim(t))), (batch, draws, 1))
+            return self.linear(jnp.concatenate([theta_t[..., 0], shared, t], -1))[..., None]
+
+    pipeline = ConditionalPipeline(Own(), _pairs(), None, 2, 2, training_config=QUICK)  # type: ignore[arg-type]
+    pipeline.train(nnx.Rngs(0))
+    assert pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5).shape == (5, 2, 1)
+    with pytest.raises(ValueError, match=r"flax.nnx.Module with encode"):
+        ConditionalPipeline(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), _pairs(), None, 2, 2)  # type: ignore[arg-type]
+
+
+def _with_row(index, value):
+    theta, x = (a.copy() for a in _pairs())
+    (theta, x)[index][7] = value
+    return theta, x
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ((_pairs()[0], _pairs()[1][:-1]), "row i of x must be simulated"),
+        (_with_row(1, np.nan), "first: 7"),
+        (_with_row(0, 3.0), "outside the prior"),
+        ((np.zeros((50, 3, 1), "f4"), np.zeros((50, 2, 1), "f4")), r"theta must have shape \(n, 2, 1\)"),
+        (tuple(a[:5] for a in _pairs()), "too few"),
+        (7, "a dataset must be"), ("no/such/folder", "not a folder"), ([], "is empty"), ([1], r"pair \(theta, x\)"),
+        (get_task("gaussian_linear"), "has theta"),
+    ],
+)  # fmt: skip
+def test_bad_data(data, says):
+    with pytest.raises(ValueError, match=says):
+        _pipeline(data).train(nnx.Rngs(0))
+
+
+def test_bad_options():
+    for options, says in (
+        ({"nsetps": 3}, "unknown training option 'nsetps'; Did you mean nsteps?"),
+        ({"nsteps": 0}, "positive integer"), ({"ema_decay": 1.0}, "fractions"), ({"max_lr": -1}, "positive"),
+        ({"min_lr": 1.0}, "min_lr"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            TrainingConfig.from_dict(options)
+    with pytest.raises(ValueError, match="multiple of val_every"):
+        _pipeline(save_every=7).train(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="inference"):
+        MLPFlowPipeline(None, None, 2, 2).train(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="params must be MLPParams"):
+        MLPFlowPipeline(None, None, 2, 2, params=3)
+    with pytest.raises(ValueError, match="ended before nsteps"):
+        _pipeline(iter(_batches(_pairs())), _pairs(100)).train(nnx.Rngs(0))
+
+
+def test_a_loss_that_diverges_is_an_error():
+    with pytest.raises(RuntimeError, match="lower max_lr"):
+        pipeline = _pipeline(nsteps=200)
+        pipeline.augment = lambda key, theta, x: (theta, x * jnp.inf)
+        pipeline.train(nnx.Rngs(0))
