@@ -133,7 +133,7 @@ def two_moons_density(theta, x):
 )
 def test_two_moons_posterior_is_the_grid_posterior(x_o):
     """Chi-square over the bins that hold mass; fails by chance once in 10,000 runs of each case."""
-    n, bins, fine = 20_000, 64, 50
+    n, bins, fine = 20_000, 64, 32
     edges = np.linspace(-1, 1, bins + 1)
     centres = (np.arange(bins * fine) + 0.5) / (bins * fine) * 2 - 1
     mass = np.zeros((bins, bins))
