@@ -37,7 +37,7 @@ class MLPParams(NetworkParams):
     dim_x: int
     ch_theta: int = 1
     ch_x: int = 1
-    width: int = 128
+    width: int = 96
     depth: int = 4
     embed_depth: int = 2
     time_features: int = 16

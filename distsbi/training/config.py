@@ -36,7 +36,7 @@ class TrainingConfig:
 
     nsteps: int | None = None
     batch_size: int | None = None
-    noise_draws: int = 1
+    noise_draws: int = 2
     max_lr: float = 2e-3
     min_lr: float = 1e-6
     warmup_steps: int | None = None
@@ -92,7 +92,7 @@ class TrainingConfig:
         Updates grow with the square root of the simulations, the batch with the simulations, within bounds.
         """
         n = simulations if simulations is not None else 100_000
-        nsteps = self.nsteps or int(min(20_000, max(2_000, 100 * round(math.sqrt(n) * 80 / 100))))
+        nsteps = self.nsteps or int(min(20_000, max(1_500, 100 * round(0.35 * math.sqrt(n)))))
         batch = self.batch_size or 2 ** int(min(9, max(6, round(math.log2(max(n, 1) / 100)))))
         val_every = min(self.val_every or max(100, nsteps // 4000 * 100), nsteps)
         save_every = self.save_every or max(val_every, val_every * (nsteps // (8 * val_every)))
