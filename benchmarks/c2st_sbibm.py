@@ -61,7 +61,7 @@ def commit() -> str:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    # Two virtual devices to measure on; training and drawing for the score use a mesh of the first.
+    # Two virtual devices to measure on; training uses both, drawing for the score the first.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
     known = reference(arguments.task)
     for seed in arguments.seeds:
@@ -93,7 +93,7 @@ def train_cell(
     data_key, draw_key, rate_key = jax.random.split(jax.random.key(cell["seed"]), 3)
     pairs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(data_key, cell["nsims"]))
     pipeline = PIPELINES[f"{cell['pipeline']}Flow"](
-        pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": 1}, prior=task.prior
+        pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior
     )
     load_before, start = os.getloadavg()[0], time.perf_counter()
     losses, val_losses = pipeline.train(nnx.Rngs(cell["seed"]))
