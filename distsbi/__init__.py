@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from distsbi.data import Prior as Prior
     from distsbi.diagnostics import c2st as c2st
     from distsbi.fanout import sample_catalog as sample_catalog
-    from distsbi.networks import Flux1Params as Flux1Params
-    from distsbi.networks import MLPParams as MLPParams
-    from distsbi.pipelines import ConditionalPipeline as ConditionalPipeline
-    from distsbi.pipelines import Flux1FlowPipeline as Flux1FlowPipeline
-    from distsbi.pipelines import MLPFlowPipeline as MLPFlowPipeline
-    from distsbi.sampling import Posterior as Posterior
-    from distsbi.sampling import load as load
+    from distsbi.networks import Flux1Params as Flux1Params, MLPParams as MLPParams
+    from distsbi.pipelines import (
+        ConditionalPipeline as ConditionalPipeline,
+        Flux1FlowPipeline as Flux1FlowPipeline,
+        MLPFlowPipeline as MLPFlowPipeline,
+    )
+    from distsbi.sampling import Posterior as Posterior, load as load
     from distsbi.store import open_catalog as open_catalog
     from distsbi.tasks import get_task as get_task
 
@@ -42,7 +42,7 @@ _HOMES = {
     "c2st": "distsbi.diagnostics",
 }
 
-__all__ = [  # noqa: F822 - names of _HOMES arrive through __getattr__
+__all__ = [
     "ConditionalPipeline",
     "Flux1FlowPipeline",
     "Flux1Params",

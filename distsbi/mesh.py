@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 DATA, MODEL = "data", "model"
 
@@ -33,7 +32,9 @@ def make_mesh(mesh: MeshLike = None) -> Mesh:
     if mesh is None or mesh == "auto":
         mesh = {DATA: len(devices)}
     if not isinstance(mesh, Mapping):
-        raise ValueError(f'mesh must be None, "auto", a dict such as {{"data": 8}} or a jax.sharding.Mesh; got {mesh!r}.')
+        raise ValueError(
+            f'mesh must be None, "auto", a dict such as {{"data": 8}} or a jax.sharding.Mesh; got {mesh!r}.'
+        )
     unknown = set(mesh) - {DATA, MODEL}
     if unknown:
         raise ValueError(f'unknown mesh axes {sorted(unknown)}; the axes are "{DATA}" and "{MODEL}".')

@@ -23,7 +23,6 @@ from distsbi.sampling import Posterior
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.posterior import one_of
 from distsbi.sampling.run import versions
-from distsbi.sampling.tiles import Tile
 from distsbi.solvers import Solver
 from distsbi.training import Trained, TrainingConfig, train
 
@@ -73,7 +72,9 @@ class ConditionalPipeline:
         self.prior = prior if prior is not None else getattr(train_dataset, "prior", None)
         self.augment = augment
         self.training_config = (
-            training_config if isinstance(training_config, TrainingConfig) else TrainingConfig.from_dict(training_config or {})
+            training_config
+            if isinstance(training_config, TrainingConfig)
+            else TrainingConfig.from_dict(training_config or {})
         )
         self._shapes = (dim_obs, ch_obs), (dim_cond, ch_cond)
         self._supports = supports(self.prior, dim_obs)
@@ -106,19 +107,28 @@ class ConditionalPipeline:
         Raises ValueError without a training set, or where `checkpoint_dir` holds another training.
         """
         if self._source is None or self._validation is None:
-            raise ValueError("this pipeline was made for inference (train_dataset=None); make one with a training set to train.")
+            raise ValueError(
+                "this pipeline was made for inference (train_dataset=None); make one with a training set to train."
+            )
         key = keys.as_key(rngs() if isinstance(rngs, nnx.Rngs) else rngs)
         base = dataclasses.replace(
-            TrainingConfig.from_dict({**self.training_config.to_dict(), **overrides}), **({} if nsteps is None else {"nsteps": nsteps})
+            TrainingConfig.from_dict({**self.training_config.to_dict(), **overrides}),
+            **({} if nsteps is None else {"nsteps": nsteps}),
         )
         config = base.resolve(self._source.size)
-        standardizer = self._posterior.weights.standardizer if self._posterior else Standardizer.fit(*self._source.fit(), self._supports)
+        standardizer = (
+            self._posterior.weights.standardizer
+            if self._posterior
+            else Standardizer.fit(*self._source.fit(), self._supports)
+        )
         standardizer = jax.tree.map(np.asarray, standardizer)
         name = network_name(self.model)
         identity = {
             "network": [name, self.model.params.to_dict() if name else type(self.model).__name__],
             "method": [type(self.method).__name__, self.method.to_dict()],
-            "config": {k: v for k, v in config.to_dict().items() if k not in ("show_progress", "checkpoint_dir", "calibrate")},
+            "config": {
+                k: v for k, v in config.to_dict().items() if k not in ("show_progress", "checkpoint_dir", "calibrate")
+            },
             "data": self._source.fingerprint,
         }
         trained = train(
@@ -143,7 +153,9 @@ class ConditionalPipeline:
 
             self._posterior.save(run_root(config) or config.checkpoint_dir)
 
-    def _make_posterior(self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]) -> Posterior:
+    def _make_posterior(
+        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
+    ) -> Posterior:
         network = nnx.merge(nnx.graphdef(self.model), params)
         return Posterior(
             network, self.method, standardizer, names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts
@@ -153,7 +165,9 @@ class ConditionalPipeline:
     def posterior(self) -> Posterior:
         """The trained posterior. Raises ValueError before training."""
         if self._posterior is None:
-            raise ValueError("this pipeline is not trained yet: call pipeline.train(nnx.Rngs(0)), or distsbi.load a saved run.")
+            raise ValueError(
+                "this pipeline is not trained yet: call pipeline.train(nnx.Rngs(0)), or distsbi.load a saved run."
+            )
         return self._posterior
 
     def _chosen(self, use_ema: bool) -> Posterior:
@@ -161,21 +175,39 @@ class ConditionalPipeline:
         if use_ema:
             return posterior
         if self._last is None:
-            raise ValueError("the weights before averaging are not kept in a saved run; use_ema=False works after train() only.")
+            raise ValueError(
+                "the weights before averaging are not kept in a saved run; use_ema=False works after train() only."
+            )
         return self._last
 
     def sample(
-        self, key: Any = None, x_o: Any = None, nsamples: int | None = None, *, rng: Any = None, use_ema: bool = True, **options: Any
+        self,
+        key: Any = None,
+        x_o: Any = None,
+        nsamples: int | None = None,
+        *,
+        rng: Any = None,
+        use_ema: bool = True,
+        **options: Any,
     ) -> Float[np.ndarray, "nsamples dim_obs ch_obs"]:
         """Draws from p(theta | x_o); `rng=` or `key=`. See `Posterior.sample`."""
         return self._chosen(use_ema).sample(key, x_o, nsamples, rng=rng, **options)
 
-    def get_sampler(self, x_o: Any = None, *args: Any, use_ema: bool = True, **options: Any) -> Callable[..., np.ndarray]:
+    def get_sampler(
+        self, x_o: Any = None, *args: Any, use_ema: bool = True, **options: Any
+    ) -> Callable[..., np.ndarray]:
         """A function `sampler(key, nsamples)` for one observation, compiled once. See `Posterior.get_sampler`."""
         return self._chosen(use_ema).get_sampler(x_o, *args, **options)
 
     def sample_batched(
-        self, key: Any = None, xs: Any = None, nsamples: int = 10_000, *, rng: Any = None, use_ema: bool = True, **options: Any
+        self,
+        key: Any = None,
+        xs: Any = None,
+        nsamples: int = 10_000,
+        *,
+        rng: Any = None,
+        use_ema: bool = True,
+        **options: Any,
     ) -> Float[np.ndarray, "nsamples batch dim_obs ch_obs"]:
         """Draws for many observations. See `Posterior.sample_batched`."""
         return self._chosen(use_ema).sample_batched(one_of("rng", rng, "key", key), xs, nsamples, **options)

@@ -1,9 +1,9 @@
 """FROM what a run learns: one shape for every form of training data.
 
-    arrays (theta, x)     on the devices, shuffled and indexed inside the training step
-    Task                  simulated on the devices inside the step: no finite set at all
-    Parquet folder        read into arrays where it fits, else streamed in shuffled row groups
-    iterable of batches   streamed; anything that yields (theta, x), grain included
+arrays (theta, x)     on the devices, shuffled and indexed inside the training step
+Task                  simulated on the devices inside the step: no finite set at all
+Parquet folder        read into arrays where it fits, else streamed in shuffled row groups
+iterable of batches   streamed; anything that yields (theta, x), grain included
 """
 
 import dataclasses
@@ -69,7 +69,9 @@ def _checked(data: Any, shapes: Any, prior: Any) -> Pairs:
     theta, x, _ = as_pairs(*data)
     for name, array, shape in (("theta", theta, shapes[0]), ("x", x, shapes[1])):
         if array.shape[1:] != shape:
-            raise ValueError(f"{name} must have shape (n, {shape[0]}, {shape[1]}) for this pipeline; got {array.shape}.")
+            raise ValueError(
+                f"{name} must have shape (n, {shape[0]}, {shape[1]}) for this pipeline; got {array.shape}."
+            )
     if prior is not None:
         check_theta(prior, theta)
     return theta, x
@@ -91,13 +93,20 @@ def _from_arrays(pairs: Pairs) -> Source:
 def _from_task(task: Task, shapes: Any) -> Source:
     given = (task.dim_theta, 1), (task.dim_x, 1)
     if given != shapes:
-        raise ValueError(f"task {task.name!r} has theta {given[0]} and x {given[1]}; this pipeline has {shapes[0]} and {shapes[1]}.")
+        raise ValueError(
+            f"task {task.name!r} has theta {given[0]} and x {given[1]}; this pipeline has {shapes[0]} and {shapes[1]}."
+        )
 
     def fit() -> Pairs:
         theta, x = jax.jit(task.pairs, static_argnums=1)(jax.random.key(0), FIT_PAIRS // 5)
         return np.asarray(theta), np.asarray(x)
 
-    return Source(size=None, fit=fit, fingerprint=f"task:{task.name}", draw=lambda key, index, data: task.pairs(key, index.shape[0]))
+    return Source(
+        size=None,
+        fit=fit,
+        fingerprint=f"task:{task.name}",
+        draw=lambda key, index, data: task.pairs(key, index.shape[0]),
+    )
 
 
 def _from_folder(path: str | os.PathLike[str], shapes: Any, prior: Any) -> Source:
@@ -115,7 +124,9 @@ def _from_folder(path: str | os.PathLike[str], shapes: Any, prior: Any) -> Sourc
     def fit() -> Pairs:
         return _checked(next(iter_pairs(folder, min(len(folder), FIT_PAIRS), seed=0)), shapes, prior)
 
-    digest = hashlib.sha256(repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode())
+    digest = hashlib.sha256(
+        repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode()
+    )
     return Source(size=len(folder), fit=fit, fingerprint=digest.hexdigest(), batches=batches)
 
 
@@ -147,7 +158,9 @@ def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
         yield from map(checked, supply)
         while not once:
             yield from map(checked, data)
-        raise ValueError("the training iterable has ended before nsteps; give one that can be iterated again, or fewer nsteps.")
+        raise ValueError(
+            "the training iterable has ended before nsteps; give one that can be iterated again, or fewer nsteps."
+        )
 
     def batches(step: int, batch_size: int) -> Iterator[Pairs]:
         fit()

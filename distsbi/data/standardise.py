@@ -58,7 +58,10 @@ class Standardizer:
 
     @classmethod
     def fit(
-        cls, theta: Float[np.ndarray, "n dim_theta ch_theta"], x: Float[np.ndarray, "n dim_x ch_x"], supports: Sequence[Support]
+        cls,
+        theta: Float[np.ndarray, "n dim_theta ch_theta"],
+        x: Float[np.ndarray, "n dim_x ch_x"],
+        supports: Sequence[Support],
     ) -> Self:
         """Scales from training pairs. A constant column keeps its mean and gets scale 1.
 
@@ -74,7 +77,9 @@ class Standardizer:
         x_mean, x_std = x64.mean(0), _scale(x64)
         bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32))  # type: ignore[arg-type]
         u = np.asarray(bare.unbound(jnp.asarray(theta, jnp.float32)), np.float64)
-        return dataclasses.replace(bare, theta_mean=u.mean(0).astype(np.float32), theta_std=_scale(u).astype(np.float32))
+        return dataclasses.replace(
+            bare, theta_mean=u.mean(0).astype(np.float32), theta_std=_scale(u).astype(np.float32)
+        )
 
     def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
         """theta on the real line, before z-scoring."""
@@ -137,7 +142,9 @@ class Standardizer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists."""
-        arrays = {f.name: np.asarray(getattr(self, f.name)).tolist() for f in dataclasses.fields(self) if f.name != "kinds"}
+        arrays = {
+            f.name: np.asarray(getattr(self, f.name)).tolist() for f in dataclasses.fields(self) if f.name != "kinds"
+        }
         return {"kinds": list(self.kinds), **arrays}
 
     @classmethod

@@ -27,4 +27,15 @@ def network_name(network: nnx.Module) -> str | None:
     return next((name for name, (_, cls) in NETWORKS.items() if type(network) is cls), None)
 
 
-__all__ = ["MLP", "NETWORKS", "Context", "Flux1", "Flux1Params", "MLPParams", "Network", "NetworkParams", "make_network", "network_name"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "Context",
+    "Flux1",
+    "Flux1Params",
+    "MLPParams",
+    "Network",
+    "NetworkParams",
+    "make_network",
+    "network_name",
+]

@@ -95,7 +95,15 @@ class Flux1Params(NetworkParams):
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("in_channels", "context_in_dim", "num_heads", "depth", "depth_single_blocks", "dim_obs", "dim_cond"):
+        for name in (
+            "in_channels",
+            "context_in_dim",
+            "num_heads",
+            "depth",
+            "depth_single_blocks",
+            "dim_obs",
+            "dim_cond",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"Flux1Params.{name} must be at least 1; got {getattr(self, name)}.")
         put("id_embedding_strategy", tuple(self.id_embedding_strategy))
@@ -107,7 +115,9 @@ class Flux1Params(NetworkParams):
         _one_of("conditioning", self.conditioning, CONDITIONINGS)
         _one_of("id_merge_mode", self.id_merge_mode, ("sum", "concat"))
         if len(self.id_embedding_strategy) != 2:
-            raise ValueError(f"Flux1Params.id_embedding_strategy is a pair (parameters, data); got {self.id_embedding_strategy}.")
+            raise ValueError(
+                f"Flux1Params.id_embedding_strategy is a pair (parameters, data); got {self.id_embedding_strategy}."
+            )
         for strategy in self.id_embedding_strategy:
             _one_of("id_embedding_strategy", strategy, ID_STRATEGIES)
         if self.guidance_embed:
@@ -118,24 +128,38 @@ class Flux1Params(NetworkParams):
         rope = "rope1d" in self.id_embedding_strategy
         if self.id_merge_mode == "sum":
             if not self.axes_dim or min(self.axes_dim) < 0 or sum(self.axes_dim) < 1:
-                raise ValueError(f'id_merge_mode="sum" needs axes_dim, the features per head, such as (8, 0); got {self.axes_dim}.')
+                raise ValueError(
+                    f'id_merge_mode="sum" needs axes_dim, the features per head, such as (8, 0); got {self.axes_dim}.'
+                )
             if rope and (len(self.axes_dim) != 2 or any(n % 2 for n in self.axes_dim)):
-                raise ValueError(f'"rope1d" needs two even axes_dim, (of the position, of the side), such as (6, 2); got {self.axes_dim}.')
+                raise ValueError(
+                    f'"rope1d" needs two even axes_dim, (of the position, of the side), such as (6, 2); got {self.axes_dim}.'
+                )
         else:
             if rope:
-                raise ValueError('"rope1d" rotates whole heads and goes with id_merge_mode="sum"; use it, or "absolute" or "pos1d".')
+                raise ValueError(
+                    '"rope1d" rotates whole heads and goes with id_merge_mode="sum"; use it, or "absolute" or "pos1d".'
+                )
             if not self.val_emb_dim or not self.id_emb_dim or min(self.val_emb_dim, self.id_emb_dim) < 1:
                 given = (self.val_emb_dim, self.id_emb_dim)
-                raise ValueError(f'id_merge_mode="concat" needs val_emb_dim and id_emb_dim, features per head, such as 4 and 4; got {given}.')
+                raise ValueError(
+                    f'id_merge_mode="concat" needs val_emb_dim and id_emb_dim, features per head, such as 4 and 4; got {given}.'
+                )
         if "pos1d" in self.id_embedding_strategy and self.id_width % 2:
-            raise ValueError(f'"pos1d" needs an even width of the ids; got {self.id_width}. Change num_heads or the features per head.')
+            raise ValueError(
+                f'"pos1d" needs an even width of the ids; got {self.id_width}. Change num_heads or the features per head.'
+            )
         if self.mlp_width < 1:
             raise ValueError(f"Flux1Params.mlp_ratio must be at least 1 / hidden_size; got {self.mlp_ratio}.")
 
     @property
     def head_dim(self) -> int:
         """Features per head."""
-        return sum(self.axes_dim or ()) if self.id_merge_mode == "sum" else (self.val_emb_dim or 0) + (self.id_emb_dim or 0)
+        return (
+            sum(self.axes_dim or ())
+            if self.id_merge_mode == "sum"
+            else (self.val_emb_dim or 0) + (self.id_emb_dim or 0)
+        )
 
     @property
     def hidden_size(self) -> int:
@@ -198,7 +222,11 @@ class Flux1(Network):
             return nnx.Param(jnp.full(shape, value, dtype))
 
         def dense(fan_in: int, fan_out: int, *stack: int, bias: bool = True, scale: float = 1.0) -> nnx.Dict:
-            kernel = normal(scale * fan_in**-0.5, *stack, fan_in, fan_out) if scale else constant(0.0, *stack, fan_in, fan_out)
+            kernel = (
+                normal(scale * fan_in**-0.5, *stack, fan_in, fan_out)
+                if scale
+                else constant(0.0, *stack, fan_in, fan_out)
+            )
             return nnx.Dict(kernel=kernel, bias=constant(0.0, *stack, fan_out)) if bias else nnx.Dict(kernel=kernel)
 
         def qk_norm(n: int) -> nnx.Dict:
@@ -206,7 +234,9 @@ class Flux1(Network):
 
         def token_in(channels: int, strategy: str) -> nnx.Dict:
             size = hidden**-0.5 if p.id_merge_mode == "sum" and strategy != "rope1d" else 1.0
-            return nnx.Dict(kernel=normal(size * channels**-0.5, channels, p.value_width), bias=normal(size, p.value_width))
+            return nnx.Dict(
+                kernel=normal(size * channels**-0.5, channels, p.value_width), bias=normal(size, p.value_width)
+            )
 
         self.obs_in = token_in(p.in_channels, p.id_embedding_strategy[0])
         self.cond_in = token_in(p.context_in_dim, p.id_embedding_strategy[1])
@@ -264,14 +294,18 @@ class Flux1(Network):
         h, of_double = jax.lax.scan(double_step, h, (double, modulation(double["cond_mod"], vec, 6)))
         _, of_single = jax.lax.scan(single_step, h, (single, modulation(single["modulation"], vec, 3)))
         # [blocks, heads, head_dim, tokens, batch, 1] -> [batch, blocks, tokens, heads, head_dim]
-        return jax.tree.map(lambda a: jnp.transpose(a[..., 0], (4, 0, 3, 1, 2)), {"double": of_double, "single": of_single})
+        return jax.tree.map(
+            lambda a: jnp.transpose(a[..., 0], (4, 0, 3, 1, 2)), {"double": of_double, "single": of_single}
+        )
 
     def __call__(
         self, t: Float[Array, "..."], theta_t: Float[Array, "batch draws dim_theta ch_theta"], context: Context
     ) -> Float[Array, "batch draws dim_theta ch_theta"]:
         p = self.params
         if theta_t.ndim != 4 or theta_t.shape[2:] != (p.dim_obs, p.in_channels):
-            raise ValueError(f"theta_t must have shape (batch, draws, {p.dim_obs}, {p.in_channels}); got {theta_t.shape}.")
+            raise ValueError(
+                f"theta_t must have shape (batch, draws, {p.dim_obs}, {p.in_channels}); got {theta_t.shape}."
+            )
         vec = self._time(broadcast_time(t))
         h = self._tokens("obs", jnp.transpose(theta_t, (3, 2, 0, 1)))
         run = self._joint if p.conditioning == "joint" else self._one_way
@@ -312,7 +346,10 @@ class Flux1(Network):
         def double_step(streams: tuple[Tokens, Tokens], layer: Any) -> Any:
             block, *parts = layer
             weights = stream(block, "cond"), stream(block, "obs")
-            of_streams = [double_qkv(*args, p.num_heads, turn, p.dtype) for *args, turn in zip(weights, streams, parts, turns, strict=True)]
+            of_streams = [
+                double_qkv(*args, p.num_heads, turn, p.dtype)
+                for *args, turn in zip(weights, streams, parts, turns, strict=True)
+            ]
             q, k, v = (jnp.concatenate(pair, 2) for pair in zip(*of_streams, strict=True))
             mixed = attention(q, [(k, v)], p.dtype)
             halves = zip(weights, streams, (mixed[:, :n], mixed[:, n:]), parts, strict=True)
@@ -325,13 +362,17 @@ class Flux1(Network):
 
         parts = modulation(double["cond_mod"], vec, 6), modulation(double["obs_mod"], vec, 6)
         streams, _ = jax.lax.scan(double_step, (data, h), (double, *parts))
-        h, _ = jax.lax.scan(single_step, jnp.concatenate(streams, 1), (single, modulation(single["modulation"], vec, 3)))
+        h, _ = jax.lax.scan(
+            single_step, jnp.concatenate(streams, 1), (single, modulation(single["modulation"], vec, 3))
+        )
         return h[:, n:]
 
     def _time(self, t: Float[Array, "b d"]) -> Float[Array, "hidden b d"]:
         half = TIME_FEATURES // 2
         frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        angles = (1000.0 * t) * frequencies[:, None, None]  # in this order: at 1,000 rad another rounding shows in the fifth digit
+        angles = (1000.0 * t) * frequencies[
+            :, None, None
+        ]  # in this order: at 1,000 rad another rounding shows in the fifth digit
         return embed_vector(_weights(self.time_in), jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], 0))
 
     def _tokens(self, side: str, values: Float[Array, "ch tokens batch draws"]) -> Tokens:
@@ -342,7 +383,11 @@ class Flux1(Network):
         if strategy == "rope1d":
             return h
         n = values.shape[1]
-        table = _weights(getattr(self, f"{side}_ids_embedder"))["embedding"] if strategy == "absolute" else _sinusoidal(n, p.id_width)
+        table = (
+            _weights(getattr(self, f"{side}_ids_embedder"))["embedding"]
+            if strategy == "absolute"
+            else _sinusoidal(n, p.id_width)
+        )
         ids = table.T[:, :, None, None]
         if p.id_merge_mode == "sum":
             return math.sqrt(p.hidden_size) * h + ids

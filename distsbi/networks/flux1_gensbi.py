@@ -68,7 +68,9 @@ def from_gensbi(network: Flux1, tree: Mapping[Path, Any]) -> Flux1:
             arrays = [np.asarray(tree[p], value.dtype) for p in paths]
             values[path] = np.stack(arrays) if path[0] in _STACKED else arrays[0]
     if wrong:
-        raise ValueError(f"these weights do not belong to {network.params}; expected and found shapes: {'; '.join(wrong)}.")
+        raise ValueError(
+            f"these weights do not belong to {network.params}; expected and found shapes: {'; '.join(wrong)}."
+        )
     graphdef, state = nnx.split(network)
     flat = {path: variable.replace(values[path]) for path, variable in nnx.to_flat_state(state)}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))

@@ -114,7 +114,11 @@ class MLP(Network):
 
         def rows(a: Array) -> Array:
             """[1 or batch, 1 or draws, k] as [1 or batch * draws, k]: one row per draw only where draws differ."""
-            return a[0] if a.shape[:2] == (1, 1) else jnp.broadcast_to(a, (batch, draws, a.shape[-1])).reshape(batch * draws, -1)
+            return (
+                a[0]
+                if a.shape[:2] == (1, 1)
+                else jnp.broadcast_to(a, (batch, draws, a.shape[-1])).reshape(batch * draws, -1)
+            )
 
         features = jax.nn.silu(rows(_fourier(times, p.time_features)) @ self.t_in[...] + self.t_in_bias[...])
         skip = features @ self.t_skip[...] + self.t_skip_bias[...]

@@ -12,8 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array
 
 from distsbi import mesh as meshes
@@ -23,7 +22,9 @@ from distsbi.solvers import FixedGrid
 
 
 @functools.lru_cache(maxsize=16)
-def density_program(graphdef: nnx.GraphDef, method: Method, grid: FixedGrid, mesh: Mesh) -> Callable[[Weights, Array, Array], Array]:
+def density_program(
+    graphdef: nnx.GraphDef, method: Method, grid: FixedGrid, mesh: Mesh
+) -> Callable[[Weights, Array, Array], Array]:
     """(weights, theta [n, dim_theta, ch_theta], x [1, dim_x, ch_x]) -> log p [n], n a multiple of the device count."""
 
     def program(weights: Weights, theta: Array, x: Array) -> Array:

@@ -97,17 +97,27 @@ class Posterior:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must be an array of numbers of shape {shape}; got {type(x).__name__}.") from error
         if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape)}")
+            raise ValueError(
+                f"{name} must have shape {shape} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape)}"
+            )
         bad = ~np.isfinite(array)
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise ValueError(f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them.")
+            raise ValueError(
+                f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them."
+            )
         return array
 
     # Draws
 
     def draw(
-        self, key: Any, xs: Float[Array, "batch dim_x ch_x"], nsamples: int, *, observation_ids: Any = None, **options: Any
+        self,
+        key: Any,
+        xs: Float[Array, "batch dim_x ch_x"],
+        nsamples: int,
+        *,
+        observation_ids: Any = None,
+        **options: Any,
     ) -> Float[np.ndarray, "batch nsamples dim_theta ch_theta"]:
         """`nsamples` draws for each of many observations.
 
@@ -133,9 +143,13 @@ class Posterior:
     ) -> np.ndarray:
         out = np.empty((len(xs), nsamples, self.dim_theta, self.ch_theta), np.float32)
         encode = tiles.encode_program(self.graphdef, self.mesh)
-        program = tiles.tile_program(self.graphdef, self.method, solver, tile, (self.dim_theta, self.ch_theta), self.mesh)
+        program = tiles.tile_program(
+            self.graphdef, self.method, solver, tile, (self.dim_theta, self.ch_theta), self.mesh
+        )
         with _progress(len(xs) * nsamples, "draws", show) as bar:
-            for observation, start, draws in stream(encode, program, self.weights, key, xs, ids, nsamples, tile, self.mesh):
+            for observation, start, draws in stream(
+                encode, program, self.weights, key, xs, ids, nsamples, tile, self.mesh
+            ):
                 for o, s, d in zip(observation.tolist(), start.tolist(), draws, strict=True):
                     wanted = min(tile.draws, nsamples - s)
                     if wanted <= 0:
@@ -171,7 +185,11 @@ class Posterior:
         key = one_of("rng", rng, "key", key)
         if x_o is None:
             raise ValueError(f"x_o is missing: an observation of shape (1, {self.dim_x}, {self.ch_x}).")
-        count = 10_000 if nsamples is None and num_samples is None else one_of("nsamples", nsamples, "num_samples", num_samples)
+        count = (
+            10_000
+            if nsamples is None and num_samples is None
+            else one_of("nsamples", nsamples, "num_samples", num_samples)
+        )
         return self.get_sampler(x_o, observation_id=observation_id, **options)(key, nsamples=count)
 
     def get_sampler(self, x_o: Any, *, observation_id: int = 0, **options: Any) -> Callable[..., np.ndarray]:
@@ -191,7 +209,14 @@ class Posterior:
         return sampler
 
     def sample_batched(
-        self, key: Any = None, xs: Any = None, nsamples: int = 10_000, *, rng: Any = None, observation_ids: Any = None, **options: Any
+        self,
+        key: Any = None,
+        xs: Any = None,
+        nsamples: int = 10_000,
+        *,
+        rng: Any = None,
+        observation_ids: Any = None,
+        **options: Any,
     ) -> Float[np.ndarray, "nsamples batch dim_theta ch_theta"]:
         """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles. Raises as `draw` does."""
         key = one_of("rng", rng, "key", key)
@@ -258,4 +283,10 @@ def _indexed_shape(array: np.ndarray, index: str) -> tuple[int, ...]:
 
 
 def _progress(total: int, unit: str, show: bool | None) -> tqdm:
-    return tqdm(total=total, unit=unit, unit_scale=True, disable=None if show is None else not show, delay=3 if show is None else 0)
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        disable=None if show is None else not show,
+        delay=3 if show is None else 0,
+    )

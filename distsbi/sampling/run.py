@@ -110,23 +110,34 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     root = Path(path)
     if not root.is_dir():
-        raise ValueError(f"{root} is no run directory: no such folder. Train first, or give the path that was saved to.")
+        raise ValueError(
+            f"{root} is no run directory: no such folder. Train first, or give the path that was saved to."
+        )
     if not (root / SPEC).is_file():
         started = (root / "checkpoints").is_dir()
-        reason = "its training has not finished; run the same training again to resume it" if started else "it has no spec.json"
+        reason = (
+            "its training has not finished; run the same training again to resume it"
+            if started
+            else "it has no spec.json"
+        )
         raise ValueError(f"{root} is no finished run: {reason}.")
     try:
         spec = json.loads((root / SPEC).read_text())
         found = spec["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{root / SPEC} is damaged ({type(error).__name__}); restore it from a copy, or train again.") from error
+        raise ValueError(
+            f"{root / SPEC} is damaged ({type(error).__name__}); restore it from a copy, or train again."
+        ) from error
     if not isinstance(found, int) or found > FORMAT:
         raise ValueError(f"{root} has run format {found}; this distsbi reads up to {FORMAT}. Update distsbi.")
     return spec
 
 
 def load(
-    path: str | os.PathLike[str], *, mesh: meshes.MeshLike = None, network: Network | Callable[[], Network] | None = None
+    path: str | os.PathLike[str],
+    *,
+    mesh: meshes.MeshLike = None,
+    network: Network | Callable[[], Network] | None = None,
 ) -> Posterior:
     """The posterior of a run directory, on any mesh.
 
@@ -149,18 +160,30 @@ def load(
     graphdef, state = nnx.split(module)
     target = meshes.make_mesh(mesh)
     shaped = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(target)), nnx.to_pure_dict(state)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(target)),
+        nnx.to_pure_dict(state),
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore(root / WEIGHTS, shaped)
     except Exception as error:
-        raise ValueError(f"{root / WEIGHTS} is missing or damaged ({error}); restore it from a copy, or train again.") from error
+        raise ValueError(
+            f"{root / WEIGHTS} is missing or damaged ({error}); restore it from a copy, or train again."
+        ) from error
     nnx.replace_by_pure_dict(state, weights)
     if weights_digest(state) != digest:
-        raise ValueError(f"{root / WEIGHTS} does not hold the weights that {SPEC} names; restore it from a copy, or train again.")
+        raise ValueError(
+            f"{root / WEIGHTS} does not hold the weights that {SPEC} names; restore it from a copy, or train again."
+        )
     return Posterior(
-        nnx.merge(graphdef, state), method, standardizer, names=names, solver=solver, tile=tile, mesh=target, facts=facts
+        nnx.merge(graphdef, state),
+        method,
+        standardizer,
+        names=names,
+        solver=solver,
+        tile=tile,
+        mesh=target,
+        facts=facts,
     )
 
 
@@ -169,8 +192,12 @@ def _rebuild(spec: dict[str, Any], network: Network | Callable[[], Network] | No
     if network is not None:
         return network if isinstance(network, nnx.Module) else network()  # type: ignore[return-value]
     if name is None:
-        raise ValueError("this run holds a user's own network; load it with load(path, network=<the module or its factory>).")
+        raise ValueError(
+            "this run holds a user's own network; load it with load(path, network=<the module or its factory>)."
+        )
     if name not in NETWORKS:
-        raise ValueError(f"this run needs the network {name!r}, which this version of distsbi does not have; update distsbi.")
+        raise ValueError(
+            f"this run needs the network {name!r}, which this version of distsbi does not have; update distsbi."
+        )
     params = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["network"]["params"].items()}
     return make_network(name, params)

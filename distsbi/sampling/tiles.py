@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Int32, Key, UInt32
 
 from distsbi import keys, mesh as meshes
@@ -85,7 +84,9 @@ def velocity(network: Any, method: Method) -> Callable[[Array, Array, Context], 
     return field
 
 
-def draw_tile(network: Any, method: Method, solver: Solver, standardizer: Standardizer, context: Context, z: Array) -> Array:
+def draw_tile(
+    network: Any, method: Method, solver: Solver, standardizer: Standardizer, context: Context, z: Array
+) -> Array:
     """theta from noise: the pure function under every way to sample. `z`: [slots, draws, dim_theta, ch_theta]."""
     y = solver.solve(velocity(network, method), method.initial(z), context)
     if method.t_end < 1:

@@ -41,11 +41,18 @@ def make_solver(
         raise ValueError(f"give one of steps, step_size and time_grid; got {' and '.join(sizes)}.")
     name = solver.lower() if isinstance(solver, str) else None
     if name is not None and name not in RULES and name not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; fixed ones are {', '.join(RULES)}, adaptive ones {', '.join(SOLVERS)}.")
+        raise ValueError(
+            f"unknown solver {solver!r}; fixed ones are {', '.join(RULES)}, adaptive ones {', '.join(SOLVERS)}."
+        )
     if name in SOLVERS or (name is None and tolerances and not sizes):
         if sizes:
             raise ValueError(f"{name} chooses its own steps; leave out {sizes[0]}, or take one of {', '.join(RULES)}.")
-        return Adaptive(name or "tsit5", rtol=1e-5 if rtol is None else rtol, atol=1e-5 if atol is None else atol, t_end=method.t_end)
+        return Adaptive(
+            name or "tsit5",
+            rtol=1e-5 if rtol is None else rtol,
+            atol=1e-5 if atol is None else atol,
+            t_end=method.t_end,
+        )
     if tolerances:
         raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
     if time_grid is not None:

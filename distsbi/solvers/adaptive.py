@@ -42,7 +42,9 @@ class Adaptive:
         """y at t_end from y at 0, [slots, draws, ...]; a draw that needs more than `max_steps` becomes NaN."""
         import diffrax
 
-        term = diffrax.ODETerm(lambda t, y, c: velocity(t, y[None, None], jax.tree.map(lambda leaf: leaf[None], c))[0, 0])
+        term = diffrax.ODETerm(
+            lambda t, y, c: velocity(t, y[None, None], jax.tree.map(lambda leaf: leaf[None], c))[0, 0]
+        )
         control = diffrax.PIDController(rtol=self.rtol, atol=self.atol)
         solver = getattr(diffrax, SOLVERS[self.name])()
 

@@ -41,7 +41,9 @@ class Checkpoints:
                 found = json.loads(record.read_text())
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{record} is damaged; remove {self.root} and train again.") from error
-            differing = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(json.dumps(identity.get(k))))
+            differing = sorted(
+                k for k in {*found, *identity} if found.get(k) != json.loads(json.dumps(identity.get(k)))
+            )
             if differing:
                 raise ValueError(
                     f"{self.root} holds another training (differs in {', '.join(differing)}); "
@@ -57,7 +59,9 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return None
-        target = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in flatten(like).items()}
+        target = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in flatten(like).items()
+        }
         try:
             restored = self.manager.restore(step, args=ocp.args.StandardRestore(target))
         except (ValueError, KeyError, FileNotFoundError) as error:

@@ -59,7 +59,16 @@ class TrainingConfig:
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nsteps", "batch_size", "noise_draws", "multistep", "val_every", "val_draws", "patience", "save_every"):
+        for name in (
+            "nsteps",
+            "batch_size",
+            "noise_draws",
+            "multistep",
+            "val_every",
+            "val_draws",
+            "patience",
+            "save_every",
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
                 raise ValueError(f"training option {name} must be a positive integer; got {value!r}.")
@@ -67,9 +76,13 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")
         if not 0 < self.ema_decay < 1 or not 0 < self.val_fraction < 1 or not 0 <= self.decay_transition <= 1:
-            raise ValueError("training options ema_decay, val_fraction and decay_transition are fractions between 0 and 1.")
+            raise ValueError(
+                "training options ema_decay, val_fraction and decay_transition are fractions between 0 and 1."
+            )
         if not 0 <= self.min_lr <= self.max_lr:
-            raise ValueError(f"training option min_lr must lie between 0 and max_lr; got {self.min_lr} and {self.max_lr}.")
+            raise ValueError(
+                f"training option min_lr must lie between 0 and max_lr; got {self.min_lr} and {self.max_lr}."
+            )
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:

@@ -72,7 +72,9 @@ class Learner:
     standardizer: Standardizer
     config: TrainingConfig
     mesh: jax.sharding.Mesh
-    draw: Callable[[Array, Array, Any], Batch] | None  # (key, index in epoch order, data) -> batch; None: batches come in
+    draw: (
+        Callable[[Array, Array, Any], Batch] | None
+    )  # (key, index in epoch order, data) -> batch; None: batches come in
     epoch: int  # updates per epoch where `order` is used, else 0
     augment: Augment | None = None
 
@@ -147,7 +149,9 @@ class Learner:
             good &= loss <= self.config.val_error_ratio * train_loss
         best = jax.tree.map(lambda b, e: jnp.where(good, e, b), state.best, state.ema)
         stale = jnp.where(good, 0, state.stale + 1)
-        return dataclasses.replace(state, best=best, best_loss=jnp.where(good, loss, state.best_loss), stale=stale), loss
+        return dataclasses.replace(
+            state, best=best, best_loss=jnp.where(good, loss, state.best_loss), stale=stale
+        ), loss
 
     def _split(self, size: int) -> jax.sharding.NamedSharding:
         even = size % meshes.data_size(self.mesh) == 0

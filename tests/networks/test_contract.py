@@ -76,7 +76,9 @@ def test_round_trip(network):
 def _step_cost(dim_x: int) -> dict:
     network = CASES["MLP"](dim_x)
     context = network.encode(jnp.zeros((1, dim_x, 1)))
-    step = jax.jit(lambda theta, context: network(0.5, theta, context)).lower(jnp.zeros((1, 8, 3, 1)), context).compile()
+    step = (
+        jax.jit(lambda theta, context: network(0.5, theta, context)).lower(jnp.zeros((1, 8, 3, 1)), context).compile()
+    )
     text = step.as_text()
     names = re.findall(r"= \S+ ([a-z-]+)\(", text)
     assert "dot" in names or "fusion" in names
@@ -89,6 +91,10 @@ def test_a_step_of_the_mlp_does_not_know_the_size_of_x():
 
 
 def test_mlp_errors():
-    for options, says in (({"width": 0}, "at least 1"), ({"dtype": "float16"}, "dtype"), ({"time_features": 3}, "even")):
+    for options, says in (
+        ({"width": 0}, "at least 1"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"time_features": 3}, "even"),
+    ):
         with pytest.raises(ValueError, match=says):
             MLPParams(2, 2, **options)

@@ -24,5 +24,7 @@ def _hash(devices: str, threads: str, case: str) -> str:
 
 @pytest.mark.parametrize("network", ["mlp", "flux"])
 def test_bits_do_not_depend_on_placement(network):
-    hashes = {name: _hash(devices, threads, f"{network} {case}") for name, (devices, threads, case) in PLACEMENTS.items()}
+    hashes = {
+        name: _hash(devices, threads, f"{network} {case}") for name, (devices, threads, case) in PLACEMENTS.items()
+    }
     assert len(set(hashes.values())) == 1, hashes

@@ -35,7 +35,11 @@ def test_the_map_from_noise_is_exact():
 
     z = keys.draw_noise(KEY, keys.split_id(np.asarray(0)), np.uint32(0), 200, (3, 1))
     np.testing.assert_allclose(tight[..., 0], network.mean(X) + 0.3 * np.asarray(z)[..., 0], atol=5e-5)
-    for options in ({"solver": "rk4", "steps": 16}, {"solver": "midpoint", "steps": 48}, {"solver": "multistep", "steps": 64}):
+    for options in (
+        {"solver": "rk4", "steps": 16},
+        {"solver": "midpoint", "steps": 48},
+        {"solver": "multistep", "steps": 64},
+    ):
         np.testing.assert_allclose(posterior.sample(KEY, X, 200, **options), tight, atol=3e-3)
 
 

@@ -1,0 +1,65 @@
+"""README is run as it stands: its Python in one process, top to bottom, then its commands."""
+
+import os
+import re
+import subprocess
+import sys
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def _run(command: list[str], cwd, repo) -> str:
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(repo)}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_python_of_the_readme(repo, tmp_path):
+    blocks = _blocks((repo / "README.md").read_text(), "python")
+    assert len(blocks) >= 4
+    body = "\n".join(blocks) + (
+        "\nassert samples.shape == (10_000, 2, 1) and (samples[:, 0] > 0).all() and abs(samples[:, 1]).max() <= 1"
+        "\nassert samples1.shape == (5_000, 2, 1) and many.shape == (100, 20, 2, 1) and logq.shape == (100,)"
+        "\nassert abs(samples.mean(0).ravel() - [1.2, 0.5]).max() < 0.15"
+        "\nassert result.n_ok == 40 and catalog.draws('galaxy-7').shape[0] == 200\n"
+    )
+    script = (
+        "def main():\n"
+        + "".join(f"    {line}\n" for line in body.splitlines())
+        + "if __name__ == '__main__':\n    main()\n"
+    )
+    (tmp_path / "readme.py").write_text(script)
+    _run([sys.executable, "readme.py"], tmp_path, repo)
+
+
+def test_commands_of_the_readme(repo, tmp_path):
+    commands = [
+        line for block in _blocks((repo / "README.md").read_text(), "bash") for line in block.splitlines() if line
+    ]
+    assert len(commands) >= 4
+    for command in commands:
+        words = command.split("#")[0].split()
+        assert words[0] == "distsbi"
+        _run([sys.executable, "-m", "distsbi.cli", *words[1:]], tmp_path, repo)
+    assert (tmp_path / "draws.npy").exists()
+
+
+def test_make_targets_of_the_readme_exist(repo):
+    targets = set(re.findall(r"^([a-z-]+):", (repo / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", (repo / "README.md").read_text()))
+    assert named
+    assert named <= targets
+
+
+def test_files_of_the_readme_exist(repo):
+    text = (repo / "README.md").read_text()
+    chart = next(block for block in _blocks(text, "text") if "──►" in block)
+    named = re.findall(r"\w+\.py", chart)
+    assert len(named) >= 8
+    here = {path.name for path in (repo / "distsbi").rglob("*.py")}
+    assert set(named) <= here
+    for path in re.findall(r"`((?:tests|cluster|benchmarks)/[\w/.]+)`", text):
+        assert (repo / path).exists(), path
