@@ -49,7 +49,7 @@ class ConditionalPipeline:
 
     def __init__(
         self,
-        model: Network,
+        model: Any,
         train_dataset: Any,
         val_dataset: Any,
         dim_obs: int,
@@ -226,7 +226,7 @@ class NamedPipeline(ConditionalPipeline):
 
     make_params: ClassVar[Any]
     make_model: ClassVar[Any]
-    make_method: ClassVar[Callable[[], Method]]
+    make_method: ClassVar[type[Method]]
 
     def __init__(
         self,
@@ -275,4 +275,5 @@ def _adopt(model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -
             f"model must be a flax.nnx.Module with encode(x) and __call__(t, theta_t, context); got {type(model).__name__}. "
             f"See distsbi.networks.Network."
         )
-    model.dim_theta, model.ch_theta, model.dim_x, model.ch_x = dim_obs, ch_obs, dim_cond, ch_cond
+    for name, value in (("dim_theta", dim_obs), ("ch_theta", ch_obs), ("dim_x", dim_cond), ("ch_x", ch_cond)):
+        setattr(model, name, value)

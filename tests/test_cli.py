@@ -34,31 +34,25 @@ def distsbi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return call
 
 
-def in_new_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distsbi.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, **environment},
-    )
-
-
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run, made by the command line from a folder of pairs."""
-    root = tmp_path_factory.mktemp("cli")
-    config = root / "config.yaml"
-    config.write_text("model: {width: 16, depth: 1}\ntraining: {batch_size: 64, val_every: 10, calibrate: false}\n")
-    pairs, run = root / "pairs", root / "run"
-    result = in_new_process("simulate", "two_moons", "--n", 500, "--out", pairs)
-    assert result.returncode == 0, result.stderr
-    assert pq.read_table(pairs).num_rows == 500
-    result = in_new_process("train", "--config", config, "--data", pairs, "--nsteps", 20, "--devices", 2, "--out", run)
-    assert result.returncode == 0, result.stderr
-    assert "trained MLPFlowPipeline" in result.stdout
-    assert f"next: distsbi sample {run} --x 0.0,0.0" in result.stdout
-    return run
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of a small network for two_moons that was never trained: all that most commands need."""
+    import jax
+    from flax import nnx
+
+    from distsbi.data.prior import supports
+    from distsbi.data.standardise import Standardizer
+    from distsbi.methods import FlowMatching
+    from distsbi.networks import MLP, MLPParams
+    from distsbi.sampling import Posterior, Tile
+    from distsbi.tasks import get_task
+
+    task = get_task("two_moons")
+    standardizer = Standardizer.fit(*task.pairs(jax.random.key(0), 500), supports(task.prior, task.dim_theta))
+    network = MLP(MLPParams(dim_theta=2, dim_x=2, width=16, depth=1), rngs=nnx.Rngs(0))
+    path = tmp_path_factory.mktemp("cli") / "run"
+    Posterior(network, FlowMatching(), standardizer, tile=Tile(4, 64), mesh={"data": 1}).save(str(path))
+    return path
 
 
 # Help
@@ -102,57 +96,83 @@ except SystemExit:
 # What the commands do
 
 
-def test_sample_npy_and_parquet_agree(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+def test_sample_npy_and_parquet_agree(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     x = tmp_path / "x.npy"
     np.save(x, np.zeros((1, 2, 1), np.float32))
     npy, parquet = tmp_path / "draws.npy", tmp_path / "draws.parquet"
-    code, out, err = distsbi("sample", trained, "--x", x, "--nsamples", 300, "--seed", 1, "--out", npy)
+    code, out, err = distsbi("sample", untrained, "--x", x, "--nsamples", 300, "--seed", 1, "--out", npy)
     assert code == 0, err
     assert "300 draws" in out
     assert "theta_0" in out
-    code, _, err = distsbi("sample", trained, "--x", "0.0, 0.0", "--nsamples", 300, "--seed", 1, "--out", parquet)
+    code, _, err = distsbi("sample", untrained, "--x", "0.0, 0.0", "--nsamples", 300, "--seed", 1, "--out", parquet)
     assert code == 0, err
     draws, table = np.load(npy), pq.read_table(parquet)
     assert draws.shape == (300, 2, 1)
     assert table.column_names == ["theta_0", "theta_1"]
     assert np.array_equal(draws[:, 1, 0], table["theta_1"].to_numpy())
-    assert np.abs(draws).max() <= 1.0  # the prior of two_moons, known from the folder of pairs
+    assert np.abs(draws).max() <= 1.0  # the prior of two_moons
     assert sorted(file.name for file in tmp_path.iterdir()) == ["draws.npy", "draws.parquet", "x.npy"]
 
 
-def test_sample_takes_solver_options(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+def test_sample_takes_solver_options(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     draws = []
     for options in (["--solver", "euler", "--steps", "4"], ["--step-size", "0.25", "--solver", "heun"]):
         file = tmp_path / f"{len(draws)}.npy"
-        code, _, err = distsbi("sample", trained, "--x", "0,0", "--nsamples", 50, "--out", file, *options)
+        code, _, err = distsbi("sample", untrained, "--x", "0,0", "--nsamples", 50, "--out", file, *options)
         assert code == 0, err
         draws.append(np.load(file))
     assert not np.array_equal(*draws)
 
 
-def test_train_again_changes_nothing(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     """The same command on a finished run is a resume with nothing left to do."""
-    config, pairs = trained.parent / "config.yaml", trained.parent / "pairs"
-    before = json.loads((trained / "spec.json").read_text())["weights_sha256"]
-    code, _, err = distsbi(
-        "train", "--config", config, "--data", pairs, "--nsteps", 20, "--devices", 2, "--out", trained
-    )
+    config, pairs, run = tmp_path / "config.yaml", tmp_path / "pairs", tmp_path / "run"
+    config.write_text("model: {width: 16, depth: 1}\ntraining: {batch_size: 64, val_every: 10, calibrate: false}\n")
+    code, out, err = distsbi("simulate", "two_moons", "--n", 500, "--out", pairs)
     assert code == 0, err
-    assert json.loads((trained / "spec.json").read_text())["weights_sha256"] == before
+    assert f"next: distsbi train --data {pairs}" in out
+    assert pq.read_table(pairs).num_rows == 500
+    command = ["train", "--config", config, "--data", pairs, "--nsteps", 20, "--mesh", "data=2", "--out", run]
+    code, out, err = distsbi(*command)
+    assert code == 0, err
+    assert "trained MLPFlowPipeline" in out
+    assert f"next: distsbi sample {run} --x 0.0,0.0" in out
+    before = json.loads((run / "spec.json").read_text())["weights_sha256"]
+    code, _, err = distsbi(*command)
+    assert code == 0, err
+    assert json.loads((run / "spec.json").read_text())["weights_sha256"] == before
+    draws = tmp_path / "draws.npy"
+    code, _, err = distsbi("sample", run, "--x", "0,0", "--nsamples", 500, "--out", draws)
+    assert code == 0, err
+    assert np.abs(np.load(draws)).max() <= 1.0  # the prior, known from what the folder of pairs says of its task
 
 
-def test_info(distsbi: Cli, trained: Path) -> None:
-    code, out, _ = distsbi("info", trained)
+def test_devices_makes_virtual_ones() -> None:
+    """In a new process, since a process's devices are made once."""
+    code = """
+import sys
+from distsbi.cli import _mesh
+axes = _mesh(3, None)
+import jax
+print(axes, jax.device_count())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert result.stdout.strip() == "{'data': 3} 3"
+
+
+def test_info(distsbi: Cli, untrained: Path) -> None:
+    code, out, _ = distsbi("info", untrained)
     assert code == 0
     assert "MLP" in out
     assert "theta_0, theta_1" in out
-    assert json.loads(distsbi("info", trained, "--json")[1])["network"]["name"] == "MLP"
+    assert json.loads(distsbi("info", untrained, "--json")[1])["network"]["name"] == "MLP"
 
 
-def test_catalog(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
+def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     catalog, out = tmp_path / "catalog.parquet", tmp_path / "out"
     pq.write_table(pa.table({"name": ["a", "b", "c"], "u": [0.0, 0.1, np.nan], "v": [0.0, 0.2, 0.3]}), catalog)
-    command = ["catalog", trained, catalog, out, "--nsamples", 40, "--workers", 0, "--id-column", "name"]
+    command = ["catalog", untrained, catalog, out, "--nsamples", 40, "--workers", 0, "--id-column", "name"]
     command += ["--x-columns", "u,v"]
     code, text, err = distsbi(*command)
     assert code == 0, err
@@ -209,9 +229,9 @@ def test_catalog(distsbi: Cli, trained: Path, tmp_path: Path) -> None:
         (["fit"], "No such command 'fit'"),
     ],
 )
-def test_user_errors(distsbi: Cli, trained: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_user_errors(distsbi: Cli, untrained: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "there.npy").write_bytes(b"not an array")
-    code, _, err = distsbi(*(argument.format(tmp=tmp_path, run=trained) for argument in arguments))
+    code, _, err = distsbi(*(argument.format(tmp=tmp_path, run=untrained) for argument in arguments))
     assert code == 2
     assert message in err
     assert "Traceback" not in err
@@ -243,13 +263,13 @@ def test_interrupt_exits_with_130(distsbi: Cli, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_full_disk_leaves_nothing_half_written(
-    distsbi: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distsbi: Cli, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    code, _, err = distsbi("sample", trained, "--x", "0,0", "--nsamples", 10, "--out", tmp_path / "draws.npy")
+    code, _, err = distsbi("sample", untrained, "--x", "0,0", "--nsamples", 10, "--out", tmp_path / "draws.npy")
     assert code == 1
     assert "draws.npy could not be written (No space left on device); free space or give another --out" in err
     assert list(tmp_path.iterdir()) == []

@@ -150,7 +150,7 @@ class Standardizer:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         arrays = {name: np.asarray(value, np.float32) for name, value in fields.items() if name != "kinds"}
-        return cls(kinds=tuple(fields["kinds"]), **arrays)
+        return cls(kinds=tuple(fields["kinds"]), **arrays)  # type: ignore[arg-type]
 
 
 def _scale(values: np.ndarray) -> np.ndarray:

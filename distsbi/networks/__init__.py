@@ -8,7 +8,7 @@ from distsbi.networks.base import Context, Network, NetworkParams
 from distsbi.networks.flux1 import Flux1, Flux1Params
 from distsbi.networks.mlp import MLP, MLPParams
 
-NETWORKS: dict[str, tuple[type, type[Network]]] = {"MLP": (MLPParams, MLP), "Flux1": (Flux1Params, Flux1)}
+NETWORKS: dict[str, tuple[Any, Any]] = {"MLP": (MLPParams, MLP), "Flux1": (Flux1Params, Flux1)}
 
 
 def make_network(name: str, params: dict[str, Any], rngs: nnx.Rngs | None = None) -> Network:

@@ -21,6 +21,7 @@ DTYPES = ("float32", "bfloat16")
 class Network(nnx.Module):
     """The contract. `params` is the frozen dataclass that rebuilds the network (see `NetworkParams`)."""
 
+    params: Any
     dim_theta: int
     ch_theta: int
     dim_x: int

@@ -347,7 +347,7 @@ class Flux1(Network):
             block, *parts = layer
             weights = stream(block, "cond"), stream(block, "obs")
             of_streams = [
-                double_qkv(*args, p.num_heads, turn, p.dtype)
+                double_qkv(*args, p.num_heads, turn, p.dtype)  # type: ignore[call-arg]
                 for *args, turn in zip(weights, streams, parts, turns, strict=True)
             ]
             q, k, v = (jnp.concatenate(pair, 2) for pair in zip(*of_streams, strict=True))

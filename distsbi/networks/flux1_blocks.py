@@ -10,7 +10,9 @@ draws, and norms, softmax and attention of short sequences are element-wise over
 An axis draws of length 1 means "shared by all draws" and is broadcast, never copied.
 """
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +102,7 @@ def attention(q: Heads, sources: Sequence[tuple[Heads, Heads]], dtype: str) -> T
     )  # [heads, queries, keys, batch, draws]
     weights = jax.nn.softmax(logits, axis=2)
     parts = jnp.split(weights, [k.shape[2] for k, _ in sources][:-1], axis=2)
-    mixed = sum(_mix(part, v, dtype, elementwise) for part, (_, v) in zip(parts, sources, strict=True))
+    mixed = _total(_mix(part, v, dtype, elementwise) for part, (_, v) in zip(parts, sources, strict=True))
     return mixed.reshape(-1, *q.shape[2:])
 
 
@@ -150,13 +152,13 @@ def stream(weights: Weights, name: str) -> Weights:
 
 
 def _rms_norm(x: Heads, scale: Float[Array, " head_dim"]) -> Heads:
-    mean_square = sum(piece**2 for piece in _pieces(x, 1)) / x.shape[1]
+    mean_square = _total(piece**2 for piece in _pieces(x, 1)) / x.shape[1]
     return x * jax.lax.rsqrt(mean_square + NORM_EPS)[:, None] * scale[:, None, None, None]
 
 
 def _scores(q: Heads, k: Heads, dtype: str, elementwise: bool) -> Float[Array, "heads queries keys batch draws"]:
     if elementwise:
-        return sum(a[:, :, None] * b[:, None] for a, b in zip(_pieces(q, 1), _pieces(k, 1), strict=True))
+        return _total(a[:, :, None] * b[:, None] for a, b in zip(_pieces(q, 1), _pieces(k, 1), strict=True))
     shared = k.shape[-1] == 1
     product = "heibd,hejb->hijbd" if shared else "heibd,hejbd->hijbd"
     return _einsum(product, q, k[..., 0] if shared else k, dtype)
@@ -164,7 +166,7 @@ def _scores(q: Heads, k: Heads, dtype: str, elementwise: bool) -> Float[Array, "
 
 def _mix(weights: Float[Array, "heads queries keys batch draws"], v: Heads, dtype: str, elementwise: bool) -> Heads:
     if elementwise:
-        return sum(a[:, None] * b[:, :, None] for a, b in zip(_pieces(weights, 2), _pieces(v, 2), strict=True))
+        return _total(a[:, None] * b[:, :, None] for a, b in zip(_pieces(weights, 2), _pieces(v, 2), strict=True))
     shared = v.shape[-1] == 1
     product = "hijbd,hejb->heibd" if shared else "hijbd,hejbd->heibd"
     return _einsum(product, weights, v[..., 0] if shared else v, dtype)
@@ -176,3 +178,8 @@ def _einsum(product: str, a: Array, b: Array, dtype: str) -> Array:
 
 def _pieces(x: Array, axis: int) -> list[Array]:
     return [jnp.squeeze(piece, axis) for piece in jnp.split(x, x.shape[axis], axis)]
+
+
+def _total(parts: Iterable[Array]) -> Array:
+    """Sum in order."""
+    return functools.reduce(operator.add, parts)

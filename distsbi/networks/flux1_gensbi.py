@@ -11,6 +11,7 @@ and all other paths are the same but for the few words in `_WORDS`. Trees are fl
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -45,20 +46,25 @@ def gensbi_paths(path: Path, blocks: int) -> tuple[Path, ...]:
 def to_gensbi(network: Flux1) -> dict[Path, np.ndarray]:
     """All parameters under GenSBI's paths."""
     tree: dict[Path, np.ndarray] = {}
-    for path, value in _flat(network):
+    for path, variable in nnx.to_flat_state(nnx.state(network)):
+        value = np.asarray(variable.get_value())
         paths = gensbi_paths(path, value.shape[0])
         tree.update(zip(paths, value if path[0] in _STACKED else [value], strict=True))
     return tree
 
 
 def from_gensbi(network: Flux1, tree: Mapping[Path, Any]) -> Flux1:
-    """A copy of `network` with the parameters of a GenSBI tree; entries that are no parameters (sinusoidal tables) are ignored.
+    """`network` with the parameters of a GenSBI tree; entries that are no parameters (sinusoidal tables) are ignored.
+
+    Only the shapes of `network` are read, so `nnx.eval_shape(lambda: Flux1(params))` serves as well.
 
     Raises ValueError naming the parameters that are missing or of another shape.
     """
     values: dict[Path, np.ndarray] = {}
     wrong = []
-    for path, value in _flat(network):
+    graphdef, state = nnx.split(network)
+    for path, variable in nnx.to_flat_state(state):
+        value = variable.get_value()
         paths = gensbi_paths(path, value.shape[0])
         shape = value.shape[1:] if path[0] in _STACKED else value.shape
         for p in paths:
@@ -71,10 +77,6 @@ def from_gensbi(network: Flux1, tree: Mapping[Path, Any]) -> Flux1:
         raise ValueError(
             f"these weights do not belong to {network.params}; expected and found shapes: {'; '.join(wrong)}."
         )
-    graphdef, state = nnx.split(network)
-    flat = {path: variable.replace(values[path]) for path, variable in nnx.to_flat_state(state)}
+    flat = {path: variable.replace(jnp.asarray(values[path])) for path, variable in nnx.to_flat_state(state)}  # type: ignore[index]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-
-def _flat(network: Flux1) -> list[tuple[Path, np.ndarray]]:
-    return [(path, np.asarray(variable[...])) for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param))]

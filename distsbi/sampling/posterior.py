@@ -113,7 +113,7 @@ class Posterior:
     def draw(
         self,
         key: Any,
-        xs: Float[Array, "batch dim_x ch_x"],
+        xs: Any,
         nsamples: int,
         *,
         observation_ids: Any = None,
@@ -224,9 +224,7 @@ class Posterior:
 
     # Density
 
-    def log_prob(
-        self, theta: Float[Array, "n dim_theta ch_theta"], x_o: Float[Array, "1 dim_x ch_x"], *, steps: int = 32
-    ) -> Float[np.ndarray, "n"]:
+    def log_prob(self, theta: Any, x_o: Any, *, steps: int = 32) -> Float[np.ndarray, "n"]:
         """log p(theta | x_o): Runge-Kutta of order four from data to noise with the exact divergence.
 
         -inf outside the prior's support. Raises ValueError for wrong shapes or non-finite values.

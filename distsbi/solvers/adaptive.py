@@ -43,7 +43,7 @@ class Adaptive:
         import diffrax
 
         term = diffrax.ODETerm(
-            lambda t, y, c: velocity(t, y[None, None], jax.tree.map(lambda leaf: leaf[None], c))[0, 0]
+            lambda t, y, c: velocity(jnp.asarray(t), y[None, None], jax.tree.map(lambda leaf: leaf[None], c))[0, 0]
         )
         control = diffrax.PIDController(rtol=self.rtol, atol=self.atol)
         solver = getattr(diffrax, SOLVERS[self.name])()
