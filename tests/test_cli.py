@@ -36,22 +36,12 @@ def distsbi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory of a small network for two_moons that was never trained: all that most commands need."""
-    import jax
-    from flax import nnx
+    """A run directory of a small network that was never trained: all that most commands need."""
+    from distsbi.sampling import Tile
+    from tests.gaussian import random_mlp_posterior
 
-    from distsbi.data.prior import supports
-    from distsbi.data.standardise import Standardizer
-    from distsbi.methods import FlowMatching
-    from distsbi.networks import MLP, MLPParams
-    from distsbi.sampling import Posterior, Tile
-    from distsbi.tasks import get_task
-
-    task = get_task("two_moons")
-    standardizer = Standardizer.fit(*task.pairs(jax.random.key(0), 500), supports(task.prior, task.dim_theta))
-    network = MLP(MLPParams(dim_theta=2, dim_x=2, width=16, depth=1), rngs=nnx.Rngs(0))
     path = tmp_path_factory.mktemp("cli") / "run"
-    Posterior(network, FlowMatching(), standardizer, tile=Tile(4, 64), mesh={"data": 1}).save(str(path))
+    random_mlp_posterior(mesh={"data": 1}, dim_x=2, tile=Tile(4, 64)).save(str(path))
     return path
 
 
@@ -110,7 +100,7 @@ def test_sample_npy_and_parquet_agree(distsbi: Cli, untrained: Path, tmp_path: P
     assert draws.shape == (300, 2, 1)
     assert table.column_names == ["theta_0", "theta_1"]
     assert np.array_equal(draws[:, 1, 0], table["theta_1"].to_numpy())
-    assert np.abs(draws).max() <= 1.0  # the prior of two_moons
+    assert np.abs(draws).max() <= 1.0  # the prior
     assert sorted(file.name for file in tmp_path.iterdir()) == ["draws.npy", "draws.parquet", "x.npy"]
 
 
