@@ -79,4 +79,3 @@ def from_gensbi(network: Flux1, tree: Mapping[Path, Any]) -> Flux1:
         )
     flat = {path: variable.replace(jnp.asarray(values[path])) for path, variable in nnx.to_flat_state(state)}  # type: ignore[index]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
-

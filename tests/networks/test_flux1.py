@@ -37,7 +37,9 @@ def perturbed(params: Flux1Params, seed: int = 0) -> Flux1:
     def value(path, leaf):
         kernel = "kernel" in str(path)
         around = 1.0 if "scale" in str(path) else 0.0
-        return jnp.asarray(around + draw.normal(size=leaf.shape) * (leaf.shape[-2] ** -0.5 if kernel else 0.3), jnp.float32)
+        return jnp.asarray(
+            around + draw.normal(size=leaf.shape) * (leaf.shape[-2] ** -0.5 if kernel else 0.3), jnp.float32
+        )
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
 
@@ -89,7 +91,7 @@ def test_large_attention_is_the_small_one(monkeypatch):
         elementwise = predict(network, 0.3, theta_t, x)
         with monkeypatch.context() as patch:
             patch.setattr("distsbi.networks.flux1_blocks.ELEMENTWISE_KEYS", 0)
-            products = jax.jit(lambda *args: network(*args[:2], network.encode(args[2])))(0.3, theta_t, x)
+            products = jax.jit(lambda net, t, y, x: net(t, y, net.encode(x)))(network, 0.3, theta_t, x)
         np.testing.assert_allclose(products, elementwise, atol=2e-5)
 
 
@@ -203,7 +205,10 @@ def test_params_round_trip():
     assert params.dtype == "bfloat16" and params.theta == 70 and params.hidden_size == 12
     again = Flux1Params.from_dict(json.loads(json.dumps(params.to_dict())))
     assert again == params and hash(again) == hash(params) and again.rngs is None
-    kernels = [np.asarray(Flux1(p, rngs=r).obs_in["kernel"][...]) for p, r in ((params, None), (SMALL, nnx.Rngs(3)), (SMALL, None))]
+    kernels = [
+        np.asarray(Flux1(p, rngs=r).obs_in["kernel"][...])
+        for p, r in ((params, None), (SMALL, nnx.Rngs(3)), (SMALL, None))
+    ]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert np.any(kernels[0] != kernels[2])
 
