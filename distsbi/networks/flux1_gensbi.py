@@ -17,7 +17,7 @@ from flax import nnx
 
 from distsbi.networks.flux1 import Flux1
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # of strings and block numbers
 
 _STACKED = ("double_blocks", "single_blocks")
 _WORDS: dict[Path, Path] = {  # ours -> GenSBI's

@@ -24,7 +24,7 @@ from distsbi.solvers import FixedGrid
 @functools.lru_cache(maxsize=16)
 def density_program(
     graphdef: nnx.GraphDef, method: Method, grid: FixedGrid, mesh: Mesh
-) -> Callable[[Weights, Array, Array], Array]:
+) -> Callable[..., Array]:
     """(weights, theta [n, dim_theta, ch_theta], x [1, dim_x, ch_x]) -> log p [n], n a multiple of the device count."""
 
     def program(weights: Weights, theta: Array, x: Array) -> Array:
