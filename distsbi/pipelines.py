@@ -5,6 +5,7 @@ A named pipeline is a declaration of its network and method; everything else is 
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
+from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, supports
-from distsbi.data.source import Pairs, Source, hold_out, make_source
+from distsbi.data.source import Pairs, Source, make_source
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import FlowMatching, Method
 from distsbi.networks import MLP, Flux1, Flux1Params, MLPParams, Network, network_name
@@ -79,6 +81,8 @@ class ConditionalPipeline:
         self._shapes = (dim_obs, ch_obs), (dim_cond, ch_cond)
         self._supports = supports(self.prior, dim_obs)
         names = getattr(train_dataset, "parameter_names", None)
+        if isinstance(train_dataset, (str, os.PathLike)):
+            names = open_pairs(train_dataset).names
         self.parameter_names = tuple(names) if names and prior is None else parameter_names(self.prior, dim_obs)
         self._source, self._validation = self._datasets(train_dataset, val_dataset)
         self._posterior: Posterior | None = None
@@ -90,11 +94,8 @@ class ConditionalPipeline:
         source = make_source(train_dataset, self._shapes, self.prior)
         if val_dataset is not None:
             return source, make_source(val_dataset, self._shapes, self.prior).fit()
-        if source.arrays is None:
-            validation = source.fit()
-            return source, tuple(part[:4096] for part in validation)  # type: ignore[return-value]
-        kept, held = hold_out(source.arrays, self.training_config.val_fraction)
-        return make_source(kept, self._shapes), held
+        assert source.hold_out is not None
+        return source.hold_out(self.training_config.val_fraction)
 
     def train(
         self, rngs: nnx.Rngs | Any, nsteps: int | None = None, **overrides: Any

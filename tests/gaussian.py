@@ -46,6 +46,7 @@ def identity_standardizer(dim_theta: int, dim_x: int) -> Standardizer:
         ("real",) * dim_theta, zero((dim_theta, 1), np.float32), zero((dim_theta, 1), np.float32),
         zero((dim_theta, 1), np.float32), one((dim_theta, 1), np.float32),
         zero((dim_x, 1), np.float32), one((dim_x, 1), np.float32),
+        zero((dim_x, dim_theta), np.float32), np.eye(dim_theta, dtype=np.float32), np.eye(dim_theta, dtype=np.float32),
     )  # fmt: skip
 
 

@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from distsbi.data.pairs import as_pairs, iter_pairs, open_pairs, read_pairs
+from distsbi.data.pairs import PairsFolder, as_pairs, iter_pairs, open_pairs, read_pairs
 from distsbi.data.prior import check_theta
 from distsbi.tasks.base import Task
 
 IN_MEMORY_BYTES = 2 * 2**30
 FIT_PAIRS = 50_000  # pairs that scales are fitted on where the set is not in memory
+VALIDATION_PAIRS = 4_096  # and validated on
 
 Pairs = tuple[Float[np.ndarray, "n dim_theta ch_theta"], Float[np.ndarray, "n dim_x ch_x"]]
 
@@ -37,6 +38,7 @@ class Source:
     batches: `batches(step, batch_size) -> iterator` over host batches from update `step` on, for streams.
     fit: pairs to fit the scales on.
     fingerprint: a digest of the data, for resuming.
+    hold_out: `hold_out(fraction) -> (source of the rest, validation pairs)`, where nothing was given to validate on.
     """
 
     size: int | None
@@ -45,6 +47,7 @@ class Source:
     arrays: Pairs | None = None
     draw: Callable[[Array, Array, Any], tuple[Array, Array]] | None = None
     batches: Callable[[int, int], Iterator[Pairs]] | None = None
+    hold_out: Callable[[float], tuple["Source", Pairs]] | None = None
 
 
 def make_source(data: Any, shapes: tuple[tuple[int, int], tuple[int, int]], prior: Any = None) -> Source:
@@ -87,7 +90,14 @@ def _from_arrays(pairs: Pairs) -> Source:
     for array in pairs:
         digest.update(f"{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    return Source(size=len(pairs[0]), fit=lambda: pairs, fingerprint=digest.hexdigest(), arrays=pairs, draw=take)
+
+    def split(fraction: float) -> tuple[Source, Pairs]:
+        kept, held = hold_out(pairs, fraction)
+        return _from_arrays(kept), held
+
+    return Source(
+        size=len(pairs[0]), fit=lambda: pairs, fingerprint=digest.hexdigest(), arrays=pairs, draw=take, hold_out=split
+    )
 
 
 def _from_task(task: Task, shapes: Any) -> Source:
@@ -101,12 +111,18 @@ def _from_task(task: Task, shapes: Any) -> Source:
         theta, x = jax.jit(task.pairs, static_argnums=1)(jax.random.key(0), FIT_PAIRS // 5)
         return np.asarray(theta), np.asarray(x)
 
-    return Source(
+    def split(fraction: float) -> tuple[Source, Pairs]:
+        theta, x = jax.jit(task.pairs, static_argnums=1)(jax.random.key(1), VALIDATION_PAIRS)
+        return source, (np.asarray(theta), np.asarray(x))
+
+    source = Source(
         size=None,
         fit=fit,
         fingerprint=f"task:{task.name}",
         draw=lambda key, index, data: task.pairs(key, index.shape[0]),
+        hold_out=split,
     )
+    return source
 
 
 def _from_folder(path: str | os.PathLike[str], shapes: Any, prior: Any) -> Source:
@@ -114,20 +130,40 @@ def _from_folder(path: str | os.PathLike[str], shapes: Any, prior: Any) -> Sourc
     if len(folder) * sum(a * b for a, b in shapes) * 4 <= IN_MEMORY_BYTES:
         pairs = read_pairs(folder)
         return _from_arrays(_checked((pairs.theta, pairs.x), shapes, prior))
+    return _streamed(folder, shapes, prior)
 
+
+def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
     def batches(step: int, batch_size: int) -> Iterator[Pairs]:
         per_epoch = len(folder) // batch_size
         for epoch in itertools.count(step // per_epoch):
             first = step % per_epoch if epoch == step // per_epoch else 0
             yield from iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first)
 
-    def fit() -> Pairs:
-        return _checked(next(iter_pairs(folder, min(len(folder), FIT_PAIRS), seed=0)), shapes, prior)
+    def some(rows: int) -> Pairs:
+        return _checked(next(iter_pairs(folder, min(len(folder), rows), seed=0)), shapes, prior)
+
+    def split(fraction: float) -> tuple[Source, Pairs]:
+        """Whole files are held out, the last ones."""
+        if len(folder.files) < 2:
+            raise ValueError(
+                f"{folder.files[0]} is too large for memory and the only file: give val_dataset, or split it into several files."
+            )
+        count = min(len(folder.files) - 1, max(1, round(fraction * len(folder.files))))
+        parts = [
+            dataclasses.replace(folder, files=folder.files[part], rows=folder.rows[part])
+            for part in (slice(None, -count), slice(-count, None))
+        ]
+        return _streamed(parts[0], shapes, prior), tuple(
+            part[:VALIDATION_PAIRS] for part in _streamed(parts[1], shapes, prior).fit()
+        )  # type: ignore[return-value]
 
     digest = hashlib.sha256(
         repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode()
     )
-    return Source(size=len(folder), fit=fit, fingerprint=digest.hexdigest(), batches=batches)
+    return Source(
+        size=len(folder), fit=lambda: some(FIT_PAIRS), fingerprint=digest.hexdigest(), batches=batches, hold_out=split
+    )
 
 
 def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
@@ -138,35 +174,51 @@ def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
     once = iter(data) is data
     supply = iter(data)
     head: list[Pairs] = []
+    held: list[int] = [0]  # batches at the start that are validated on, in every pass
 
     def checked(batch: Any) -> Pairs:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"every batch must be a pair (theta, x); got {type(batch).__name__}.")
         return _checked(batch, shapes, None)
 
-    def fit() -> Pairs:
+    def read_head() -> None:
         if not head:
             head.extend(checked(batch) for batch in itertools.islice(supply, 1))
             if not head:
                 raise ValueError("the training iterable is empty.")
-            more = itertools.islice(supply, max(0, FIT_PAIRS // 10 // len(head[0][0]) - 1))
+            more = itertools.islice(supply, max(1, FIT_PAIRS // 10 // len(head[0][0]) - 1))
             head.extend(checked(batch) for batch in more)
-        return tuple(np.concatenate(parts) for parts in zip(*head, strict=True))  # type: ignore[return-value]
+
+    def fit() -> Pairs:
+        read_head()
+        return _joined(head[held[0] :])
+
+    def split(fraction: float) -> tuple[Source, Pairs]:
+        read_head()
+        if len(head) < 2:
+            raise ValueError("one batch is too little to hold some out; give val_dataset, or smaller batches.")
+        held[0] = min(len(head) - 1, max(1, round(fraction * len(head))))
+        return source, _joined(head[: held[0]])
 
     def passes() -> Iterator[Pairs]:
-        yield from head
+        yield from head[held[0] :]
         yield from map(checked, supply)
         while not once:
-            yield from map(checked, data)
+            yield from map(checked, itertools.islice(data, held[0], None))
         raise ValueError(
             "the training iterable has ended before nsteps; give one that can be iterated again, or fewer nsteps."
         )
 
     def batches(step: int, batch_size: int) -> Iterator[Pairs]:
-        fit()
+        read_head()
         return itertools.islice(passes(), step, None)
 
-    return Source(size=None, fit=fit, fingerprint="iterable", batches=batches)
+    source = Source(size=None, fit=fit, fingerprint="iterable", batches=batches, hold_out=split)
+    return source
+
+
+def _joined(batches: list[Pairs]) -> Pairs:
+    return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # type: ignore[return-value]
 
 
 def hold_out(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:

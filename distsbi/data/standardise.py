@@ -8,7 +8,12 @@ Parameters go through an elementwise bijection of the prior's support to the rea
     real                    u = theta
 
 so that no draw leaves the prior, and log|du/dtheta| enters the log-density. Under the probit a uniform prior is a standard
-normal, the very distribution that the path starts from.
+normal, the very distribution that the path starts from. What x says linearly is then taken out in closed form,
+
+    y = S^(-1/2) (u - A x),    A: least squares of u on x,    S: covariance of what is left
+
+(u and x z-scored), so the network learns the shape of a posterior that is centred and of unit scale already, and the
+posterior of a linear-Gaussian problem is the very noise that the path starts from.
 """
 
 import dataclasses
@@ -24,6 +29,10 @@ from jaxtyping import Array, Float
 REAL, INTERVAL, ABOVE, BELOW = "real", "interval", "above", "below"
 _EDGE = 1e-6  # probabilities are clipped to [_EDGE, 1 - _EDGE]: float32 uniforms at an edge stay finite
 _LOG_RANGE = 80.0  # exp stays inside float32
+_ROWS_PER_COLUMN = 10  # pairs for each column of x below which least squares would fit noise
+_MOST_COLUMNS = 2_048
+_SMALLEST = 1e-3  # of the scales S^(1/2): a parameter that x fixes linearly keeps a scale
+_RIDGE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,8 @@ class Support:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Standardizer:
-    """Bijection and scales of theta [dim_theta, ch_theta], scales of x [dim_x, ch_x]. A pytree; `kinds` is static."""
+    """Bijection and scales of theta [dim_theta, ch_theta], scales of x [dim_x, ch_x], least squares between the two, with
+    both sides flattened. A pytree; `kinds` is static."""
 
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     low: Float[Array, "dim_theta 1"]
@@ -55,6 +65,9 @@ class Standardizer:
     theta_std: Float[Array, "dim_theta ch_theta"]
     x_mean: Float[Array, "dim_x ch_x"]
     x_std: Float[Array, "dim_x ch_x"]
+    slope: Float[Array, "n_x n_theta"]  # A, transposed
+    root: Float[Array, "n_theta n_theta"]  # S^(1/2), symmetric
+    inverse_root: Float[Array, "n_theta n_theta"]
 
     @classmethod
     def fit(
@@ -75,11 +88,19 @@ class Standardizer:
         zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
         x64 = np.asarray(x, np.float64)
         x_mean, x_std = x64.mean(0), _scale(x64)
-        bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32))  # type: ignore[arg-type]
+        eye = np.eye(zero.size, dtype=np.float32)
+        flat = np.zeros((x64[0].size, zero.size), np.float32)
+        bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)  # type: ignore[arg-type]
         u = np.asarray(bare.unbound(jnp.asarray(theta, jnp.float32)), np.float64)
-        return dataclasses.replace(
-            bare, theta_mean=u.mean(0).astype(np.float32), theta_std=_scale(u).astype(np.float32)
+        mean, std = u.mean(0), _scale(u)
+        slope, root, inverse_root = _least_squares(
+            ((u - mean) / std).reshape(len(u), -1), ((x64 - x_mean) / x_std).reshape(len(u), -1)
         )
+        return dataclasses.replace(
+            bare,
+            theta_mean=mean.astype(np.float32), theta_std=std.astype(np.float32),
+            slope=slope.astype(np.float32), root=root.astype(np.float32), inverse_root=inverse_root.astype(np.float32),
+        )  # fmt: skip
 
     def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
         """theta on the real line, before z-scoring."""
@@ -94,13 +115,22 @@ class Standardizer:
             u = jnp.where(self._is(BELOW), -jnp.log(jnp.maximum(self.high - theta, tiny)), u)
         return u
 
-    def forward(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
-        """theta as the network sees it."""
-        return (self.unbound(theta) - self.theta_mean) / self.theta_std
+    def centre(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_theta ch_theta"]:
+        """A x: where least squares puts the z-scored theta of each observation. Once per observation, like an encoding."""
+        flat = _product(self.forward_x(x).reshape(*x.shape[:-2], -1), self.slope)
+        return flat.reshape(*x.shape[:-2], *self.theta_mean.shape)
 
-    def inverse(self, y: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
+    def forward(
+        self, theta: Float[Array, "... dim_theta ch_theta"], centre: Float[Array, "... dim_theta ch_theta"]
+    ) -> Float[Array, "... dim_theta ch_theta"]:
+        """theta as the network sees it, given the `centre` of its observation."""
+        return _mix((self.unbound(theta) - self.theta_mean) / self.theta_std - centre, self.inverse_root)
+
+    def inverse(
+        self, y: Float[Array, "... dim_theta ch_theta"], centre: Float[Array, "... dim_theta ch_theta"]
+    ) -> Float[Array, "... dim_theta ch_theta"]:
         """theta inside its support from what the network sees."""
-        u = y * self.theta_std + self.theta_mean
+        u = self._unmixed(y, centre)
         theta = u
         if INTERVAL in self.kinds:
             inside = jnp.clip(self.low + self._width() * ndtr(u), self.low, self.high)
@@ -111,9 +141,11 @@ class Standardizer:
             theta = jnp.where(self._is(BELOW), self.high - jnp.exp(jnp.clip(-u, -_LOG_RANGE, _LOG_RANGE)), theta)
         return theta
 
-    def log_det(self, y: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "..."]:
-        """log|dy/dtheta|, summed over parameters, at the theta that `y` stands for."""
-        u = y * self.theta_std + self.theta_mean
+    def log_det(
+        self, y: Float[Array, "... dim_theta ch_theta"], centre: Float[Array, "... dim_theta ch_theta"]
+    ) -> Float[Array, "..."]:
+        """log|dy/dtheta| over all parameters, at the theta that `y` stands for."""
+        u = self._unmixed(y, centre)
         per = jnp.zeros_like(u)
         if INTERVAL in self.kinds:
             normal = -0.5 * u**2 - 0.5 * np.log(2 * np.pi)
@@ -122,7 +154,10 @@ class Standardizer:
             per = jnp.where(self._is(ABOVE), -u, per)
         if BELOW in self.kinds:
             per = jnp.where(self._is(BELOW), u, per)
-        return jnp.sum(per - jnp.log(self.theta_std), axis=(-2, -1))
+        return jnp.sum(per - jnp.log(self.theta_std), axis=(-2, -1)) + jnp.linalg.slogdet(self.inverse_root)[1]
+
+    def _unmixed(self, y: Array, centre: Array) -> Array:
+        return (_mix(y, self.root) + centre) * self.theta_std + self.theta_mean
 
     def contains(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Array:
         """Whether theta lies inside the support, over all parameters: bool [...]."""
@@ -151,6 +186,29 @@ class Standardizer:
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         arrays = {name: np.asarray(value, np.float32) for name, value in fields.items() if name != "kinds"}
         return cls(kinds=tuple(fields["kinds"]), **arrays)  # type: ignore[arg-type]
+
+
+def _mix(y: Float[Array, "... dim_theta ch_theta"], matrix: Array) -> Float[Array, "... dim_theta ch_theta"]:
+    """A symmetric matrix applied to the parameters."""
+    return _product(y.reshape(*y.shape[:-2], -1), matrix).reshape(y.shape)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """a @ b in full float32 on every kind of device: a narrow posterior would show the rounding of the fast modes."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _least_squares(u: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(A', S^(1/2), S^(-1/2)) of u [n, n_theta] on x [n, n_x]; no slope where there are too few rows for the columns."""
+    n, columns = x.shape
+    slope = np.zeros((columns, u.shape[1]))
+    if columns <= min(_MOST_COLUMNS, n // _ROWS_PER_COLUMN):
+        gram = x.T @ x / n
+        slope = np.linalg.solve(gram + _RIDGE * np.eye(columns), x.T @ u / n)
+    rest = u - x @ slope
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(rest.T, bias=True)))
+    scales = np.maximum(np.sqrt(np.maximum(values, 0.0)), _SMALLEST)
+    return slope, (vectors * scales) @ vectors.T, (vectors / scales) @ vectors.T
 
 
 def _scale(values: np.ndarray) -> np.ndarray:

@@ -75,8 +75,8 @@ class MLP(Network):
 
         # encode
         self.x_in, self.x_in_bias = weight(n_x, n_x, w), zeros(w)
-        self.x_w1, self.x_b1 = weight(w, p.embed_depth, w, w), zeros(p.embed_depth, w)
-        self.x_w2, self.x_b2 = weight(w, p.embed_depth, w, w, scale=0.1), zeros(p.embed_depth, w)
+        self.x_w1, self.x_bias1 = weight(w, p.embed_depth, w, w), zeros(p.embed_depth, w)
+        self.x_w2, self.x_bias2 = weight(w, p.embed_depth, w, w, scale=0.1), zeros(p.embed_depth, w)
         self.x_out, self.x_out_bias = weight(w, w, p.depth * w), zeros(p.depth, w)
         # time
         self.t_in, self.t_in_bias = weight(p.time_features, p.time_features, 64), zeros(64)
@@ -85,7 +85,7 @@ class MLP(Network):
         # step
         self.theta_in, self.theta_in_bias = weight(n_theta, n_theta, w), zeros(w)
         self.w1 = weight(w, p.depth, w, w)
-        self.w2, self.b2 = weight(w, p.depth, w, w, scale=0.1), zeros(p.depth, w)
+        self.w2, self.bias2 = weight(w, p.depth, w, w, scale=0.1), zeros(p.depth, w)
         self.theta_out, self.theta_out_bias = zeros(w, n_theta), zeros(n_theta)
 
     def encode(self, x: Float[Array, "batch dim_x ch_x"]) -> Float[Array, "batch depth width"]:
@@ -97,7 +97,7 @@ class MLP(Network):
             return h + dot(jax.nn.silu(dot(_norm(h), w1, dtype) + b1), w2, dtype) + b2, None
 
         if self.params.embed_depth:
-            h, _ = jax.lax.scan(block, h, (self.x_w1[...], self.x_b1[...], self.x_w2[...], self.x_b2[...]))
+            h, _ = jax.lax.scan(block, h, (self.x_w1[...], self.x_bias1[...], self.x_w2[...], self.x_bias2[...]))
         biases = dot(jax.nn.silu(h), self.x_out[...], dtype)
         return biases.reshape(-1, self.params.depth, self.params.width) + self.x_out_bias[...]
 
@@ -131,7 +131,7 @@ class MLP(Network):
             return h + dot(jax.nn.silu(dot(u, w1, p.dtype) + rows(bias[:, None])), w2, p.dtype) + b2, None
 
         context = jnp.moveaxis(context, 1, 0)
-        layers = (context, self.t_out[...], self.t_out_bias[...], self.w1[...], self.w2[...], self.b2[...])
+        layers = (context, self.t_out[...], self.t_out_bias[...], self.w1[...], self.w2[...], self.bias2[...])
         h, _ = jax.lax.scan(block, h, layers)
         f = _norm(h) @ self.theta_out[...] + self.theta_out_bias[...] + skip * flat
         return f.reshape(theta_t.shape)

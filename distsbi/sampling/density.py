@@ -32,7 +32,8 @@ def density_program(
         standardizer = weights.standardizer
         context = network.encode(standardizer.forward_x(x))
         field = velocity(network, method)
-        y = standardizer.forward(theta)
+        centre = standardizer.centre(x)
+        y = standardizer.forward(theta, centre)
         shape = y.shape[1:]
 
         def flow(t: Array, state: tuple[Array, Array], context: object) -> tuple[Array, Array]:
@@ -59,7 +60,7 @@ def density_program(
         z = z / sigma
         base = jnp.sum(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi) - jnp.log(sigma), axis=(1, 2))
         inside = standardizer.contains(theta)
-        return jnp.where(inside, base + change + standardizer.log_det(y), -jnp.inf)
+        return jnp.where(inside, base + change + standardizer.log_det(y, centre), -jnp.inf)
 
     mapped = jax.shard_map(
         program, mesh=mesh, in_specs=(P(), P(meshes.DATA), P()), out_specs=P(meshes.DATA), check_vma=False

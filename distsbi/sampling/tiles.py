@@ -23,6 +23,8 @@ from distsbi.methods import Method
 from distsbi.networks.base import Context
 from distsbi.solvers import Solver
 
+Encoded = tuple[Context, Float[Array, "batch dim_theta ch_theta"]]  # the network's context, the standardizer's centre
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -84,43 +86,49 @@ def velocity(network: Any, method: Method) -> Callable[[Array, Array, Context], 
     return field
 
 
+def encode(network: Any, standardizer: Standardizer, x: Float[Array, "batch dim_x ch_x"]) -> Encoded:
+    """All that is computed once per observation."""
+    return network.encode(standardizer.forward_x(x)), standardizer.centre(x)
+
+
 def draw_tile(
-    network: Any, method: Method, solver: Solver, standardizer: Standardizer, context: Context, z: Array
+    network: Any, method: Method, solver: Solver, standardizer: Standardizer, encoded: Encoded, z: Array
 ) -> Array:
     """theta from noise: the pure function under every way to sample. `z`: [slots, draws, dim_theta, ch_theta]."""
+    context, centre = encoded
     y = solver.solve(velocity(network, method), method.initial(z), context)
     if method.t_end < 1:
         t = jnp.asarray(method.t_end, jnp.float32)
         y = method.final(t, y, network(method.c_time(t), method.c_in(t) * y, context))
-    return standardizer.inverse(y)
+    return standardizer.inverse(y, centre[:, None])
 
 
 @functools.lru_cache(maxsize=64)
-def encode_program(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[[Weights, Array], Context]:
+def encode_program(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[[Weights, Array], Encoded]:
     """(weights, x [slots x devices, dim_x, ch_x]) -> context table, compiled once."""
 
-    def encode(weights: Weights, x: Array) -> Context:
-        return nnx.merge(graphdef, weights.params).encode(weights.standardizer.forward_x(x))
+    def program(weights: Weights, x: Array) -> Encoded:
+        return encode(nnx.merge(graphdef, weights.params), weights.standardizer, x)
 
-    mapped = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False)
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=(P(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False)
     return jax.jit(mapped, out_shardings=meshes.replicated(mesh))
 
 
 @functools.lru_cache(maxsize=64)
 def tile_program(
     graphdef: nnx.GraphDef, method: Method, solver: Solver, tile: Tile, shape: tuple[int, int], mesh: Mesh
-) -> Callable[[Weights, Key[Array, ""], Context, Context, Slots], Float[Array, "slots draws dim_theta ch_theta"]]:
+) -> Callable[[Weights, Key[Array, ""], Encoded, Encoded, Slots], Float[Array, "slots draws dim_theta ch_theta"]]:
     """(weights, key, context table, next context table, slots) -> draws, compiled once per network, solver, tile and mesh.
 
     Rows of `slots` index the two tables one after the other.
     """
 
-    def program(weights: Weights, key: Array, first: Context, second: Context, slots: Slots) -> Array:
+    def program(weights: Weights, key: Array, first: Encoded, second: Encoded, slots: Slots) -> Array:
         table = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-        context = jax.tree.map(lambda leaf: leaf[slots.row], table)
+        encoded = jax.tree.map(lambda leaf: leaf[slots.row], table)
         noise = functools.partial(keys.draw_noise, key, draws=tile.draws, shape=shape)
         z = jax.vmap(noise)(slots.words, slots.start)
-        return draw_tile(nnx.merge(graphdef, weights.params), method, solver, weights.standardizer, context, z)
+        return draw_tile(nnx.merge(graphdef, weights.params), method, solver, weights.standardizer, encoded, z)
 
     # check_vma=False: diffrax's while loops are refused by the check (diffrax#735).
     specs = (P(), P(), P(), P(), P(meshes.DATA))

@@ -5,6 +5,8 @@ import difflib
 import math
 from typing import Any, Self
 
+OPTIMIZERS = ("muon", "adamw")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -14,10 +16,11 @@ class TrainingConfig:
         nsteps: updates.
         batch_size: pairs per update.
         noise_draws: noise levels per pair and update, which share one encoding of x.
+        optimizer: "muon" (hidden matrices; AdamW for the rest) or "adamw".
         max_lr, min_lr: learning rate after warm-up and at the end.
         warmup_steps: linear warm-up, in updates.
         decay_transition: fraction of `nsteps` at constant `max_lr` before the cosine decay.
-        weight_decay: of matrices (AdamW).
+        weight_decay: of matrices, decoupled.
         clip_norm: bound on the global gradient norm.
         multistep: updates whose gradients are averaged into one.
         ema_decay: of the averaged weights, which are the ones sampled with.
@@ -37,6 +40,7 @@ class TrainingConfig:
     nsteps: int | None = None
     batch_size: int | None = None
     noise_draws: int = 2
+    optimizer: str = "muon"
     max_lr: float = 2e-3
     min_lr: float = 1e-6
     warmup_steps: int | None = None
@@ -72,6 +76,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
                 raise ValueError(f"training option {name} must be a positive integer; got {value!r}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"training option optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
         for name in ("max_lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")

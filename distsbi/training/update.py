@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,17 @@ class TrainState:
         return jax.random.wrap_key_data(self.seed, impl=keys.IMPL)
 
 
+MUON_SIZE = 32  # the smaller side of the matrices that Muon takes; embeddings of a few numbers and read-outs are AdamW's
+_NO_MATRIX = re.compile("bias|scale|embedding")
+
+
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay; matrices alone decay."""
+    """Clipping, warm-up and cosine decay around Muon or AdamW.
+
+    Muon (Jordan et al. 2024; Liu et al. 2502.16982) orthogonalises the momentum of hidden matrices, stacked ones each for
+    itself, and leaves all else to AdamW. Its updates are scaled to a root mean square of the learning rate, so one `max_lr`
+    serves both.
+    """
     nsteps, warmup = config.nsteps or 1, config.warmup_steps or 0
     hold = max(0, int(config.decay_transition * nsteps) - warmup)
     parts = [
@@ -54,12 +64,26 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
         optax.cosine_decay_schedule(config.max_lr, max(nsteps - warmup - hold, 1), config.min_lr / config.max_lr),
     ]
     schedule = optax.join_schedules(parts, [warmup, warmup + hold])
-    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
-    chain = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, weight_decay=config.weight_decay, mask=matrices),
-    )
+    if config.optimizer == "muon":
+        inner = optax.contrib.muon(
+            schedule, consistent_rms=1.0, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_matrices
+        )
+    else:
+        several_axes = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
+        inner = optax.adamw(schedule, weight_decay=config.weight_decay, mask=several_axes)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     return optax.MultiSteps(chain, config.multistep).gradient_transformation() if config.multistep > 1 else chain
+
+
+def _matrices(params: Any) -> Any:
+    """Muon's axes (in, out) of every large matrix, leading axes being stacks; None for all else."""
+
+    def axes(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or min(leaf.shape[-2:]) < MUON_SIZE or _NO_MATRIX.search(jax.tree_util.keystr(path)):
+            return None
+        return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +118,7 @@ class Learner:
         """Mean loss of a batch of (theta, x), with `draws` noise levels per pair."""
         theta, x = batch
         network = nnx.merge(self.graphdef, params, self.rest)
-        y = self.standardizer.forward(theta)
+        y = self.standardizer.forward(theta, self.standardizer.centre(x))
         context = network.encode(self.standardizer.forward_x(x))
         t = self.method.draw_times(key_times, (y.shape[0], draws))
         z = jax.random.normal(key_noise, (y.shape[0], draws, *y.shape[1:]))

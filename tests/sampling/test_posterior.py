@@ -179,7 +179,7 @@ def test_batch_errors_and_failed_solves():
         posterior.draw(0, np.ones((2, 3, 1)), 5, observation_ids=[1])
     with pytest.raises(ValueError, match="xs must have shape"):
         posterior.draw(0, np.ones((3, 1)), 5)
-    posterior.weights.params["b2"][...] = np.float32(np.nan)
+    posterior.weights.params["bias2"][...] = np.float32(np.nan)
     broken = Posterior(posterior.network, posterior.method, posterior.weights.standardizer)
     with pytest.raises(RuntimeError, match="did not converge"):
         broken.sample(0, np.ones((1, 3, 1)), 5)

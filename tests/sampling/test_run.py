@@ -81,7 +81,7 @@ def test_damage_is_named(saved, case):
 def test_weights_changed_on_disk_are_noticed(saved):
     _, path = saved
     other = random_mlp_posterior(tile=Tile(4, 16))
-    other.weights.params["b2"][...] = other.weights.params["b2"][...] + jax.numpy.float32(0.5)
+    other.weights.params["bias2"][...] = other.weights.params["bias2"][...] + jax.numpy.float32(0.5)
     spec = (path / "spec.json").read_text()
     other.save(path)
     (path / "spec.json").write_text(spec)

@@ -1,0 +1,99 @@
+"""Standardisation: a bijection onto the support, its exact log-density, and a linear-Gaussian posterior made standard normal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distsbi.data import Standardizer, Support
+
+SUPPORTS = [Support(-1.0, 3.0), Support(low=2.0), Support(high=5.0), Support()]
+
+
+def _pairs(n=2_000, seed=0):
+    """Parameters of every kind of support, and data that depend on them."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(n, 4))
+    theta = np.stack([-1 + 4 / (1 + np.exp(-z[:, 0])), 2 + np.exp(z[:, 1]), 5 - np.exp(z[:, 2]), 7 + 3 * z[:, 3]], 1)
+    x = z[:, :3] + 0.5 * rng.normal(size=(n, 3)) + 0.3 * z[:, 3:]
+    return theta[..., None].astype("f4"), (10 + 4 * x)[..., None].astype("f4")
+
+
+def test_there_and_back():
+    theta, x = _pairs()
+    scales = Standardizer.fit(theta, x, SUPPORTS)
+    centre = scales.centre(x)
+    y = scales.forward(theta, centre)
+    np.testing.assert_allclose(scales.inverse(y, centre), theta, atol=2e-4, rtol=2e-4)
+    flat = np.asarray(y)[..., 0]
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(flat.T), np.eye(4), atol=5e-3)
+
+
+def test_no_draw_leaves_the_support():
+    scales = Standardizer.fit(*_pairs(), SUPPORTS)
+    wild = 30 * jax.random.normal(jax.random.key(0), (1_000, 4, 1))
+    theta = scales.inverse(wild, jnp.zeros((4, 1)))
+    assert np.isfinite(theta).all()
+    assert scales.contains(theta).all()
+
+
+def test_log_det_is_that_of_the_jacobian():
+    theta, x = _pairs(n=500)
+    scales = Standardizer.fit(theta, x, SUPPORTS)
+
+    def exact(theta, x):
+        jacobian = jax.jacfwd(lambda t: scales.forward(t[:, None], scales.centre(x))[:, 0])(theta[:, 0])
+        return jnp.linalg.slogdet(jacobian)[1]
+
+    centre = scales.centre(x[:50])
+    found = scales.log_det(scales.forward(theta[:50], centre), centre)
+    np.testing.assert_allclose(found, jax.vmap(exact)(theta[:50], x[:50]), atol=2e-3)
+
+
+def test_a_linear_gaussian_posterior_becomes_standard_normal():
+    """theta ~ N(0, I), x = B theta + noise. Given any x, the standardised posterior is N(0, I): its exact mean and covariance,
+    mapped through `forward`, are 0 and I up to the error of least squares, about sqrt(3 / 100,000) = 0.005; bounds are 5 times."""
+    rng = np.random.default_rng(1)
+    n, b = 100_000, np.array([[1.0, 0.5], [-0.3, 2.0], [0.2, 0.1]])
+    theta = rng.normal(size=(n, 2))
+    x = theta @ b.T + 0.1 * rng.normal(size=(n, 3))
+    scales = Standardizer.fit(theta[..., None].astype("f4"), x[..., None].astype("f4"), [Support()] * 2)
+    covariance = np.linalg.inv(np.eye(2) + b.T @ b / 0.01)
+    root = np.linalg.cholesky(covariance)
+    for row in (x[0], x[1], np.array([3.0, -2.0, 0.0])):
+        mean = covariance @ b.T @ row / 0.01
+        centre = scales.centre(jnp.asarray(row, jnp.float32)[:, None])
+        points = np.concatenate([mean[None], mean + root.T])  # the mean, and one sd along each axis of the root
+        y = np.asarray(scales.forward(jnp.asarray(points, jnp.float32)[..., None], centre))[..., 0]
+        moved = y[1:] - y[0]
+        np.testing.assert_allclose(y[0], 0, atol=0.03 * max(1, np.abs(row).max()))
+        np.testing.assert_allclose(moved.T @ moved, np.eye(2), atol=0.03)
+
+
+def test_degenerate_columns_stay_finite():
+    theta, x = _pairs(n=300)
+    theta[:, 3], x[:, 1], x[:, 2] = 7.0, 1.0, x[:, 0]  # constant, constant, twice the same
+    scales = Standardizer.fit(theta, x, SUPPORTS)
+    centre = scales.centre(x)
+    y = scales.forward(theta, centre)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(scales.inverse(y, centre), theta, atol=1e-3)
+
+
+def test_few_rows_get_no_slope():
+    theta, x = _pairs(n=20)
+    assert not np.any(Standardizer.fit(theta, x, SUPPORTS).slope)
+
+
+def test_dict_and_back():
+    scales = Standardizer.fit(*_pairs(n=300), SUPPORTS)
+    again = Standardizer.from_dict(scales.to_dict())
+    assert again.kinds == scales.kinds
+    for a, b in zip(jax.tree.leaves(scales), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_as_many_supports_as_parameters():
+    with pytest.raises(ValueError, match="the prior has 3 parameters, theta has 4"):
+        Standardizer.fit(*_pairs(n=30), SUPPORTS[:3])
