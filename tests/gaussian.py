@@ -50,12 +50,15 @@ def identity_standardizer(dim_theta: int, dim_x: int) -> Standardizer:
     )  # fmt: skip
 
 
-def gaussian_posterior(mesh=None, **options) -> Posterior:
+TWO = {"data": 2}
+
+
+def gaussian_posterior(mesh=TWO, **options) -> Posterior:
     network = GaussianNetwork()
     return Posterior(network, FlowMatching(), identity_standardizer(3, 2), mesh=mesh, **options)
 
 
-def random_mlp_posterior(mesh=None, dim_theta: int = 2, dim_x: int = 3, network=None, **options) -> Posterior:
+def random_mlp_posterior(mesh=TWO, dim_theta: int = 2, dim_x: int = 3, network=None, **options) -> Posterior:
     """An untrained network with a non-trivial output, on the prior (-1, 1)."""
     from distsbi.networks import MLP, MLPParams
 

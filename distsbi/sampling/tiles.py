@@ -49,7 +49,7 @@ class Tile:
         return Tile(self.rows // draws, draws)
 
 
-DEFAULT_TILES = {"cpu": Tile(8, 128), "gpu": Tile(128, 512), "tpu": Tile(64, 512)}
+DEFAULT_TILES = {"cpu": Tile(8, 256), "gpu": Tile(128, 512), "tpu": Tile(64, 512)}
 
 
 def default_tile(platform: str) -> Tile:

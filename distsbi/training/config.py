@@ -20,7 +20,7 @@ class TrainingConfig:
         max_lr, min_lr: learning rate after warm-up and at the end.
         warmup_steps: linear warm-up, in updates.
         decay_transition: fraction of `nsteps` at constant `max_lr` before the cosine decay.
-        weight_decay: of matrices, decoupled.
+        weight_decay: of matrices, decoupled (times the learning rate, in every update).
         clip_norm: bound on the global gradient norm.
         multistep: updates whose gradients are averaged into one.
         ema_decay: of the averaged weights, which are the ones sampled with.
@@ -45,7 +45,7 @@ class TrainingConfig:
     min_lr: float = 1e-6
     warmup_steps: int | None = None
     decay_transition: float = 0.0
-    weight_decay: float = 1e-4
+    weight_decay: float | None = None
     clip_norm: float = 1.0
     multistep: int = 1
     ema_decay: float = 0.999
@@ -78,6 +78,8 @@ class TrainingConfig:
                 raise ValueError(f"training option {name} must be a positive integer; got {value!r}.")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"training option optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise ValueError(f"training option weight_decay must be 0 or more; got {self.weight_decay!r}.")
         for name in ("max_lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")
@@ -108,10 +110,11 @@ class TrainingConfig:
     def resolve(self, simulations: int | None) -> "TrainingConfig":
         """Every None filled in for so many simulations (None: an endless supply).
 
-        Updates grow with the square root of the simulations, the batch with the simulations, within bounds.
+        Updates grow with the square root of the simulations, the batch with the simulations; weight decay falls with them, as
+        a prior's weight does; all within bounds.
         """
         n = simulations if simulations is not None else 100_000
-        nsteps = self.nsteps or int(min(20_000, max(1_500, 100 * round(0.35 * math.sqrt(n)))))
+        nsteps = self.nsteps or int(min(20_000, max(1_500, 100 * round(0.5 * math.sqrt(n)))))
         batch = self.batch_size or 2 ** int(min(9, max(6, round(math.log2(max(n, 1) / 100)))))
         val_every = min(self.val_every or max(100, nsteps // 4000 * 100), nsteps)
         save_every = self.save_every or max(val_every, val_every * (nsteps // (8 * val_every)))
@@ -122,6 +125,7 @@ class TrainingConfig:
             nsteps=nsteps,
             batch_size=min(batch, simulations or batch),
             warmup_steps=self.warmup_steps if self.warmup_steps is not None else min(500, nsteps // 10),
+            weight_decay=min(3.0, max(0.1, 1e4 / n)) if self.weight_decay is None else self.weight_decay,
             val_every=val_every,
             save_every=save_every,
         )

@@ -23,7 +23,10 @@ def _pairs(n=400, seed=0):
     return tuple(np.asarray(a) for a in task.pairs(jax.random.key(seed), n))
 
 
-def _pipeline(data=None, val=None, mesh=None, params=SMALL, **config):
+TWO = {"data": 2}
+
+
+def _pipeline(data=None, val=None, mesh=TWO, params=SMALL, **config):
     return MLPFlowPipeline(
         _pairs() if data is None else data, val, 2, 2, params=params, mesh=mesh,
         training_config={**QUICK, **config}, prior=get_task("two_moons").prior,
@@ -149,6 +152,29 @@ def test_a_folder_larger_than_memory_is_streamed(tmp_path, monkeypatch):
     assert _same(*runs)
 
 
+def test_held_out_rows_are_not_trained_on(tmp_path, monkeypatch):
+    """Of every kind of source: no row of the validation set turns up in two passes over the rest."""
+    from distsbi.data.source import make_source
+
+    theta, x = _pairs(600)
+    write_pairs(tmp_path / "pairs", theta, x, rows_per_file=100)
+    shapes = (2, 1), (2, 1)
+    arrays = make_source((theta, x), shapes)
+    monkeypatch.setattr("distsbi.data.source.IN_MEMORY_BYTES", 100)
+    streams = [make_source(data, shapes) for data in (str(tmp_path / "pairs"), _batches((theta, x), 50))]
+    for source in [arrays, *streams]:
+        rest, (held, _) = source.hold_out(0.1)
+        if rest.arrays is not None:
+            seen = rest.arrays[0]
+        else:
+            stream = rest.batches(0, 50)
+            seen = np.concatenate([next(stream)[0] for _ in range(22)])
+        rows = {row.tobytes() for row in seen}
+        assert len(held) >= 50
+        assert len(rows) >= 500
+        assert not rows & {row.tobytes() for row in held}
+
+
 def test_augment_runs_inside_the_step():
     plain, noisy = _pipeline(), _pipeline()
     noisy.augment = lambda key, theta, x: (theta, x + jax.random.normal(key, x.shape))
@@ -180,7 +206,7 @@ def test_named_parameters_travel():
     prior = Prior(mass=dist.LogNormal(0.0, 1.0), spin=dist.Uniform(-1.0, 1.0))
     theta = np.asarray(prior.sample(jax.random.key(0), (200,)))[..., None]
     x = theta + 0.1
-    pipeline = MLPFlowPipeline((theta, x), None, 2, 2, params=SMALL, training_config=QUICK, prior=prior)
+    pipeline = MLPFlowPipeline((theta, x), None, 2, 2, params=SMALL, training_config=QUICK, prior=prior, mesh=TWO)
     pipeline.train(nnx.Rngs(0))
     assert pipeline.posterior.parameter_names == ("mass", "spin")
     draws = pipeline.sample(rng=0, x_o=np.full((1, 2, 1), 50.0), nsamples=500)
@@ -202,7 +228,7 @@ def test_a_users_own_module():
             t = jnp.broadcast_to(jnp.reshape(t, jnp.shape(t) + (1,) * (3 - jnp.ndim(t))), (batch, draws, 1))
             return self.linear(jnp.concatenate([theta_t[..., 0], shared, t], -1))[..., None]
 
-    pipeline = ConditionalPipeline(Own(), _pairs(), None, 2, 2, training_config=QUICK)  # type: ignore[arg-type]
+    pipeline = ConditionalPipeline(Own(), _pairs(), None, 2, 2, training_config=QUICK, mesh=TWO)  # type: ignore[arg-type]
     pipeline.train(nnx.Rngs(0))
     assert pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5).shape == (5, 2, 1)
     with pytest.raises(ValueError, match=r"flax.nnx.Module with encode"):
