@@ -4,6 +4,7 @@ A mesh has two axes. Batches and tiles are split over "data". Parameters are rep
 along their largest divisible dimension; "model" is reserved for tensor parallelism and has size 1 by default.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,22 @@ def make_mesh(mesh: MeshLike = None) -> Mesh:
         )
     axis_types = (AxisType.Auto, AxisType.Auto)
     return Mesh(np.asarray(devices[:count]).reshape(sizes[DATA], sizes[MODEL]), (DATA, MODEL), axis_types=axis_types)
+
+
+def compiler_options(mesh: Mesh, on_cpu: Mapping[str, str]) -> dict[str, str] | None:
+    """What `jax.jit` takes as `compiler_options` on this mesh: `on_cpu` on CPUs, as far as this XLA knows them."""
+    if mesh.devices.flat[0].platform != "cpu" or not on_cpu:
+        return None
+    return {name: value for name, value in on_cpu.items() if _xla_knows(name, value)} or None
+
+
+@functools.cache
+def _xla_knows(name: str, value: str) -> bool:
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+    except Exception:  # the type differs between versions of jax; an unknown option is no error of the user's
+        return False
+    return True
 
 
 def data_size(mesh: Mesh) -> int:

@@ -8,7 +8,8 @@ A network knows nothing of meshes, Ray, files or methods.
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +20,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Network(nnx.Module):
-    """The contract. `params` is the frozen dataclass that rebuilds the network (see `NetworkParams`)."""
+    """The contract. `params` is the frozen dataclass that rebuilds the network (see `NetworkParams`).
+
+    `cpu_compiler_options`: XLA's options for training it on CPUs, where a default does not suit it.
+    """
+
+    cpu_compiler_options: ClassVar[Mapping[str, str]] = {}
 
     params: Any
     dim_theta: int

@@ -76,7 +76,14 @@ def train(
     begin = functools.partial(learner.init, shuffled=shuffled or 0)
     shardings = meshes.state_shardings(mesh, jax.eval_shape(begin, params, key), fsdp=config.fsdp)
     state: TrainState = jax.jit(begin, out_shardings=shardings)(params, key)
-    advance = jax.jit(learner.advance, static_argnums=2, donate_argnums=0, out_shardings=(shardings, whole))
+    options = meshes.compiler_options(mesh, getattr(network, "cpu_compiler_options", {}))
+    advance = jax.jit(
+        learner.advance,
+        static_argnums=2,
+        donate_argnums=0,
+        out_shardings=(shardings, whole),
+        compiler_options=options,
+    )
     validate = jax.jit(learner.validate, donate_argnums=0, out_shardings=(shardings, whole))
 
     root = run_root(config)

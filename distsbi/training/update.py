@@ -110,7 +110,7 @@ class Learner:
         copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
         return TrainState(
             step=jnp.zeros((), jnp.int32), seed=jax.random.key_data(key), params=params, ema=copy(params), best=copy(params),
-            best_loss=jnp.full((), jnp.inf), stale=jnp.zeros((), jnp.int32), opt=self.optimizer.init(params),  # type: ignore[attr-defined]
+            best_loss=jnp.full((), jnp.inf, jnp.float32), stale=jnp.zeros((), jnp.int32), opt=self.optimizer.init(params),  # type: ignore[attr-defined]
             order=jnp.arange(max(shuffled, 1), dtype=jnp.int32),
         )  # fmt: skip
 

@@ -90,6 +90,15 @@ def test_fsdp_really_splits():
     assert TrainState is not None
 
 
+def test_the_update_compiles_once(caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        _pipeline(nsteps=30).train(nnx.Rngs(0))
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert sum("Compiling jit(advance)" in record.getMessage() for record in caplog.records) == 1
+
+
 class _Stop(Exception):
     pass
 
