@@ -49,7 +49,7 @@ def run_demo(
     """
     folder = _fresh(Path(out))
     task, mesh = get_task("two_moons"), make_mesh(mesh)
-    pairs, nsteps, nsamples, rows = (3_000, 600, 100_000, 30) if quick else (30_000, 4_500, 1_000_000, 300)
+    pairs, nsteps, nsamples, rows = (3_000, 600, 100_000, 30) if quick else (30_000, 4_000, 1_000_000, 300)
     facts: dict[str, Any] = {"devices": mesh.size, "workers": workers, "pairs": pairs, "nsteps": nsteps}
     facts["nsamples"] = nsamples
     clock = _Clock(say, facts)
