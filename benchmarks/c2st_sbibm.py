@@ -210,7 +210,7 @@ def main() -> None:
     one.add_argument("task", choices=["two_moons", "gaussian_linear", "slcp"])
     one.add_argument("pipeline", choices=["MLP", "Flux1"])
     one.add_argument("--nsims", type=int, default=30_000, help="simulations in all; validation is held out of them")
-    one.add_argument("--seeds", type=int, nargs="+", default=[1], help="each seeds its pairs, weights and draws")
+    one.add_argument("--seeds", type=int, nargs="+", default=[1], help="each seeds its pairs, training noise and draws")
     one.add_argument("--training", default="{}", help="training options, JSON; default: the pipeline's own")
     one.add_argument("--label", default="default", help="name of a cell with other training options")
     one.set_defaults(run=train)

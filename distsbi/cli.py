@@ -90,7 +90,7 @@ def simulate(task: str, n: int, seed: int, out: Path) -> None:
 @click.option("-n", "--n", type=click.IntRange(min=1), help="Pairs to simulate. Default: new ones at every step.")
 @click.option("--network", help="mlp or flux1. Default: mlp.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory.")
-@click.option("--seed", type=int, help="Seed of initialisation, order and noise. Default: 0.")
+@click.option("--seed", type=int, help="Seed of order and noise. Default: 0.")
 @click.option("--nsteps", type=click.IntRange(min=1), help="Updates. Default: scaled to the data.")
 @DEVICES
 @MESH
@@ -280,6 +280,7 @@ def _override(config: "RunConfig", **flags: Any) -> "RunConfig":
     if flags["task"] is not None or flags["data"] is not None:
         data.pop("task", None)
         data.pop("path", None)
+        data.pop("n", None)
     given = {
         ("data", "task"): flags["task"],
         ("data", "path"): str(flags["data"]) if flags["data"] is not None else None,

@@ -35,7 +35,16 @@ MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1"}
 METHODS = {"flow": "Flow"}
 
 # Keys of the training configuration that a file gives under `optimizer`; GenSBI reads `ema_decay` under either.
-OPTIMIZER_KEYS = ("optimizer", "max_lr", "min_lr", "warmup_steps", "decay_transition", "clip_norm", "weight_decay", "ema_decay")
+OPTIMIZER_KEYS = (
+    "optimizer",
+    "max_lr",
+    "min_lr",
+    "warmup_steps",
+    "decay_transition",
+    "clip_norm",
+    "weight_decay",
+    "ema_decay",
+)
 
 # Keys that are decided elsewhere, and where.
 ELSEWHERE = {

@@ -28,7 +28,7 @@ def make_mesh(mesh: MeshLike = None) -> Mesh:
     if isinstance(mesh, Mesh):
         if DATA not in mesh.axis_names:
             raise ValueError(f'the mesh needs an axis named "{DATA}"; this one has {mesh.axis_names}.')
-        return mesh
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     devices = jax.devices()
     if mesh is None or mesh == "auto":
         mesh = {DATA: len(devices)}

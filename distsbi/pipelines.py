@@ -5,6 +5,7 @@ A named pipeline is a declaration of its network and method; everything else is 
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -117,10 +118,11 @@ class ConditionalPipeline:
             **({} if nsteps is None else {"nsteps": nsteps}),
         )
         config = base.resolve(self._source.size)
+        validation = self._augmented(self._validation, 1)
         standardizer = (
             self._posterior.weights.standardizer
             if self._posterior
-            else Standardizer.fit(*self._source.fit(), self._supports)
+            else Standardizer.fit(*self._augmented(self._source.fit(), 0), self._supports)
         )
         standardizer = jax.tree.map(np.asarray, standardizer)
         name = network_name(self.model)
@@ -131,22 +133,30 @@ class ConditionalPipeline:
                 k: v for k, v in config.to_dict().items() if k not in ("show_progress", "checkpoint_dir", "calibrate")
             },
             "data": self._source.fingerprint,
+            "validation": _digest(validation),
+            "standardizer": _digest((standardizer.kinds, *jax.tree.leaves(standardizer))),
         }
         trained = train(
-            self.model, self.method, standardizer, self._source, self._validation, key, config,
+            self.model, self.method, standardizer, self._source, validation, key, config,
             mesh=self.mesh, augment=self.augment, identity=identity,
         )  # fmt: skip
-        self._finish(trained, standardizer, config)
+        self._finish(trained, standardizer, validation[1], config)
         return trained.losses, trained.val_losses
 
-    def _finish(self, trained: Trained, standardizer: Standardizer, config: TrainingConfig) -> None:
-        assert self._source is not None and self._validation is not None
+    def _augmented(self, pairs: Pairs, seed: int) -> Pairs:
+        """Pairs as training sees them, under fixed random numbers: what scales are fitted on, and validation is made of."""
+        if self.augment is None:
+            return pairs
+        return jax.device_get(jax.jit(self.augment)(jax.random.key(seed), *pairs))
+
+    def _finish(self, trained: Trained, standardizer: Standardizer, xs: np.ndarray, config: TrainingConfig) -> None:
+        assert self._source is not None
         facts = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
         solver = None
         if config.calibrate:
             raw = self._make_posterior(trained.params, standardizer, None, facts)
-            solver, facts["certificate"] = calibrate(raw, self._validation[1])
+            solver, facts["certificate"] = calibrate(raw, xs)
         self._posterior = self._make_posterior(trained.params, standardizer, solver, facts)
         nnx.update(self.model, trained.params)
         if config.checkpoint_dir is not None:
@@ -267,6 +277,13 @@ class MLPFlowPipeline(NamedPipeline):
 
 
 PIPELINES: dict[str, type[NamedPipeline]] = {"Flux1Flow": Flux1FlowPipeline, "MLPFlow": MLPFlowPipeline}
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode() if isinstance(part, tuple) else np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
 
 
 def _adopt(model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -> None:

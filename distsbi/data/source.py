@@ -56,13 +56,13 @@ def make_source(data: Any, shapes: tuple[tuple[int, int], tuple[int, int]], prio
     Raises ValueError for mismatched lengths, wrong shapes, non-finite rows, theta outside the prior, or another type.
     """
     if isinstance(data, Task):
-        return _from_task(data, shapes)
+        return _from_task(data, shapes, prior)
     if isinstance(data, (str, os.PathLike)):
         return _from_folder(data, shapes, prior)
     if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
         return _from_arrays(_checked(data, shapes, prior))
     if isinstance(data, Iterable):
-        return _from_iterable(data, shapes)
+        return _from_iterable(data, shapes, prior)
     raise ValueError(
         f"a dataset must be arrays (theta, x), an iterable of such batches, a Parquet folder, a Task or None; got {type(data).__name__}."
     )
@@ -100,20 +100,23 @@ def _from_arrays(pairs: Pairs) -> Source:
     )
 
 
-def _from_task(task: Task, shapes: Any) -> Source:
+def _from_task(task: Task, shapes: Any, prior: Any = None) -> Source:
     given = (task.dim_theta, 1), (task.dim_x, 1)
     if given != shapes:
         raise ValueError(
             f"task {task.name!r} has theta {given[0]} and x {given[1]}; this pipeline has {shapes[0]} and {shapes[1]}."
         )
 
+    def some(seed: int, rows: int) -> Pairs:
+        return _checked(
+            jax.device_get(jax.jit(task.pairs, static_argnums=1)(jax.random.key(seed), rows)), shapes, prior
+        )
+
     def fit() -> Pairs:
-        theta, x = jax.jit(task.pairs, static_argnums=1)(jax.random.key(0), FIT_PAIRS // 5)
-        return np.asarray(theta), np.asarray(x)
+        return some(0, FIT_PAIRS // 5)
 
     def split(fraction: float) -> tuple[Source, Pairs]:
-        theta, x = jax.jit(task.pairs, static_argnums=1)(jax.random.key(1), VALIDATION_PAIRS)
-        return source, (np.asarray(theta), np.asarray(x))
+        return source, some(1, VALIDATION_PAIRS)
 
     source = Source(
         size=None,
@@ -138,7 +141,8 @@ def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
         per_epoch = len(folder) // batch_size
         for epoch in itertools.count(step // per_epoch):
             first = step % per_epoch if epoch == step // per_epoch else 0
-            yield from iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first)
+            for batch in iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first):
+                yield _checked(batch, shapes, prior)
 
     def some(rows: int) -> Pairs:
         return _checked(next(iter_pairs(folder, min(len(folder), rows), seed=0)), shapes, prior)
@@ -150,13 +154,12 @@ def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
                 f"{folder.files[0]} is too large for memory and the only file: give val_dataset, or split it into several files."
             )
         count = min(len(folder.files) - 1, max(1, round(fraction * len(folder.files))))
-        parts = [
-            dataclasses.replace(folder, files=folder.files[part], rows=folder.rows[part])
+        rest, held = (
+            _streamed(dataclasses.replace(folder, files=folder.files[part], rows=folder.rows[part]), shapes, prior)
             for part in (slice(None, -count), slice(-count, None))
-        ]
-        return _streamed(parts[0], shapes, prior), tuple(
-            part[:VALIDATION_PAIRS] for part in _streamed(parts[1], shapes, prior).fit()
-        )  # type: ignore[return-value]
+        )
+        theta, x = held.fit()
+        return rest, (theta[:VALIDATION_PAIRS], x[:VALIDATION_PAIRS])
 
     digest = hashlib.sha256(
         repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode()
@@ -166,10 +169,13 @@ def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
     )
 
 
-def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
-    """Batches as they come. What can be iterated again starts again at its end; an iterator is used once.
+def _from_iterable(data: Iterable[Any], shapes: Any, prior: Any = None) -> Source:
+    """Batches as they come, all of the size of the first: longer ones are cut, shorter ones left out. What can be iterated again
+    starts again at its end; an iterator is used once.
 
-    The pairs that the scales are fitted on are kept and are the first to be trained on, so nothing of an iterator is lost.
+    The pairs that the scales are fitted on are kept and are the first to be trained on. Where no validation set is given, the
+    first batches are held out of every pass, which needs a fixed order. A killed run resumes at the same batch number: to the
+    same bits only if the iterable yields the same batches again.
     """
     once = iter(data) is data
     supply = iter(data)
@@ -179,15 +185,31 @@ def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
     def checked(batch: Any) -> Pairs:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"every batch must be a pair (theta, x); got {type(batch).__name__}.")
-        return _checked(batch, shapes, None)
+        return _checked(batch, shapes, prior)
+
+    def equal(batches: Iterable[Any]) -> Iterator[Pairs]:
+        size = len(head[0][0])
+        for theta, x in map(checked, batches):
+            if len(theta) >= size:
+                yield theta[:size], x[:size]
+
+    def again() -> Iterator[Pairs]:
+        """A new pass, without the batches that are held out."""
+        stream = equal(data)
+        for number in range(held[0]):
+            if not np.array_equal(next(stream)[0], head[number][0]):
+                raise ValueError(
+                    "the training iterable changes its order between passes, so that no batch can be held out of it: "
+                    "give val_dataset."
+                )
+        return stream
 
     def read_head() -> None:
         if not head:
             head.extend(checked(batch) for batch in itertools.islice(supply, 1))
             if not head:
                 raise ValueError("the training iterable is empty.")
-            more = itertools.islice(supply, max(1, FIT_PAIRS // 10 // len(head[0][0]) - 1))
-            head.extend(checked(batch) for batch in more)
+            head.extend(equal(itertools.islice(supply, max(1, FIT_PAIRS // 10 // len(head[0][0]) - 1))))
 
     def fit() -> Pairs:
         read_head()
@@ -202,9 +224,9 @@ def _from_iterable(data: Iterable[Any], shapes: Any) -> Source:
 
     def passes() -> Iterator[Pairs]:
         yield from head[held[0] :]
-        yield from map(checked, supply)
+        yield from equal(supply)
         while not once:
-            yield from map(checked, itertools.islice(data, held[0], None))
+            yield from again()
         raise ValueError(
             "the training iterable has ended before nsteps; give one that can be iterated again, or fewer nsteps."
         )

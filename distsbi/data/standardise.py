@@ -206,12 +206,15 @@ def _least_squares(u: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
         gram = x.T @ x / n
         slope = np.linalg.solve(gram + _RIDGE * np.eye(columns), x.T @ u / n)
     rest = u - x @ slope
-    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(rest.T, bias=True)))
+    covariance = np.atleast_2d(np.cov(rest.T, bias=True))
+    if n < _ROWS_PER_COLUMN * len(covariance):
+        covariance = np.diag(np.diag(covariance))
+    values, vectors = np.linalg.eigh(covariance)
     scales = np.maximum(np.sqrt(np.maximum(values, 0.0)), _SMALLEST)
     return slope, (vectors * scales) @ vectors.T, (vectors / scales) @ vectors.T
 
 
 def _scale(values: np.ndarray) -> np.ndarray:
     std = values.std(0)
-    constant = std <= 1e-7 * np.maximum(1.0, np.abs(values.mean(0)))
+    constant = std <= 1e-7 * np.abs(values).max(0)  # relative: a column of 1e-21 is data too
     return np.where(constant, 1.0, std)

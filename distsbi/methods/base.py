@@ -97,7 +97,7 @@ class Method:
 
     def initial(self, z: Array) -> Array:
         """The state at t = 0 from standard normal noise."""
-        return self.sigma(jnp.zeros(())) * z
+        return self.sigma(jnp.zeros((), jnp.float32)) * z
 
     def final(self, t: Time, x_t: Array, f: Array) -> Array:
         """E[x | x_t], the last denoising step of a method that stops at t_end < 1."""

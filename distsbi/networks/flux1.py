@@ -339,7 +339,9 @@ class Flux1(Network):
             return single_block(block, h, parts, p.num_heads, turn, p.dtype, [of_data])[0], None
 
         h, _ = jax.lax.scan(_again(double_step), h, (double, modulation(double["obs_mod"], vec, 6), shared["double"]))
-        h, _ = jax.lax.scan(_again(single_step), h, (single, modulation(single["modulation"], vec, 3), shared["single"]))
+        h, _ = jax.lax.scan(
+            _again(single_step), h, (single, modulation(single["modulation"], vec, 3), shared["single"])
+        )
         return h
 
     def _joint(

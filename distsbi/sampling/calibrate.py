@@ -60,7 +60,7 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
         )
 
     context, z = prepare(posterior.weights, xs)
-    scale = method.sigma(jnp.zeros(()))
+    scale = method.sigma(jnp.zeros((), jnp.float32))
 
     def errors(solver: FixedGrid) -> tuple[float, float]:
         returned = back(posterior.weights, forward(solver)(posterior.weights, z, context), context)

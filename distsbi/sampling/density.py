@@ -22,9 +22,7 @@ from distsbi.solvers import FixedGrid
 
 
 @functools.lru_cache(maxsize=16)
-def density_program(
-    graphdef: nnx.GraphDef, method: Method, grid: FixedGrid, mesh: Mesh
-) -> Callable[..., Array]:
+def density_program(graphdef: nnx.GraphDef, method: Method, grid: FixedGrid, mesh: Mesh) -> Callable[..., Array]:
     """(weights, theta [n, dim_theta, ch_theta], x [1, dim_x, ch_x]) -> log p [n], n a multiple of the device count."""
 
     def program(weights: Weights, theta: Array, x: Array) -> Array:
@@ -55,8 +53,8 @@ def density_program(
             k4 = flow(t1, move(k3, h), context)
             return jax.tree.map(lambda y, a, b, c, d: y + h / 6 * (a + 2 * b + 2 * c + d), state, k1, k2, k3, k4), None
 
-        (z, change), _ = jax.lax.scan(step, (y, jnp.zeros(len(y))), (times[:-1], times[1:]))
-        sigma = method.sigma(jnp.zeros(()))
+        (z, change), _ = jax.lax.scan(step, (y, jnp.zeros(len(y), jnp.float32)), (times[:-1], times[1:]))
+        sigma = method.sigma(jnp.zeros((), jnp.float32))
         z = z / sigma
         base = jnp.sum(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi) - jnp.log(sigma), axis=(1, 2))
         inside = standardizer.contains(theta)

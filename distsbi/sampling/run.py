@@ -29,7 +29,7 @@ from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import solver_from_dict
 
-FORMAT = 1
+FORMAT = 2
 SPEC, WEIGHTS = "spec.json", "weights"
 PACKAGES = ("distsbi", "jax", "flax", "optax", "diffrax", "orbax-checkpoint")
 
@@ -130,6 +130,8 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(found, int) or found > FORMAT:
         raise ValueError(f"{root} has run format {found}; this distsbi reads up to {FORMAT}. Update distsbi.")
+    if found < FORMAT:
+        raise ValueError(f"{root} has run format {found} of an earlier distsbi; this one reads {FORMAT}. Train again.")
     return spec
 
 
@@ -157,6 +159,8 @@ def load(
         names, facts, digest = tuple(spec["parameter_names"]), spec["facts"], spec["weights_sha256"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
+    for size, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), spec["sizes"], strict=True):
+        setattr(module, size, value)  # a user's own module need not know them
     graphdef, state = nnx.split(module)
     target = meshes.make_mesh(mesh)
     shaped = jax.tree.map(

@@ -110,7 +110,9 @@ def encode_program(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[[Weights, Arr
     def program(weights: Weights, x: Array) -> Encoded:
         return encode(nnx.merge(graphdef, weights.params), weights.standardizer, x)
 
-    mapped = jax.shard_map(program, mesh=mesh, in_specs=(P(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False)
+    mapped = jax.shard_map(
+        program, mesh=mesh, in_specs=(P(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False
+    )
     return jax.jit(mapped, out_shardings=meshes.replicated(mesh))
 
 

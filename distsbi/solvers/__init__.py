@@ -56,6 +56,10 @@ def make_solver(
     if tolerances:
         raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
     if time_grid is not None:
+        if not (len(time_grid) and time_grid[0] == 0 and abs(time_grid[-1] - method.t_end) < 1e-6):
+            raise ValueError(
+                f"time_grid must run from 0 (noise) to {method.t_end:g} (data); got {[float(t) for t in time_grid]}."
+            )
         return FixedGrid(name or "midpoint", tuple(time_grid))
     if step_size is not None:
         if not 0 < step_size <= 1:

@@ -101,7 +101,7 @@ class FixedGrid:
             y, memory = carry
             return rule(lambda t, y: velocity(t, y, context), *interval, y, memory), None
 
-        (y, _), _ = jax.lax.scan(step, (y, (jnp.zeros_like(y), jnp.zeros(()))), (times[:-1], times[1:]))
+        (y, _), _ = jax.lax.scan(step, (y, (jnp.zeros_like(y), jnp.zeros((), jnp.float32))), (times[:-1], times[1:]))
         return y
 
     def to_dict(self) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class TrainingConfig:
             if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
                 raise ValueError(f"training option {name} must be a positive integer; got {value!r}.")
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"training option optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
+            raise ValueError(
+                f"training option optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}."
+            )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(f"training option weight_decay must be 0 or more; got {self.weight_decay!r}.")
         for name in ("max_lr", "clip_norm"):

@@ -45,7 +45,9 @@ class TrainState:
         return jax.random.wrap_key_data(self.seed, impl=keys.IMPL)
 
 
-MUON_SIZE = 32  # the smaller side of the matrices that Muon takes; embeddings of a few numbers and read-outs are AdamW's
+MUON_SIZE = (
+    32  # the smaller side of the matrices that Muon takes; embeddings of a few numbers and read-outs are AdamW's
+)
 _NO_MATRIX = re.compile("bias|scale|embedding")
 
 
@@ -56,7 +58,8 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     itself, and leaves all else to AdamW. Its updates are scaled to a root mean square of the learning rate, so one `max_lr`
     serves both.
     """
-    nsteps, warmup = config.nsteps or 1, config.warmup_steps or 0
+    every = config.multistep  # the schedule counts steps of the optimiser, of which there is one in so many updates
+    nsteps, warmup = max((config.nsteps or 1) // every, 1), (config.warmup_steps or 0) // every
     hold = max(0, int(config.decay_transition * nsteps) - warmup)
     parts = [
         optax.linear_schedule(config.max_lr * 1e-3, config.max_lr, max(warmup, 1)),
@@ -64,22 +67,27 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
         optax.cosine_decay_schedule(config.max_lr, max(nsteps - warmup - hold, 1), config.min_lr / config.max_lr),
     ]
     schedule = optax.join_schedules(parts, [warmup, warmup + hold])
+    decay = config.weight_decay or 0.0
     if config.optimizer == "muon":
         inner = optax.contrib.muon(
-            schedule, consistent_rms=1.0, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_matrices
+            schedule, consistent_rms=1.0, weight_decay=decay, muon_weight_dimension_numbers=_matrices
         )
     else:
-        several_axes = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
-        inner = optax.adamw(schedule, weight_decay=config.weight_decay, mask=several_axes)
+        decays = lambda params: jax.tree_util.tree_map_with_path(_is_matrix, params)  # noqa: E731
+        inner = optax.adamw(schedule, weight_decay=decay, mask=decays)
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     return optax.MultiSteps(chain, config.multistep).gradient_transformation() if config.multistep > 1 else chain
+
+
+def _is_matrix(path: Any, leaf: Array) -> bool:
+    return leaf.ndim > 1 and not _NO_MATRIX.search(jax.tree_util.keystr(path))
 
 
 def _matrices(params: Any) -> Any:
     """Muon's axes (in, out) of every large matrix, leading axes being stacks; None for all else."""
 
     def axes(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim < 2 or min(leaf.shape[-2:]) < MUON_SIZE or _NO_MATRIX.search(jax.tree_util.keystr(path)):
+        if not _is_matrix(path, leaf) or min(leaf.shape[-2:]) < MUON_SIZE:
             return None
         return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
 
@@ -144,10 +152,10 @@ class Learner:
                 size = self.config.batch_size or 1
                 at = (state.step % max(self.epoch, 1)) * size
                 index = jax.lax.dynamic_slice(order, (at,), (size,)) if self.epoch else jnp.arange(size)
-                index = jax.lax.with_sharding_constraint(index, self._split(size))
-                batch = self.draw(k_data, index, data)
+                batch = self.draw(k_data, jax.lax.with_sharding_constraint(index, self._split(size)), data)
             if self.augment is not None:
                 batch = self.augment(k_augment, *batch)
+            batch = jax.lax.with_sharding_constraint(batch, self._split(batch[0].shape[0]))
             loss, grads = jax.value_and_grad(self.loss)(state.params, batch, k_times, k_noise, self.config.noise_draws)
             updates, opt = self.optimizer.update(grads, state.opt, state.params)  # type: ignore[attr-defined]
             params = optax.apply_updates(state.params, updates)

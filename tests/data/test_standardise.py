@@ -86,6 +86,12 @@ def test_few_rows_get_no_slope():
     assert not np.any(Standardizer.fit(theta, x, SUPPORTS).slope)
 
 
+def test_tiny_units_are_no_constants():
+    theta, x = _pairs(n=300)
+    scales = Standardizer.fit(theta, x * np.float32(1e-21), SUPPORTS)
+    np.testing.assert_allclose(np.asarray(scales.forward_x(x * np.float32(1e-21))).std(0), 1, rtol=1e-3)
+
+
 def test_dict_and_back():
     scales = Standardizer.fit(*_pairs(n=300), SUPPORTS)
     again = Standardizer.from_dict(scales.to_dict())

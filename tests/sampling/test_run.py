@@ -50,6 +50,21 @@ def test_a_users_own_network(run_dir):
     np.testing.assert_array_equal(again.sample(0, x, 10), posterior.sample(0, x, 10))
 
 
+def test_a_users_module_without_sizes(run_dir):
+    """Sizes that training gave it come from the run."""
+    posterior = gaussian_posterior()
+    posterior.save(run_dir)
+
+    def bare():
+        network = GaussianNetwork(seed=5)
+        for size in ("dim_theta", "ch_theta", "dim_x", "ch_x"):
+            delattr(network, size)
+        return network
+
+    x = np.ones((1, 2, 1))
+    np.testing.assert_array_equal(load(run_dir, network=bare).sample(0, x, 10), posterior.sample(0, x, 10))
+
+
 def _edit(path, change):
     spec = json.loads((path / "spec.json").read_text())
     change(spec)
@@ -62,6 +77,7 @@ DAMAGE = {
     "unfinished": (lambda p: ((p / "spec.json").unlink(), (p / "checkpoints").mkdir()), "has not finished"),
     "cut short": (lambda p: (p / "spec.json").write_text((p / "spec.json").read_text()[:100]), "is damaged"),
     "missing key": (lambda p: _edit(p, lambda s: s.pop("method")), "is damaged"),
+    "older": (lambda p: _edit(p, lambda s: s.update(format=1)), "Train again"),
     "newer": (lambda p: _edit(p, lambda s: s.update(format=99)), "Update distsbi"),
     "no weights": (lambda p: shutil.rmtree(p / "weights"), "missing or damaged"),
     "other weights": (lambda p: _edit(p, lambda s: s.update(weights_sha256="0")), "does not hold the weights"),

@@ -86,8 +86,8 @@ def test_options():
         ({"solver": "tsit5", "steps": 3}, "chooses its own steps"),
         ({"steps": 3, "rtol": 0.1}, "needs an adaptive solver"),
         ({"rtol": -1.0}, "must be positive"),
-        ({"time_grid": [0, 0.5, 0.4]}, "increasing times"),
-        ({"time_grid": [0, 2.0]}, "increasing times"),
+        ({"time_grid": [0, 0.5, 0.4, 1]}, "increasing times"),
+        ({"time_grid": [0, 0.5]}, "must run from 0"), ({"time_grid": [0.1, 1.0]}, "must run from 0"),
     ],
 )  # fmt: skip
 def test_errors(options, says):

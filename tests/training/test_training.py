@@ -81,14 +81,12 @@ def test_mesh_and_fsdp_do_not_change_what_is_learned():
 
 def test_fsdp_really_splits():
     from distsbi import mesh as meshes
-    from distsbi.training.update import TrainState
 
     pipeline = _pipeline(mesh={"data": 8}, fsdp=True)
     params = nnx.state(pipeline.model)
     shardings = meshes.state_shardings(pipeline.mesh, params, fsdp=True)
     placed = jax.device_put(params, shardings)["w1"][...]
     assert placed.addressable_shards[0].data.size * 8 == placed.size
-    assert TrainState is not None
 
 
 def test_the_update_compiles_once(caplog):
@@ -193,6 +191,30 @@ def test_augment_runs_inside_the_step():
     assert not _same(plain, noisy)
 
 
+def test_scales_and_validation_see_what_augment_adds():
+    """Noise-free x with noise added on the fly: a scale fitted on clean pairs would be the floor, 1e-3."""
+    theta = np.random.default_rng(0).normal(size=(400, 2, 1)).astype("f4")
+    pipeline = MLPFlowPipeline((theta, theta), None, 2, 2, params=SMALL, training_config=QUICK, mesh=TWO,
+                               augment=lambda key, theta, x: (theta, x + jax.random.normal(key, x.shape)))  # fmt: skip
+    pipeline.train(nnx.Rngs(0))
+    root = np.asarray(pipeline.posterior.weights.standardizer.root)
+    np.testing.assert_allclose(np.diag(root), np.sqrt(0.5), rtol=0.15)
+
+
+def test_a_stream_that_cannot_be_held_out_says_so():
+    theta, x = _pairs(200)
+    rng = np.random.default_rng(0)
+
+    class Shuffling:
+        def __iter__(self):
+            order = rng.permutation(200)
+            return iter([(theta[order[i : i + 32]], x[order[i : i + 32]]) for i in range(0, 200, 32)])
+
+    with pytest.raises(ValueError, match="changes its order between passes"):
+        _pipeline(Shuffling()).train(nnx.Rngs(0))
+    _pipeline(Shuffling(), _pairs(100, seed=1)).train(nnx.Rngs(0))
+
+
 def test_training_goes_on_and_use_ema():
     pipeline = _pipeline()
     with pytest.raises(ValueError, match="not trained yet"):
@@ -260,7 +282,7 @@ def _with_row(index, value):
         ((np.zeros((50, 3, 1), "f4"), np.zeros((50, 2, 1), "f4")), r"theta must have shape \(n, 2, 1\)"),
         (tuple(a[:5] for a in _pairs()), "too few"),
         (7, "a dataset must be"), ("no/such/folder", "not a folder"), ([], "is empty"), ([1], r"pair \(theta, x\)"),
-        (get_task("gaussian_linear"), "has theta"),
+        (get_task("gaussian_linear"), "has theta"), ([_with_row(0, 3.0)] * 2, "outside the prior"),
     ],
 )  # fmt: skip
 def test_bad_data(data, says):
