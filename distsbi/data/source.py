@@ -149,7 +149,7 @@ def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
 
     def split(fraction: float) -> tuple[Source, Pairs]:
         """Whole files are held out, the last ones."""
-        if len(folder.files) < 2:
+        if len(folder.files) == 1:
             raise ValueError(
                 f"{folder.files[0]} is too large for memory and the only file: give val_dataset, or split it into several files."
             )
