@@ -230,7 +230,9 @@ def info(run: Path, as_json: bool) -> None:
 @DEVICES
 def demo(out: Path, quick: bool, devices: int | None) -> None:
     """Simulate, train, draw a million samples, run a catalog on Ray, and compare with the exact posterior."""
-    mesh = _mesh(devices or 2, None)
+    mesh = _mesh(devices, None)
+    if devices is None:
+        _mesh(2, None)  # two virtual devices where there are no others; a GPU or TPU machine uses all that it has
     from distsbi.demo import run_demo
 
     run_demo(out, quick=quick, mesh=mesh)
@@ -387,23 +389,23 @@ def _write_draws(out: Path, draws: "np.ndarray", names: tuple[str, ...]) -> None
     """Draws [n, dim_theta, ch_theta] as .npy, or as .parquet with a column for each parameter; whole or not at all."""
     import numpy as np
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if out.suffix == ".npy":
-                np.save(file, draws)
-            else:
-                import pyarrow as pa
-                import pyarrow.parquet as pq
+    from distsbi.files import write_whole
 
-                pq.write_table(pa.table(_columns(draws, names)), file)
-        os.replace(temporary, out)
+    def write(file: Any) -> None:
+        if out.suffix == ".npy":
+            np.save(file, draws)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table(_columns(draws, names)), file)
+
+    try:
+        write_whole(out, write)
     except OSError as error:
         raise OSError(
             error.errno, f"{out} could not be written ({error.strerror}); free space or give another --out"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _columns(draws: "np.ndarray", names: tuple[str, ...]) -> dict[str, "np.ndarray"]:

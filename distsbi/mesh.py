@@ -20,7 +20,7 @@ MeshLike = Mesh | Mapping[str, int] | str | None
 def make_mesh(mesh: MeshLike = None) -> Mesh:
     """The mesh that `mesh` describes.
 
-    None or "auto": all devices on the "data" axis. A dict: sizes of the axes "data" and "model" (one may be -1: what is
+    None: all local devices on the "data" axis; "auto": those of all processes. A dict: sizes of the axes "data" and "model" (one may be -1: what is
     left); fewer devices than there are is allowed. A `jax.sharding.Mesh` that has a "data" axis is taken as it is.
 
     Raises ValueError for unknown axes or more devices than there are.
@@ -29,7 +29,7 @@ def make_mesh(mesh: MeshLike = None) -> Mesh:
         if DATA not in mesh.axis_names:
             raise ValueError(f'the mesh needs an axis named "{DATA}"; this one has {mesh.axis_names}.')
         return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    devices = jax.devices()
+    devices = jax.local_devices() if mesh is None else jax.devices()
     if mesh is None or mesh == "auto":
         mesh = {DATA: len(devices)}
     if not isinstance(mesh, Mapping):

@@ -293,5 +293,11 @@ def _adopt(model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -
             f"model must be a flax.nnx.Module with encode(x) and __call__(t, theta_t, context); got {type(model).__name__}. "
             f"See distsbi.networks.Network."
         )
+    other = {type(leaf).__name__ for _, leaf in nnx.to_flat_state(nnx.state(model)) if not isinstance(leaf, nnx.Param)}
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} keeps state beside its weights ({', '.join(sorted(other))}), which sampling could not carry: "
+            f"leave out dropout and batch norm (layer norm does)."
+        )
     for name, value in (("dim_theta", dim_obs), ("ch_theta", ch_obs), ("dim_x", dim_cond), ("ch_x", ch_cond)):
         setattr(model, name, value)

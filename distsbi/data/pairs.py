@@ -234,7 +234,7 @@ def simulate_pairs(
     source = {"task": task.name, "seed": list(key_words(key)), "batch": batch, "rows_per_file": rows_per_file}
     done = _rows_done(folder, source, n)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob(".*.tmp"):  # left by a killed writer
+    for file in folder.glob(".pairs-*.parquet.*"):  # left by a killed writer
         if time.time() - file.stat().st_mtime > _STALE_SECONDS:
             file.unlink(missing_ok=True)
     draw = jax.jit(lambda k: task.pairs(k, batch))

@@ -7,8 +7,6 @@ as one channel.
 """
 
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distsbi.data.prior import check_names
+from distsbi.files import write_whole
 
 FORMAT = 1
 _METADATA = b"distsbi.pairs"
@@ -40,21 +39,15 @@ def write_file(path: Path, theta: np.ndarray, x: np.ndarray, names: Sequence[str
     note = json.dumps({"format": FORMAT, "names": names, "source": source})
     table = pa.table(columns, names=["theta", "x"]).replace_schema_metadata({_METADATA: note})
     row_bytes = 4 * (theta[0].size + x[0].size)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    rows = max(1, _ROW_GROUP_BYTES // row_bytes)
     try:
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file, use_dictionary=False, row_group_size=max(1, _ROW_GROUP_BYTES // row_bytes))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, lambda file: pq.write_table(table, file, use_dictionary=False, row_group_size=rows))
     except OSError as error:
         reason = error.strerror or error
         message = (
             f"{path} could not be written ({reason}); files written before are complete. Free space and run again."
         )
         raise OSError(error.errno, message) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_footer(path: Path) -> Footer:

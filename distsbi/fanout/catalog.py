@@ -23,6 +23,7 @@ import distsbi
 from distsbi.fanout import cluster
 from distsbi.fanout.pool import InProcess, Pool, RayPool, one_line
 from distsbi.fanout.worker import Job, Shards
+from distsbi.files import is_disk_full
 from distsbi.store import Catalog, Output, SourceSpec, layout, open_catalog, open_source, record, schema, source
 
 SHARD_BYTES = 128 * 2**20  # at most this much of draws in a worker's memory
@@ -172,7 +173,7 @@ def sample_catalog(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped{_so_far(folder)}; the same call goes on from there.") from None
         except OSError as error:
-            if not layout.is_disk_full(error):
+            if not is_disk_full(error):
                 raise
             raise OSError(
                 errno.ENOSPC,
@@ -216,7 +217,7 @@ def _work(
                     bar.update(outcome.manifest["rows"])
                     bar.set_postfix(bad=counts.total() - counts[schema.OK])
                     continue
-                if layout.is_disk_full(outcome.error):
+                if is_disk_full(outcome.error):
                     raise outcome.error  # type: ignore[misc]
                 failures[shard] += outcome.blamed
                 if outcome.blamed:

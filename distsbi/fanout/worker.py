@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from distsbi.files import write_whole
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
 from distsbi.store.source import Row
 
@@ -145,7 +146,7 @@ class Worker:
         draws = self._draw_rows(checked, observation_ids, status, message)
         table = self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
         path = layout.shard_file(self.job.out, number, self.shards.count)
-        layout.write_whole(path, lambda file: self.format.write(table, file))
+        write_whole(path, lambda file: self.format.write(table, file))
         return {
             "shard": number,
             "rows": len(rows),

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -76,4 +77,9 @@ def broadcast_time(t: Float[Array, "..."]) -> Float[Array, "b d"]:
 
 def dot(x: Float[Array, "... i"], w: Float[Array, "i o"], dtype: str) -> Float[Array, "... o"]:
     """x @ w with inputs of the compute dtype and float32 accumulation."""
-    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=precision(dtype), preferred_element_type=jnp.float32)
+
+
+def precision(dtype: str) -> jax.lax.Precision | None:
+    """ "float32" means float32 on every kind of device: GPUs and TPUs would round its inputs to TF32 or bfloat16 by default."""
+    return jax.lax.Precision.HIGHEST if dtype == "float32" else None

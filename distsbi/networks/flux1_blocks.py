@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from distsbi.networks.base import precision
+
 Weights = dict[str, Any]  # nested; kernels are [out, in] here, stacked blocks have a leading axis
 Tokens = Float[Array, "hidden tokens batch draws"]
 Heads = Float[Array, "heads head_dim tokens batch draws"]
@@ -33,7 +35,10 @@ ELEMENTWISE_HEAD_DIM = 32
 
 def linear(weights: Weights, x: Float[Array, "i ..."], dtype: str = "float32") -> Float[Array, "o ..."]:
     """kernel @ x + bias over the leading axis; inputs of the compute dtype, accumulated in float32."""
-    y = jnp.tensordot(weights["kernel"].astype(dtype), x.astype(dtype), 1, preferred_element_type=jnp.float32)
+    y = jnp.tensordot(
+        weights["kernel"].astype(dtype), x.astype(dtype), 1,
+        precision=precision(dtype), preferred_element_type=jnp.float32,
+    )  # fmt: skip
     if "bias" not in weights:
         return y
     return y + weights["bias"].reshape((-1,) + (1,) * (x.ndim - 1))
@@ -58,7 +63,7 @@ def modulation(
         weights["lin"]["kernel"],
         weights["lin"]["bias"],
     )  # [layers, parts * hidden, hidden], [layers, parts * hidden]
-    out = jnp.tensordot(kernel, jax.nn.silu(vec), 1) + bias[..., None, None]
+    out = jnp.tensordot(kernel, jax.nn.silu(vec), 1, precision=precision("float32")) + bias[..., None, None]
     return out.reshape(kernel.shape[0], parts, -1, 1, *vec.shape[1:])
 
 
@@ -173,7 +178,9 @@ def _mix(weights: Float[Array, "heads queries keys batch draws"], v: Heads, dtyp
 
 
 def _einsum(product: str, a: Array, b: Array, dtype: str) -> Array:
-    return jnp.einsum(product, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        product, a.astype(dtype), b.astype(dtype), precision=precision(dtype), preferred_element_type=jnp.float32
+    )
 
 
 def _pieces(x: Array, axis: int) -> list[Array]:

@@ -90,7 +90,7 @@ class MLP(Network):
 
     def encode(self, x: Float[Array, "batch dim_x ch_x"]) -> Float[Array, "batch depth width"]:
         dtype = self.params.dtype
-        h = x.reshape(x.shape[0], -1).astype(jnp.float32) @ self.x_in[...] + self.x_in_bias[...]
+        h = dot(x.reshape(x.shape[0], -1), self.x_in[...], "float32") + self.x_in_bias[...]
 
         def block(h, p):
             w1, b1, w2, b2 = p
@@ -120,9 +120,11 @@ class MLP(Network):
                 else jnp.broadcast_to(a, (batch, draws, a.shape[-1])).reshape(batch * draws, -1)
             )
 
-        features = jax.nn.silu(rows(_fourier(times, p.time_features)) @ self.t_in[...] + self.t_in_bias[...])
-        skip = features @ self.t_skip[...] + self.t_skip_bias[...]
-        h = flat @ self.theta_in[...] + self.theta_in_bias[...]
+        features = jax.nn.silu(
+            dot(rows(_fourier(times, p.time_features)), self.t_in[...], "float32") + self.t_in_bias[...]
+        )
+        skip = dot(features, self.t_skip[...], "float32") + self.t_skip_bias[...]
+        h = dot(flat, self.theta_in[...], "float32") + self.theta_in_bias[...]
 
         def block(h, layer):
             bias, t_out, t_out_bias, w1, w2, b2 = layer
@@ -133,7 +135,7 @@ class MLP(Network):
         context = jnp.moveaxis(context, 1, 0)
         layers = (context, self.t_out[...], self.t_out_bias[...], self.w1[...], self.w2[...], self.bias2[...])
         h, _ = jax.lax.scan(block, h, layers)
-        f = _norm(h) @ self.theta_out[...] + self.theta_out_bias[...] + skip * flat
+        f = dot(_norm(h), self.theta_out[...], "float32") + self.theta_out_bias[...] + skip * flat
         return f.reshape(theta_t.shape)
 
 

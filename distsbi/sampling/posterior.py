@@ -232,7 +232,9 @@ class Posterior:
         shape = np.shape(theta)
         theta = self._check_array(theta, (shape[0] if len(shape) == 3 else 1, self.dim_theta, self.ch_theta), "theta")
         x = self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
-        grid = FixedGrid("rk4", self.method.grid(steps))
+        if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+            raise ValueError(f"steps must be a positive integer; got {steps!r}.")
+        grid = FixedGrid("rk4", self.method.grid(int(steps)))
         program = density_program(self.graphdef, self.method, grid, self.mesh)
         width = self.tile.rows * meshes.data_size(self.mesh)
         parts = []

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from flax import nnx
 
 from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
-from distsbi.files import write_json
+from distsbi.files import full_disk_says, write_json
 from distsbi.methods import METHODS, make_method
 from distsbi.networks import NETWORKS, Network, make_network, network_name
 from distsbi.sampling.posterior import Posterior
@@ -91,16 +92,23 @@ def _leaves(params: nnx.State) -> dict[str, Any]:
 def save(path: str | os.PathLike[str], posterior: Posterior) -> None:
     """Writes weights/ and spec.json under `path`; spec.json last, so that a directory with one is complete.
 
-    A user's own network is saved too, and needs `load(path, network=...)`.
+    A user's own network is saved too, and needs `load(path, network=...)`. A run that `path` held before is replaced once the
+    new weights are on the disk.
+
+    Raises OSError if the disk is full; what `path` held before is still there.
     """
     import orbax.checkpoint as ocp
 
     root = Path(path).absolute()
-    root.mkdir(parents=True, exist_ok=True)
-    (root / SPEC).unlink(missing_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(root / WEIGHTS, nnx.to_pure_dict(posterior.weights.params), force=True)
-    write_json(root / SPEC, make_spec(posterior))
+    with full_disk_says(root, "free some space and save again; what was there before is kept"):
+        root.mkdir(parents=True, exist_ok=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(root / f".{WEIGHTS}", nnx.to_pure_dict(posterior.weights.params), force=True)
+        spec = make_spec(posterior)
+        (root / SPEC).unlink(missing_ok=True)
+        shutil.rmtree(root / WEIGHTS, ignore_errors=True)
+        os.replace(root / f".{WEIGHTS}", root / WEIGHTS)
+        write_json(root / SPEC, spec)
 
 
 def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -18,10 +18,9 @@ import os
 import re
 import socket
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 HIDDEN = "_distsbi"
 _SHARD = re.compile(r"^shard-(\d{8})-of-(\d{8})\.parquet$")
@@ -70,33 +69,6 @@ def remove_partial(out: str | Path) -> int:
     return len(left)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file whole or not at all: a name of its own for this attempt, fsync, rename, fsync of the folder.
-
-    Raises whatever `write` or the disk raises; nothing is left then.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(partial, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))  # type: ignore[arg-type,return-value]
-
-
 def append_journal(out: str | Path, line: dict[str, Any]) -> None:
     """Adds one line, with the time (seconds since 1970)."""
     with open(journal_file(out), "a") as file:
@@ -136,8 +108,3 @@ def one_writer(out: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the disk or the quota is used up."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distsbi.files import write_json
 from distsbi.store import layout
 
 FORMAT = 1
@@ -49,7 +50,7 @@ def begin(out: str | Path, definition: Mapping[str, Any], about: Mapping[str, An
             raise ValueError(
                 f"{out} has shards but no {layout.run_file(out).name} that says what they are; use another folder."
             )
-        layout.write_json(
+        write_json(
             layout.run_file(out),
             {
                 "format": FORMAT,

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from distsbi.files import replace_text, write_json
+from distsbi.files import full_disk_says, write_json, write_text
 
 TRAINING, METRICS, CHECKPOINTS = "training.json", "metrics.jsonl", "checkpoints"
+ADVICE = "free some space and run the same training again: it resumes from the last complete checkpoint"
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -72,11 +73,12 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing; returns when the state has been copied from the devices."""
-        self.manager.save(step, args=ocp.args.StandardSave(flatten(state)))
+        with full_disk_says(self.root, ADVICE):
+            self.manager.save(step, args=ocp.args.StandardSave(flatten(state)))
 
     def log(self, line: dict[str, Any]) -> None:
         """One line of metrics, on disk before the checkpoint of the same step."""
-        with open(self.root / METRICS, "a") as file:
+        with full_disk_says(self.root, ADVICE), open(self.root / METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -93,12 +95,13 @@ class Checkpoints:
             if line["step"] <= up_to:
                 kept.append(line)
         if path.exists():
-            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with full_disk_says(self.root, ADVICE):
+            self.manager.wait_until_finished()
+            self.manager.close()

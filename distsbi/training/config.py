@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from typing import Any, Self
 
 OPTIMIZERS = ("muon", "adamw")
@@ -63,6 +64,11 @@ class TrainingConfig:
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numeric = field.type in (int, float, int | None, float | None) and value is not None
+            if numeric and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+                raise ValueError(f"training option {field.name} must be a number; got {value!r}.")
         for name in (
             "nsteps",
             "batch_size",
@@ -82,6 +88,10 @@ class TrainingConfig:
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(f"training option weight_decay must be 0 or more; got {self.weight_decay!r}.")
+        if self.warmup_steps is not None and (int(self.warmup_steps) != self.warmup_steps or self.warmup_steps < 0):
+            raise ValueError(
+                f"training option warmup_steps must be a whole number, 0 or more; got {self.warmup_steps!r}."
+            )
         for name in ("max_lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")

@@ -142,7 +142,7 @@ class TestFolder:
 
         def fsync(_):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == 5:  # two a file: the file and its folder
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", fsync)
@@ -236,7 +236,7 @@ class TestSimulate:
 
     def test_old_temporaries_are_removed_young_ones_left(self, tmp_path):
         (tmp_path / "s").mkdir()
-        old, young = tmp_path / "s" / ".old.tmp", tmp_path / "s" / ".young.tmp"
+        old, young = tmp_path / "s" / ".pairs-00000.parquet.a", tmp_path / "s" / ".pairs-00000.parquet.b"
         old.touch()
         young.touch()
         os.utime(old, (time.time() - 7200,) * 2)

@@ -45,10 +45,12 @@ def test_grid_times_and_round_trip(method):
 
 
 def test_tilt_is_the_stated_density():
-    """E t = (1 + a) / (2 + a); four standard errors of 200,000 draws, so a false alarm in 16,000."""
-    for tilt in (0.0, 4.0):
-        t = np.asarray(FlowMatching(tilt=tilt).draw_times(jax.random.key(0), (200_000,)))
-        assert abs(t.mean() - (1 + tilt) / (2 + tilt)) < 4 * t.std() / np.sqrt(t.size)
+    """E t = s / 2 + (1 - s) (1 + a) / (2 + a) with a share s uniform; four standard errors of 200,000 draws, so a false
+    alarm in 16,000."""
+    for tilt, share in ((0.0, 0.0), (4.0, 0.0), (4.0, 0.25), (4.0, 1.0)):
+        t = np.asarray(FlowMatching(tilt=tilt, uniform=share).draw_times(jax.random.key(0), (200_000,)))
+        expected = share / 2 + (1 - share) * (1 + tilt) / (2 + tilt)
+        assert abs(t.mean() - expected) < 4 * t.std() / np.sqrt(t.size)
 
 
 def test_errors():

@@ -1,5 +1,6 @@
 """The run directory: what is saved is what is loaded, on any mesh; damage is named."""
 
+import errno
 import json
 import shutil
 
@@ -103,3 +104,23 @@ def test_weights_changed_on_disk_are_noticed(saved):
     (path / "spec.json").write_text(spec)
     with pytest.raises(ValueError, match="does not hold the weights"):
         load(path)
+
+
+@pytest.mark.parametrize("moment", ["weights", "spec"])
+def test_a_full_disk_keeps_what_was_there(saved, monkeypatch, moment):
+    """The new weights are on the disk before the old ones go; a disk that is full says what to do."""
+    posterior, path = saved
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if moment == "weights":
+            patch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
+        else:
+            patch.setattr("distsbi.sampling.run.make_spec", full)
+        with pytest.raises(OSError, match="is full; free some space and save again"):
+            posterior.save(path)
+    assert load(path).fingerprint == posterior.fingerprint
+    posterior.save(path)
+    assert load(path).fingerprint == posterior.fingerprint

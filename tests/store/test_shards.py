@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from distsbi import open_catalog
+from distsbi import files, open_catalog
 from distsbi.store import Format, Output, layout, record
 
 DRAWS = np.random.default_rng(0).normal(size=(5, 7, 2, 1)).astype(np.float32)
@@ -34,7 +34,7 @@ def out(tmp_path):
             [None, "x is null", *[None] * 4],
             DRAWS,
         )
-        layout.write_whole(layout.shard_file(path, shard, 2), lambda file, table=table: form.write(table, file))
+        files.write_whole(layout.shard_file(path, shard, 2), lambda file, table=table: form.write(table, file))
     return path
 
 
@@ -73,7 +73,7 @@ def test_rows_come_in_groups_of_bytes(out, monkeypatch):
     monkeypatch.setattr("distsbi.store.schema.ROW_GROUP_BYTES", 400)
     form = Format(pa.string(), ("a", "b"), 1, 7, Output(), "f")
     table = pq.read_table(layout.shard_file(out, 0, 2)).replace_schema_metadata(form.schema().metadata)
-    layout.write_whole(out / "small.parquet", lambda file: form.write(table, file))
+    files.write_whole(out / "small.parquet", lambda file: form.write(table, file))
     assert pq.read_metadata(out / "small.parquet").num_row_groups == 3
 
 
@@ -129,11 +129,11 @@ def test_writing_is_whole_or_nothing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        layout.write_whole(path, breaks)
+        files.write_whole(path, breaks)
     assert list(tmp_path.iterdir()) == []
-    layout.write_whole(path, lambda file: file.write(b"first"))
+    files.write_whole(path, lambda file: file.write(b"first"))
     with pytest.raises(OSError, match="No space left"):
-        layout.write_whole(path, breaks)
+        files.write_whole(path, breaks)
     assert path.read_bytes() == b"first"
     assert layout.shards_done(tmp_path, 10) == [3]
     with pytest.raises(ValueError, match="another division"):

@@ -69,10 +69,11 @@ def test_learns_an_exact_posterior():
 
 def test_mesh_and_fsdp_do_not_change_what_is_learned():
     """The same updates up to the rounding of a sum over devices."""
-    base = _pipeline(mesh={"data": 1}, optimizer="muon")
+    params = MLPParams(2, 2, width=32, depth=2)  # matrices that Muon takes
+    base = _pipeline(mesh={"data": 1}, params=params, optimizer="muon")
     base.train(nnx.Rngs(1))
     for mesh, fsdp in (({"data": 8}, False), ({"data": 4}, True)):
-        other = _pipeline(mesh=mesh, fsdp=fsdp, optimizer="muon")
+        other = _pipeline(mesh=mesh, params=params, fsdp=fsdp, optimizer="muon")
         other.train(nnx.Rngs(1))
         a, b = (jax.tree.leaves(nnx.state(p.model)) for p in (base, other))
         for left, right in zip(a, b, strict=True):
@@ -265,6 +266,10 @@ def test_a_users_own_module():
     assert pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5).shape == (5, 2, 1)
     with pytest.raises(ValueError, match=r"flax.nnx.Module with encode"):
         ConditionalPipeline(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), _pairs(), None, 2, 2)  # type: ignore[arg-type]
+    own = Own()
+    own.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="Own keeps state beside its weights"):
+        ConditionalPipeline(own, _pairs(), None, 2, 2)  # type: ignore[arg-type]
 
 
 def _with_row(index, value):
@@ -294,7 +299,7 @@ def test_bad_options():
     for options, says in (
         ({"nsetps": 3}, "unknown training option 'nsetps'; Did you mean nsteps?"),
         ({"nsteps": 0}, "positive integer"), ({"ema_decay": 1.0}, "fractions"), ({"max_lr": -1}, "positive"),
-        ({"min_lr": 1.0}, "min_lr"),
+        ({"min_lr": 1.0}, "min_lr"), ({"max_lr": "fast"}, "max_lr must be a number; got 'fast'"), ({"warmup_steps": -1}, "0 or more"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             TrainingConfig.from_dict(options)
