@@ -8,7 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo
-PYTEST := $(BIN)/python -m pytest
+# Two processes; tests that start Ray or time themselves keep to one of them.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: venv demo test test-full test-short lint format clean
 

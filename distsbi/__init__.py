@@ -15,26 +15,52 @@ if TYPE_CHECKING:
     from distsbi.data import Prior as Prior
     from distsbi.diagnostics import c2st as c2st
     from distsbi.fanout import sample_catalog as sample_catalog
-    from distsbi.networks import Flux1Params as Flux1Params, MLPParams as MLPParams
+    from distsbi.networks import (
+        Flux1JointParams as Flux1JointParams,
+        Flux1Params as Flux1Params,
+        MLPParams as MLPParams,
+        SimformerParams as SimformerParams,
+    )
     from distsbi.pipelines import (
         ConditionalPipeline as ConditionalPipeline,
+        Flux1DiffusionPipeline as Flux1DiffusionPipeline,
         Flux1FlowPipeline as Flux1FlowPipeline,
+        Flux1JointDiffusionPipeline as Flux1JointDiffusionPipeline,
+        Flux1JointFlowPipeline as Flux1JointFlowPipeline,
+        Flux1JointSMPipeline as Flux1JointSMPipeline,
+        Flux1SMPipeline as Flux1SMPipeline,
+        JointPipeline as JointPipeline,
+        MLPDiffusionPipeline as MLPDiffusionPipeline,
         MLPFlowPipeline as MLPFlowPipeline,
+        MLPSMPipeline as MLPSMPipeline,
+        SimformerDiffusionPipeline as SimformerDiffusionPipeline,
+        SimformerFlowPipeline as SimformerFlowPipeline,
+        SimformerSMPipeline as SimformerSMPipeline,
+        UnconditionalPipeline as UnconditionalPipeline,
     )
-    from distsbi.sampling import Posterior as Posterior, load as load
+    from distsbi.sampling import (
+        Posterior as Posterior,
+        distill as distill,
+        import_gensbi as import_gensbi,
+        load as load,
+    )
     from distsbi.store import open_catalog as open_catalog
     from distsbi.tasks import get_task as get_task
 
 __version__ = "0.1.0"
 
+_PIPELINES = (
+    *("ConditionalPipeline", "JointPipeline", "UnconditionalPipeline"),
+    *(
+        f"{network}{kind}Pipeline"
+        for network in ("Flux1", "Flux1Joint", "MLP", "Simformer")
+        for kind in ("Diffusion", "Flow", "SM")
+    ),
+)
 _HOMES = {
-    "ConditionalPipeline": "distsbi.pipelines",
-    "Flux1FlowPipeline": "distsbi.pipelines",
-    "MLPFlowPipeline": "distsbi.pipelines",
-    "Flux1Params": "distsbi.networks",
-    "MLPParams": "distsbi.networks",
-    "Posterior": "distsbi.sampling",
-    "load": "distsbi.sampling",
+    **dict.fromkeys(_PIPELINES, "distsbi.pipelines"),
+    **dict.fromkeys(("Flux1JointParams", "Flux1Params", "MLPParams", "SimformerParams"), "distsbi.networks"),
+    **dict.fromkeys(("Posterior", "distill", "import_gensbi", "load"), "distsbi.sampling"),
     "sample_catalog": "distsbi.fanout",
     "open_catalog": "distsbi.store",
     "Prior": "distsbi.data",
@@ -42,21 +68,7 @@ _HOMES = {
     "c2st": "distsbi.diagnostics",
 }
 
-__all__ = [
-    "ConditionalPipeline",
-    "Flux1FlowPipeline",
-    "Flux1Params",
-    "MLPFlowPipeline",
-    "MLPParams",
-    "Posterior",
-    "Prior",
-    "__version__",
-    "c2st",
-    "get_task",
-    "load",
-    "open_catalog",
-    "sample_catalog",
-]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

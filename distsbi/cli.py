@@ -88,8 +88,9 @@ def simulate(task: str, n: int, seed: int, out: Path) -> None:
 @click.option("--task", help="Train on this task: two_moons, gaussian_linear, slcp.")
 @click.option("--data", type=click.Path(path_type=Path), help="Train on the pairs in this Parquet folder.")
 @click.option("-n", "--n", type=click.IntRange(min=1), help="Pairs to simulate. Default: new ones at every step.")
-@click.option("--network", help="mlp or flux1. Default: mlp.")
+@click.option("--network", help="mlp, flux1, flux1joint or simformer. Default: mlp.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory.")
+@click.option("--method", help="flow, diffusion (EDM) or score_matching. Default: flow.")
 @click.option("--seed", type=int, help="Seed of order and noise. Default: 0.")
 @click.option("--nsteps", type=click.IntRange(min=1), help="Updates. Default: scaled to the data.")
 @DEVICES
@@ -288,6 +289,7 @@ def _override(config: "RunConfig", **flags: Any) -> "RunConfig":
         ("data", "path"): str(flags["data"]) if flags["data"] is not None else None,
         ("data", "n"): flags["n"],
         ("strategy", "model"): flags["network"],
+        ("strategy", "method"): flags["method"],
         ("training", "nsteps"): flags["nsteps"],
     }
     for (section, key), value in given.items():
@@ -347,6 +349,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         training_config={**config.training_config, "checkpoint_dir": str(out)},
         mesh=axes,
         prior=prior,
+        method=config.method,
     )
     _, val_losses = pipeline.train(nnx.Rngs(config.seed))
     return pipeline, val_losses

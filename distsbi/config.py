@@ -2,11 +2,12 @@
 
 The sections are GenSBI's, so that its files are read as they are, plus `data` (from what), `mesh` (on what) and `seed`:
 
-    strategy:  {method: flow, model: mlp}
+    strategy:  {method: flow, model: mlp}        # method: flow, diffusion (EDM) or score_matching (with sde_type: VP or VE)
     data:      {task: two_moons, n: 30000}       # or path: a folder that `distsbi simulate` wrote
     model:     {width: 128, depth: 4}            # parameters of the network: fields of MLPParams or Flux1Params
     optimizer: {max_lr: 1.0e-3, warmup_steps: 500}
     training:  {nsteps: 8000, batch_size: 512}
+    path:      {tilt: 4}                         # options of the method: fields of FlowMatching, EDM, ScoreMatchingVP or -VE
     mesh:      {data: 2}
     seed:      0
 
@@ -31,8 +32,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 # What a YAML file calls a network or a method, and the words of the names `<Network><Method>Pipeline`.
-MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1"}
-METHODS = {"flow": "Flow"}
+MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1", "flux1joint": "Flux1Joint", "simformer": "Simformer"}
+METHODS = {"flow": "Flow", "diffusion": "Diffusion", "edm": "Diffusion", "score_matching": "SM", "sm": "SM"}
 
 # Keys of the training configuration that a file gives under `optimizer`; GenSBI reads `ema_decay` under either.
 OPTIMIZER_KEYS = (
@@ -54,8 +55,13 @@ ELSEWHERE = {
 }
 
 # GenSBI's spellings, and its keys that steer its own scripts only: accepted with a warning, so that its files are read.
-ALIASES = {"params_dtype": "param_dtype"}
+ALIASES = {"params_dtype": "param_dtype", "num_layers": "depth", "widening_factor": "mlp_ratio"}
+OF_PATH = ("sigma_min", "sigma_max")  # GenSBI gives these, of EDM, under `training`
 UNUSED = {
+    "context_in_dim": "parameters and data of a joint model have the same channels",
+    "rtol": "the learning rate follows its schedule",
+    "mesh": "the devices are named in section `mesh`",
+    "sharding_rule": "parameters are replicated, or split with `fsdp`",
     "experiment_id": "name the run with --out",
     "restore_model": "a run directory is resumed by itself",
     "train_model": "`distsbi train` always trains",
@@ -68,6 +74,7 @@ class Strategy:
 
     method: str = "flow"
     model: str = "mlp"
+    sde_type: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,7 @@ class RunConfig:
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    path: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mapping[str, int] | None = None
     seed: int = 0
 
@@ -107,6 +115,13 @@ class RunConfig:
         return f"{self.network}{METHODS[self.strategy.method.lower()]}"
 
     @property
+    def method(self) -> Any:
+        """The method, with the options of section `path`."""
+        from distsbi.methods import METHODS as KNOWN
+
+        return KNOWN[_method_name(self.strategy)].from_dict(dict(self.path))
+
+    @property
     def training_config(self) -> dict[str, Any]:
         """`optimizer` and `training` together: the `training_config` of a pipeline."""
         return {**self.optimizer, **self.training}
@@ -114,9 +129,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `parse_config` gives the same configuration back. Sections that say nothing are left out."""
         sections = {
-            "strategy": dataclasses.asdict(self.strategy),
+            "strategy": {key: value for key, value in dataclasses.asdict(self.strategy).items() if value is not None},
             "data": {key: value for key, value in dataclasses.asdict(self.data).items() if value is not None},
-            **{name: dict(getattr(self, name) or {}) for name in ("model", "optimizer", "training", "mesh")},
+            **{name: dict(getattr(self, name) or {}) for name in ("model", "optimizer", "training", "path", "mesh")},
         }
         return {name: _plain(section) for name, section in sections.items() if section} | {"seed": self.seed}
 
@@ -154,6 +169,8 @@ def parse_config(content: Any) -> RunConfig:
 
     names = _fields(RunConfig)
     given = _mapping("the configuration", content)
+    if "task_name" in given:  # of GenSBI's benchmarks
+        given["data"] = {"task": given.pop("task_name"), **_mapping("section 'data'", given.get("data") or {})}
     for name in given:
         if name not in names:
             raise ValueError(f"unknown section {name!r} in the configuration{_nearest(name, names)}")
@@ -164,6 +181,13 @@ def parse_config(content: Any) -> RunConfig:
     for name, value, known in (("method", strategy.method, METHODS), ("model", strategy.model, MODELS)):
         if value.lower() not in known:
             raise ValueError(f"strategy.{name} must be one of {', '.join(known)}; got {value!r}.")
+    if strategy.sde_type is not None and (
+        METHODS[strategy.method.lower()] != "SM" or strategy.sde_type.upper() not in ("VP", "VE")
+    ):
+        raise ValueError(
+            f"strategy.sde_type is VP or VE, of score_matching alone; got {strategy.sde_type!r} with {strategy.method}."
+        )
+    path = _path_options(strategy, given)
     data = Data(**_section("data", Data, given))
     if data.task is not None and data.path is not None:
         raise ValueError(f"section 'data' gives both task {data.task!r} and path {data.path!r}; keep one of them.")
@@ -180,6 +204,7 @@ def parse_config(content: Any) -> RunConfig:
         model=_section("model", network_params, given, model_keys),
         optimizer=_section("optimizer", TrainingConfig, given, optimizer_keys),
         training=_section("training", TrainingConfig, given, training_keys),
+        path=path,
         mesh=_mesh(given.get("mesh")),
         seed=seed,
     )
@@ -189,6 +214,27 @@ def parse_config(content: Any) -> RunConfig:
     return config
 
 
+def _method_name(strategy: Strategy) -> str:
+    """The name in `distsbi.methods.METHODS`."""
+    kind = METHODS[strategy.method.lower()]
+    return {"Flow": "flow", "Diffusion": "edm", "SM": (strategy.sde_type or "VP").lower()}[kind]
+
+
+def _path_options(strategy: Strategy, sections: dict[str, Any]) -> dict[str, Any]:
+    """Section `path`, checked by the method itself; GenSBI's noise range is taken out of `training`."""
+    from distsbi.methods import METHODS as KNOWN
+
+    training = sections.get("training", {})
+    moved = {key: training.pop(key) for key in OF_PATH if key in training}
+    method = KNOWN[_method_name(strategy)]
+    if moved and METHODS[strategy.method.lower()] != "Diffusion":
+        warnings.warn(f"training.{', training.'.join(moved)} is ignored: it is of diffusion alone.", stacklevel=4)
+        moved = {}
+    options = {**moved, **_section("path", method, sections)}
+    method.from_dict(options)
+    return options
+
+
 def _section(name: str, cls: type, sections: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
     """What the section gives, each value as the type of its field in `cls`; `keys`: the fields allowed."""
     known = _fields(cls) if keys is None else keys
@@ -196,7 +242,7 @@ def _section(name: str, cls: type, sections: Mapping[str, Any], keys: list[str] 
     found: dict[str, Any] = {}
     for given, value in sections.get(name, {}).items():
         key = ALIASES.get(given, given)
-        if key in UNUSED and name == "training":
+        if key in UNUSED and (name == "training" or key not in _fields(cls)):
             warnings.warn(f"{name}.{key} is ignored: {UNUSED[key]}.", stacklevel=4)
         elif key in ELSEWHERE and key in _fields(cls):
             raise ValueError(f"{name}.{given} cannot be set in a file: {ELSEWHERE[key]}.")

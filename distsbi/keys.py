@@ -109,6 +109,21 @@ def draw_noise(
     return jax.vmap(lambda i: jax.random.normal(draw_key(observation, i), shape, jnp.float32))(indices)
 
 
+def step_noise(
+    key: Key[Array, ""],
+    words: UInt32[Array, "2"],
+    start: UInt32[Array, ""],
+    draws: int,
+    shape: tuple[int, ...],
+    step: UInt32[Array, ""],
+) -> Float[Array, "draws ..."]:
+    """What a stochastic solver adds to those draws in its step number `step`: one more fold of each draw's key, float32."""
+    observation = observation_key(key, words)
+    indices = start + jnp.arange(draws, dtype=jnp.uint32)
+    fold = lambda i: jax.random.fold_in(draw_key(observation, i), step)  # noqa: E731
+    return jax.vmap(lambda i: jax.random.normal(fold(i), shape, jnp.float32))(indices)
+
+
 def training_keys(key: Key[Array, ""], step: Array) -> Key[Array, "4"]:
     """The four keys of a training update: data, augmentation, times, noise."""
     return jax.random.split(jax.random.fold_in(key, step), 4)

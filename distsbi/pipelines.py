@@ -7,7 +7,7 @@ A named pipeline is a declaration of its network and method; everything else is 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -19,15 +19,19 @@ from distsbi import keys, mesh as meshes
 from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, supports
 from distsbi.data.source import Pairs, Source, make_source
-from distsbi.data.standardise import Standardizer
-from distsbi.methods import FlowMatching, Method
-from distsbi.networks import MLP, Flux1, Flux1Params, MLPParams, Network, network_name
-from distsbi.sampling import Posterior
+from distsbi.data.standardise import Standardizer, Support
+from distsbi.diagnostics.distance import distance
+from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP
+from distsbi.networks import NETWORKS, JointNetwork, Network, Unconditional, network_name
+from distsbi.networks.flux1_joint import check_channels
+from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
+from distsbi.sampling.joint import JointPosterior, pattern_key
 from distsbi.sampling.posterior import one_of
 from distsbi.sampling.run import versions
 from distsbi.solvers import Solver
-from distsbi.training import Trained, TrainingConfig, train
+from distsbi.training import ConditionMasks, Trained, TrainingConfig, train
+from distsbi.training.update import MASK_SHARES, Pose, conditional
 
 
 class ConditionalPipeline:
@@ -66,9 +70,7 @@ class ConditionalPipeline:
         method: Method | None = None,
         augment: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None,
     ):
-        if not isinstance(model, Network):
-            _adopt(model, dim_obs, dim_cond, ch_obs, ch_cond)
-        self.model = model
+        self.model = self._adopted(model, dim_obs, dim_cond, ch_obs, ch_cond)
         self.dim_obs, self.dim_cond, self.ch_obs, self.ch_cond = dim_obs, dim_cond, ch_obs, ch_cond
         self.method = method or FlowMatching()
         self.mesh = meshes.make_mesh(mesh)
@@ -86,8 +88,33 @@ class ConditionalPipeline:
             names = open_pairs(train_dataset).names
         self.parameter_names = tuple(names) if names and prior is None else parameter_names(self.prior, dim_obs)
         self._source, self._validation = self._datasets(train_dataset, val_dataset)
+        self._standardizer: Standardizer | None = None
         self._posterior: Posterior | None = None
         self._last: Posterior | None = None
+
+    # What a kind of pipeline decides for itself
+
+    pose: Pose = staticmethod(conditional)  # type: ignore[assignment]
+
+    def _adopted(self, model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -> Any:
+        """The model, checked; a user's own gets the sizes that the contract asks for."""
+        if not isinstance(model, Network):
+            _check_module(model)
+            sizes = {"dim_theta": dim_obs, "ch_theta": ch_obs, "dim_x": dim_cond, "ch_x": ch_cond}
+            for name, value in sizes.items():
+                setattr(model, name, value)
+        return model
+
+    def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
+        return Standardizer.fit(theta, x, self._supports)
+
+    def _make_posterior(
+        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
+    ) -> Posterior:
+        network = nnx.merge(nnx.graphdef(self.model), params)
+        return Posterior(
+            network, self.method, standardizer, names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts
+        )
 
     def _datasets(self, train_dataset: Any, val_dataset: Any) -> tuple[Source | None, Pairs | None]:
         if train_dataset is None:
@@ -120,11 +147,9 @@ class ConditionalPipeline:
         config = base.resolve(self._source.size)
         validation = self._augmented(self._validation, 1)
         standardizer = (
-            self._posterior.weights.standardizer
-            if self._posterior
-            else Standardizer.fit(*self._augmented(self._source.fit(), 0), self._supports)
+            self._standardizer if self._standardizer is not None else self._fit(*self._augmented(self._source.fit(), 0))
         )
-        standardizer = jax.tree.map(np.asarray, standardizer)
+        standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
         name = network_name(self.model)
         identity = {
             "network": [name, self.model.params.to_dict() if name else type(self.model).__name__],
@@ -132,13 +157,14 @@ class ConditionalPipeline:
             "config": {
                 k: v for k, v in config.to_dict().items() if k not in ("show_progress", "checkpoint_dir", "calibrate")
             },
+            "pose": repr(self.pose) if dataclasses.is_dataclass(self.pose) else "conditional",
             "data": self._source.fingerprint,
             "validation": _digest(validation),
             "standardizer": _digest((standardizer.kinds, *jax.tree.leaves(standardizer))),
         }
         trained = train(
             self.model, self.method, standardizer, self._source, validation, key, config,
-            mesh=self.mesh, augment=self.augment, identity=identity,
+            mesh=self.mesh, augment=self.augment, pose=self.pose, identity=identity,
         )  # fmt: skip
         self._finish(trained, standardizer, validation[1], config)
         return trained.losses, trained.val_losses
@@ -163,14 +189,6 @@ class ConditionalPipeline:
             from distsbi.training.loop import run_root
 
             self._posterior.save(run_root(config) or config.checkpoint_dir)
-
-    def _make_posterior(
-        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
-    ) -> Posterior:
-        network = nnx.merge(nnx.graphdef(self.model), params)
-        return Posterior(
-            network, self.method, standardizer, names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts
-        )
 
     @property
     def posterior(self) -> Posterior:
@@ -227,13 +245,142 @@ class ConditionalPipeline:
         """log p(theta | x_o). See `Posterior.log_prob`."""
         return self.posterior.log_prob(theta, x_o, **options)
 
+    def sample_and_log_prob(self, key: Any = None, x_o: Any = None, nsamples: int = 10_000, **options: Any) -> Any:
+        """(draws, their log p(theta | x_o)). See `Posterior.sample_and_log_prob`."""
+        return self.posterior.sample_and_log_prob(key, x_o, nsamples, **options)
+
+    def map(self, x_o: Any, **options: Any) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:
+        """(theta, log p) at the maximum a posteriori. See `Posterior.map`."""
+        return self.posterior.map(x_o, **options)
+
+    def distill(self, segments: int = 2, **options: Any) -> Posterior:
+        """A student that draws in `segments` evaluations, trained on the data x of the training set without new simulations; a
+        `Posterior`, to be saved as a run of its own.
+
+        Its distance from this posterior on held-out observations is in `student.facts["distance"]`. `options`: see `DistillConfig`.
+        Raises ValueError without a training set.
+        """
+        if self._source is None or self._validation is None:
+            raise ValueError("distilling needs data x: make the pipeline with its training set.")
+        _, xs = self._augmented(self._source.fit(), 0)
+        student, _ = distill(self.posterior, xs, DistillConfig(segments=segments, **options))
+        held_out = self._augmented(self._validation, 1)[1]
+        student.facts["distance"] = distance(self.posterior, student, held_out)
+        return student
+
     def save(self, path: str) -> None:
         """Writes the run directory, for `distsbi.load`."""
         self.posterior.save(path)
 
 
-class NamedPipeline(ConditionalPipeline):
-    """A pipeline that makes its own network. `params`: its size; default: `make_params.default(...)`."""
+class JointPipeline(ConditionalPipeline):
+    """Trains `model` to all conditionals of (theta, x), by random masks of what is given, and samples any of them.
+
+    Args:
+        model: a joint network over dim_obs + dim_cond tokens (`Flux1Joint`, `Simformer`), or an `nnx.Module` with
+            `encode(values, mask)` and `__call__(t, v_t, context)` over all tokens; see `distsbi.networks.JointNetwork`.
+        condition_mask: how masks are drawn, "structured", "bernoulli" or "posterior"; see `ConditionMasks`.
+        other arguments: as for `ConditionalPipeline`; parameters and data need the same channels.
+    """
+
+    def __init__(self, *args: Any, condition_mask: str = "structured", **options: Any):
+        if condition_mask not in MASK_SHARES:
+            raise ValueError(f"condition_mask must be one of {', '.join(MASK_SHARES)}; got {condition_mask!r}.")
+        self.pose = ConditionMasks(condition_mask)
+        super().__init__(*args, **options)
+
+    def _adopted(self, model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -> Any:
+        check_channels(ch_obs, ch_cond)
+        total = dim_obs + dim_cond
+        if not isinstance(model, JointNetwork):
+            _check_module(model)
+            for name, value in {"num_tokens": total, "ch_theta": ch_obs}.items():
+                setattr(model, name, value)
+        elif (model.num_tokens, model.ch_theta) != (total, ch_obs):
+            raise ValueError(
+                f"the model has {model.num_tokens} tokens of {model.ch_theta} channels; dim_obs + dim_cond is {total}, ch_obs {ch_obs}."
+            )
+        return model
+
+    def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
+        tokens = np.concatenate([theta, x], 1)
+        nothing = np.zeros((len(tokens), 0, tokens.shape[2]), np.float32)
+        return Standardizer.fit(tokens, nothing, [*self._supports, *[Support()] * self.dim_cond], linear=False)
+
+    def _make_posterior(
+        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
+    ) -> Posterior:
+        network = nnx.merge(nnx.graphdef(self.model), params)
+        return JointPosterior(
+            network, self.method, standardizer, self.dim_obs,
+            names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts,
+        )  # fmt: skip
+
+    def calibrate(self, given: Sequence[str]) -> dict[str, Any]:
+        """Chooses and certifies the sampling grid of the pattern where the tokens named are given, on validation pairs; it is used from
+        then on, and saved with the run. Returns the certificate."""
+        posterior = self.posterior
+        assert isinstance(posterior, JointPosterior) and self._validation is not None
+        fixed = sorted(posterior.tokens(given))
+        tokens = np.concatenate(self._augmented(self._validation, 1), 1)
+        solver, certificate = calibrate(posterior.pattern(given), tokens[:, fixed])
+        patterns = posterior.facts.setdefault("patterns", {})
+        patterns[pattern_key(fixed)] = {"solver": solver.to_dict(), "certificate": certificate}
+        posterior.forget_patterns()
+        return certificate
+
+
+class UnconditionalPipeline(ConditionalPipeline):
+    """Trains `model` to the density of theta alone, and samples it.
+
+    Args:
+        model: a joint network over dim_obs tokens, or a network made for one datum (which is always 0).
+        train_dataset, val_dataset: arrays (n, dim_obs, ch_obs) or (n, dim_obs); or None.
+        dim_obs, ch_obs: number of parameters, channels of each.
+        other arguments: as for `ConditionalPipeline`.
+    """
+
+    def __init__(
+        self, model: Any, train_dataset: Any, val_dataset: Any, dim_obs: int, ch_obs: int = 1,
+        training_config: dict[str, Any] | TrainingConfig | None = None, **options: Any,
+    ):  # fmt: skip
+        if isinstance(model, JointNetwork):
+            model = Unconditional(model)
+        train_dataset, val_dataset = (None if d is None else _with_nothing(d) for d in (train_dataset, val_dataset))
+        super().__init__(model, train_dataset, val_dataset, dim_obs, 1, ch_obs, 1, training_config, **options)
+
+    def sample(  # type: ignore[override]
+        self, key: Any = None, nsamples: int | None = None, *, rng: Any = None, use_ema: bool = True, **options: Any
+    ) -> Float[np.ndarray, "nsamples dim_obs ch_obs"]:
+        """Draws; `rng=` or `key=`. See `Posterior.sample`."""
+        return self._chosen(use_ema).sample(key, NOTHING, nsamples, rng=rng, **options)
+
+    def get_sampler(self, *, use_ema: bool = True, **options: Any) -> Callable[..., np.ndarray]:  # type: ignore[override]
+        """A function `sampler(key, nsamples)`, compiled once. See `Posterior.get_sampler`."""
+        return self._chosen(use_ema).get_sampler(NOTHING, **options)
+
+    def log_prob(self, theta: Any, **options: Any) -> Float[np.ndarray, "n"]:  # type: ignore[override]
+        """log p(theta). See `Posterior.log_prob`."""
+        return self.posterior.log_prob(theta, NOTHING, **options)
+
+    def sample_and_log_prob(self, key: Any = None, nsamples: int = 10_000, **options: Any) -> Any:  # type: ignore[override]
+        """(draws, their log p(theta)). See `Posterior.sample_and_log_prob`."""
+        return self.posterior.sample_and_log_prob(key, NOTHING, nsamples, **options)
+
+
+NOTHING: Any = np.zeros((1, 1, 1), np.float32)  # the x of a density without conditions
+
+
+def _with_nothing(theta: Any) -> Any:
+    """theta beside as many zeros, as a dataset of pairs."""
+    array = np.asarray(theta, np.float32)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"theta must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.")
+    return array, np.zeros((len(array), 1, 1), np.float32)
+
+
+class _Named:
+    """The constructor of a pipeline that makes its own network and method. `params`: its size; default: `make_params.default(...)`."""
 
     make_params: ClassVar[Any]
     make_model: ClassVar[Any]
@@ -251,32 +398,58 @@ class NamedPipeline(ConditionalPipeline):
         training_config: dict[str, Any] | TrainingConfig | None = None,
         mesh: meshes.MeshLike = None,
         prior: Any = None,
+        sde_type: str | None = None,
         **options: Any,
     ):
         params = self.make_params.default(dim_obs, dim_cond, ch_obs, ch_cond) if params is None else params
         if not isinstance(params, self.make_params):
             raise ValueError(f"params must be {self.make_params.__name__}; got {type(params).__name__}.")
         rngs = getattr(params, "rngs", None)
-        super().__init__(
+        make: Any = super().__init__  # of the pipeline that this is mixed into
+        make(
             self.make_model(params, rngs=rngs if rngs is not None else nnx.Rngs(0)),
             train_dataset, val_dataset, dim_obs, dim_cond, ch_obs, ch_cond, training_config,
-            mesh=mesh, prior=prior, **{"method": self.make_method(), **options},
+            mesh=mesh, prior=prior, **{"method": self._method(sde_type), **options},
         )  # fmt: skip
 
-
-class Flux1FlowPipeline(NamedPipeline):
-    """Flow matching with `Flux1`. `params`: `Flux1Params`."""
-
-    make_params, make_model, make_method = Flux1Params, Flux1, FlowMatching
-
-
-class MLPFlowPipeline(NamedPipeline):
-    """Flow matching with the residual `MLP`. `params`: `MLPParams`."""
-
-    make_params, make_model, make_method = MLPParams, MLP, FlowMatching
+    def _method(self, sde_type: str | None) -> Method:
+        if sde_type is None:
+            return self.make_method()
+        if self.make_method is not ScoreMatchingVP or sde_type.upper() not in SDE_TYPES:
+            raise ValueError(
+                f'sde_type is "VP" or "VE", for score matching alone; got {sde_type!r} for {self.make_method.__name__}.'
+            )
+        return SDE_TYPES[sde_type.upper()]()
 
 
-PIPELINES: dict[str, type[NamedPipeline]] = {"Flux1Flow": Flux1FlowPipeline, "MLPFlow": MLPFlowPipeline}
+SDE_TYPES: dict[str, type[Method]] = {"VP": ScoreMatchingVP, "VE": ScoreMatchingVE}
+_KINDS = {"Flow": FlowMatching, "Diffusion": EDM, "SM": ScoreMatchingVP}
+_SAY = {
+    "Flow": "Flow matching", "Diffusion": "EDM diffusion", "SM": 'Score matching (`sde_type`: "VP", the default, or "VE")'
+}  # fmt: skip
+
+
+def _named(network: str, kind: str) -> type[Any]:
+    make_params, make_model = NETWORKS[network]
+    base = JointPipeline if issubclass(make_model, JointNetwork) else ConditionalPipeline
+    body = {
+        "__doc__": f"{_SAY[kind]} with `{network}`. `params`: `{make_params.__name__}`. Else as `{base.__name__}`.",
+        "__module__": __name__,
+        "make_params": make_params, "make_model": make_model, "make_method": _KINDS[kind],
+    }  # fmt: skip
+    return type(f"{network}{kind}Pipeline", (_Named, base), body)
+
+
+PIPELINES: dict[str, type[Any]] = {f"{network}{kind}": _named(network, kind) for network in NETWORKS for kind in _KINDS}
+
+MLPFlowPipeline, MLPDiffusionPipeline, MLPSMPipeline = (PIPELINES[f"MLP{kind}"] for kind in _KINDS)
+Flux1FlowPipeline, Flux1DiffusionPipeline, Flux1SMPipeline = (PIPELINES[f"Flux1{kind}"] for kind in _KINDS)
+Flux1JointFlowPipeline, Flux1JointDiffusionPipeline, Flux1JointSMPipeline = (
+    PIPELINES[f"Flux1Joint{kind}"] for kind in _KINDS
+)
+SimformerFlowPipeline, SimformerDiffusionPipeline, SimformerSMPipeline = (
+    PIPELINES[f"Simformer{kind}"] for kind in _KINDS
+)
 
 
 def _digest(parts: Any) -> str:
@@ -286,8 +459,8 @@ def _digest(parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _adopt(model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -> None:
-    """Checks a user's own module and gives it the sizes that the contract asks for."""
+def _check_module(model: Any) -> None:
+    """Raises ValueError for what is no user's own network."""
     if not isinstance(model, nnx.Module) or not callable(getattr(model, "encode", None)) or not callable(model):
         raise ValueError(
             f"model must be a flax.nnx.Module with encode(x) and __call__(t, theta_t, context); got {type(model).__name__}. "
@@ -299,5 +472,3 @@ def _adopt(model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -
             f"{type(model).__name__} keeps state beside its weights ({', '.join(sorted(other))}), which sampling could not carry: "
             f"leave out dropout and batch norm (layer norm does)."
         )
-    for name, value in (("dim_theta", dim_obs), ("ch_theta", ch_obs), ("dim_x", dim_cond), ("ch_x", ch_cond)):
-        setattr(model, name, value)

@@ -40,22 +40,12 @@ class GaussianNetwork(Network):
         return rotation @ np.diag(sd**2) @ rotation.T
 
 
-def identity_standardizer(dim_theta: int, dim_x: int) -> Standardizer:
-    zero, one = np.zeros, np.ones
-    return Standardizer(
-        ("real",) * dim_theta, zero((dim_theta, 1), np.float32), zero((dim_theta, 1), np.float32),
-        zero((dim_theta, 1), np.float32), one((dim_theta, 1), np.float32),
-        zero((dim_x, 1), np.float32), one((dim_x, 1), np.float32),
-        zero((dim_x, dim_theta), np.float32), np.eye(dim_theta, dtype=np.float32), np.eye(dim_theta, dtype=np.float32),
-    )  # fmt: skip
-
-
 TWO = {"data": 2}
 
 
 def gaussian_posterior(mesh=TWO, **options) -> Posterior:
     network = GaussianNetwork()
-    return Posterior(network, FlowMatching(), identity_standardizer(3, 2), mesh=mesh, **options)
+    return Posterior(network, FlowMatching(), Standardizer.identity(3, 2), mesh=mesh, **options)
 
 
 def random_mlp_posterior(mesh=TWO, dim_theta: int = 2, dim_x: int = 3, network=None, **options) -> Posterior:

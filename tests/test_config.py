@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distsbi.config import RunConfig, parse_config, read_config
 
@@ -64,6 +65,83 @@ def test_a_file_of_gensbi(tmp_path: Path) -> None:
     assert config.training_config["nsteps"] == 50_000
 
 
+# Of GenSBI's benchmarks (flux1joint) and tests (simformer), as they are.
+GENSBI_JOINT = """
+task_name: two_moons
+
+strategy:
+  method: "score_matching"
+  model: "flux1joint"
+
+optimizer:
+  warmup_steps: 1000
+  decay_transition: 0.80
+  rtol: 1.0e-4
+  max_lr: 2.0e-4
+  min_lr: 2.0e-6
+
+model:
+  in_channels: 1
+  vec_in_dim: null
+  context_in_dim: 1
+  mlp_ratio: 4
+  num_heads: 4
+  depth_single_blocks: 16
+  val_emb_dim: 10
+  cond_emb_dim: 4
+  id_emb_dim: 10
+  id_merge_mode: "concat"
+  qkv_bias: true
+  params_dtype: "float32"
+
+training:
+  sigma_min: 1.0e-4
+  sigma_max: 15.0
+  batch_size: 1024
+  nsteps: 90000
+  ema_decay: 0.999
+  multistep: 1
+  early_stopping: true
+  val_every: 100
+  experiment_id: 1
+  restore_model: false
+  train_model: true
+"""
+GENSBI_SIMFORMER = """
+strategy: {method: "diffusion", model: "simformer"}
+optimizer: {max_lr: 1.0e-4, min_lr: 1.0e-6}
+model: {in_channels: 2, val_emb_dim: 40, id_emb_dim: 40, cond_emb_dim: 10, fourier_features: 128, num_heads: 2, num_layers: 2,
+        widening_factor: 2, qkv_features: 10, num_hidden_layers: 1}
+training: {batch_size: 256, nsteps: 50000, sigma_min: 0.001, sigma_max: 15.0}
+"""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_joint_files_of_gensbi() -> None:
+    config = parse_config(yaml.safe_load(GENSBI_JOINT))
+    assert (config.pipeline, config.data.task, config.path) == ("Flux1JointSM", "two_moons", {})
+    assert config.model["id_emb_dim"] == 10
+    assert type(config.method).__name__ == "ScoreMatchingVP"
+    config = parse_config(yaml.safe_load(GENSBI_SIMFORMER))
+    assert config.pipeline == "SimformerDiffusion"
+    assert (config.model["depth"], config.model["mlp_ratio"]) == (2, 2)
+    assert (config.method.sigma_min, config.method.sigma_max) == (0.001, 15.0)
+    assert parse_config(config.to_dict()) == config
+
+
+def test_methods_and_their_options() -> None:
+    config = parse_config({"strategy": {"method": "score_matching", "sde_type": "VE"}, "path": {"sigma_max": "30"}})
+    assert (type(config.method).__name__, config.method.sigma_max) == ("ScoreMatchingVE", 30.0)
+    for content, says in (
+        ({"strategy": {"method": "flwo"}}, "strategy.method must be one of flow, diffusion"),
+        ({"strategy": {"sde_type": "VE"}}, "sde_type is VP or VE"),
+        ({"path": {"tlit": 1}}, "Did you mean tilt"),
+        ({"path": {"tilt": -1}}, "tilt >= 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            parse_config(content)
+
+
 def test_defaults_are_not_repeated() -> None:
     config = parse_config({})
     assert config == RunConfig()
@@ -101,8 +179,14 @@ def test_written_and_read_back(tmp_path: Path) -> None:
         ({"model": {"dim_x": 64}}, r"model\.dim_x cannot be set in a file: it follows from the data"),
         ({"training": {"checkpoint_dir": "a"}}, r"checkpoint_dir cannot be set in a file: .* --out"),
         ({"training": {"nsteps": "many"}}, r"training\.nsteps: .*integer.*; got 'many'"),
-        ({"strategy": {"method": "flows"}}, r"strategy\.method must be one of flow; got 'flows'"),
-        ({"strategy": {"model": "unet"}}, r"strategy\.model must be one of mlp, flux, flux1; got 'unet'"),
+        (
+            {"strategy": {"method": "flows"}},
+            r"strategy\.method must be one of flow, diffusion, edm, score_matching, sm; got 'flows'",
+        ),
+        (
+            {"strategy": {"model": "unet"}},
+            r"strategy\.model must be one of mlp, flux, flux1, flux1joint, simformer; got 'unet'",
+        ),
         ({"data": {"task": "two_moons", "path": "pairs"}}, r"both task 'two_moons' and path 'pairs'; keep one"),
         ({"data": {"task": "two_moons", "n": 0}}, r"data\.n counts the pairs to simulate from a task; got 0"),
         ({"training": [1]}, r"section 'training' must be a mapping of names to values; got list"),

@@ -68,6 +68,10 @@ class Standardizer:
     slope: Float[Array, "n_x n_theta"]  # A, transposed
     root: Float[Array, "n_theta n_theta"]  # S^(1/2), symmetric
     inverse_root: Float[Array, "n_theta n_theta"]
+    # of given parameters of a joint model, which go through their bijection too; empty: x is real
+    x_kinds: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    x_low: Float[Array, "dim_x 1"] | None = None
+    x_high: Float[Array, "dim_x 1"] | None = None
 
     @classmethod
     def fit(
@@ -75,8 +79,10 @@ class Standardizer:
         theta: Float[np.ndarray, "n dim_theta ch_theta"],
         x: Float[np.ndarray, "n dim_x ch_x"],
         supports: Sequence[Support],
+        *,
+        linear: bool = True,
     ) -> Self:
-        """Scales from training pairs. A constant column keeps its mean and gets scale 1.
+        """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares.
 
         Raises ValueError if there are not as many supports as parameters.
         """
@@ -93,27 +99,50 @@ class Standardizer:
         bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)  # type: ignore[arg-type]
         u = np.asarray(bare.unbound(jnp.asarray(theta, jnp.float32)), np.float64)
         mean, std = u.mean(0), _scale(u)
-        slope, root, inverse_root = _least_squares(
-            ((u - mean) / std).reshape(len(u), -1), ((x64 - x_mean) / x_std).reshape(len(u), -1)
-        )
+        slope, root, inverse_root = flat, eye, eye
+        if linear:
+            slope, root, inverse_root = _least_squares(
+                ((u - mean) / std).reshape(len(u), -1), ((x64 - x_mean) / x_std).reshape(len(u), -1)
+            )
         return dataclasses.replace(
             bare,
             theta_mean=mean.astype(np.float32), theta_std=std.astype(np.float32),
             slope=slope.astype(np.float32), root=root.astype(np.float32), inverse_root=inverse_root.astype(np.float32),
         )  # fmt: skip
 
+    @classmethod
+    def identity(cls, dim_theta: int, dim_x: int, ch_theta: int = 1, ch_x: int = 1) -> Self:
+        """For parameters and data that are on the network's scale already."""
+
+        def array(value: float, *shape: int) -> Any:
+            return np.full(shape, value, np.float32)
+
+        n = dim_theta * ch_theta
+        eye: Any = np.eye(n, dtype=np.float32)
+        return cls(
+            (REAL,) * dim_theta, array(0, dim_theta, 1), array(0, dim_theta, 1), array(0, dim_theta, ch_theta),
+            array(1, dim_theta, ch_theta), array(0, dim_x, ch_x), array(1, dim_x, ch_x), array(0, dim_x * ch_x, n), eye, eye,
+        )  # fmt: skip
+
+    def restrict(self, free: Sequence[int], given: Sequence[int]) -> "Standardizer":
+        """Of a joint model, whose theta are all tokens and which has no x: for drawing the tokens `free` where those of `given` are."""
+        f, g = list(free), list(given)
+        channels = self.theta_mean.shape[1]
+        n_free, n_given = len(f) * channels, len(g) * channels
+        part = lambda array, rows: np.asarray(array)[rows]  # noqa: E731
+        eye = np.eye(n_free, dtype=np.float32)
+        return dataclasses.replace(
+            self,
+            kinds=tuple(self.kinds[i] for i in f), low=part(self.low, f), high=part(self.high, f),
+            theta_mean=part(self.theta_mean, f), theta_std=part(self.theta_std, f),
+            x_mean=part(self.theta_mean, g), x_std=part(self.theta_std, g),
+            slope=np.zeros((n_given, n_free), np.float32), root=eye, inverse_root=eye,
+            x_kinds=tuple(self.kinds[i] for i in g), x_low=part(self.low, g), x_high=part(self.high, g),
+        )  # fmt: skip
+
     def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
         """theta on the real line, before z-scoring."""
-        u = theta
-        if INTERVAL in self.kinds:
-            p = jnp.clip((theta - self.low) / self._width(), _EDGE, 1 - _EDGE)
-            u = jnp.where(self._is(INTERVAL), ndtri(p), u)
-        tiny = np.finfo(np.float32).tiny
-        if ABOVE in self.kinds:
-            u = jnp.where(self._is(ABOVE), jnp.log(jnp.maximum(theta - self.low, tiny)), u)
-        if BELOW in self.kinds:
-            u = jnp.where(self._is(BELOW), -jnp.log(jnp.maximum(self.high - theta, tiny)), u)
-        return u
+        return _unbound(theta, self.kinds, self.low, self.high)
 
     def centre(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_theta ch_theta"]:
         """A x: where least squares puts the z-scored theta of each observation. Once per observation, like an encoding."""
@@ -167,25 +196,54 @@ class Standardizer:
 
     def forward_x(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_x ch_x"]:
         """x as the network sees it."""
+        if self.x_low is not None and self.x_high is not None:
+            x = _unbound(x, self.x_kinds, self.x_low, self.x_high)
         return (x - self.x_mean) / self.x_std
 
     def _is(self, *kinds: str) -> np.ndarray:
-        return np.asarray([[k in kinds] for k in self.kinds])
+        return _is(self.kinds, *kinds)
 
     def _width(self) -> Array:
         return jnp.where(self._is(INTERVAL), self.high - self.low, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists."""
-        arrays = {
-            f.name: np.asarray(getattr(self, f.name)).tolist() for f in dataclasses.fields(self) if f.name != "kinds"
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: list(value) if name in ("kinds", "x_kinds") else np.asarray(value).tolist()
+            for name, value in fields.items()
+            if value is not None and not (isinstance(value, tuple) and not value)
         }
-        return {"kinds": list(self.kinds), **arrays}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        arrays = {name: np.asarray(value, np.float32) for name, value in fields.items() if name != "kinds"}
-        return cls(kinds=tuple(fields["kinds"]), **arrays)  # type: ignore[arg-type]
+        arrays = {
+            name: tuple(value) if name in ("kinds", "x_kinds") else np.asarray(value, np.float32)
+            for name, value in fields.items()
+        }
+        if not fields["x_mean"]:  # a list keeps no shape of nothing
+            none = np.zeros((0, len(fields["theta_mean"][0])), np.float32)
+            arrays |= {"x_mean": none, "x_std": none, "slope": np.zeros((0, len(fields["root"])), np.float32)}
+        return cls(**arrays)  # type: ignore[arg-type]
+
+
+def _is(kinds: tuple[str, ...], *wanted: str) -> np.ndarray:
+    return np.asarray([[k in wanted] for k in kinds]).reshape(-1, 1)
+
+
+def _unbound(theta: Array, kinds: tuple[str, ...], low: Array, high: Array) -> Array:
+    """theta on the real line."""
+    u = theta
+    if INTERVAL in kinds:
+        width = jnp.where(_is(kinds, INTERVAL), high - low, 1.0)
+        p = jnp.clip((theta - low) / width, _EDGE, 1 - _EDGE)
+        u = jnp.where(_is(kinds, INTERVAL), ndtri(p), u)
+    tiny = np.finfo(np.float32).tiny
+    if ABOVE in kinds:
+        u = jnp.where(_is(kinds, ABOVE), jnp.log(jnp.maximum(theta - low, tiny)), u)
+    if BELOW in kinds:
+        u = jnp.where(_is(kinds, BELOW), -jnp.log(jnp.maximum(high - theta, tiny)), u)
+    return u
 
 
 def _mix(y: Float[Array, "... dim_theta ch_theta"], matrix: Array) -> Float[Array, "... dim_theta ch_theta"]:

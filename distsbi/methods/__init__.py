@@ -3,9 +3,16 @@
 from typing import Any
 
 from distsbi.methods.base import Method
+from distsbi.methods.edm import EDM
 from distsbi.methods.flow import FlowMatching
+from distsbi.methods.score import ScoreMatchingVE, ScoreMatchingVP
 
-METHODS: dict[str, type[Method]] = {"flow": FlowMatching}
+METHODS: dict[str, type[Method]] = {
+    "flow": FlowMatching,
+    "edm": EDM,
+    "vp": ScoreMatchingVP,
+    "ve": ScoreMatchingVE,
+}
 
 
 def make_method(name: str, **options: Any) -> Method:
@@ -18,4 +25,4 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name].from_dict(options)
 
 
-__all__ = ["METHODS", "FlowMatching", "Method", "make_method"]
+__all__ = ["EDM", "METHODS", "FlowMatching", "Method", "ScoreMatchingVE", "ScoreMatchingVP", "make_method"]

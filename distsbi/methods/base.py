@@ -11,9 +11,10 @@ One loss, one family of solvers and one log-density serve all methods; a method 
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 Time = Float[Array, "..."]
@@ -49,12 +50,14 @@ class Method:
 
     @abstractmethod
     def grid(self, steps: int) -> tuple[float, ...]:
-        """The method's own solver grid: steps + 1 increasing times from 0 to `t_end`."""
+        """The method's own solver grid: steps + 1 increasing times from 0 to 1."""
 
-    @property
-    def t_end(self) -> float:
-        """Where a solver stops: below 1 where sigma' or the score is singular at the data end."""
-        return 1.0
+    @abstractmethod
+    def time_at(self, tau: Time) -> Time:
+        """The time t where alpha / (alpha + sigma) = tau: the inverse of `straight`."""
+
+    # Whether noise is left at t = 1, where sigma(1) > 0 keeps the score finite, and E[x | x_1] takes it out.
+    denoises: ClassVar[bool] = False
 
     def weight(self, t: Time) -> Time:
         """Weight of the squared error at t."""
@@ -68,7 +71,18 @@ class Method:
         """The time that the network is told."""
         return t
 
+    def diffusion2(self, t: Time) -> Time:
+        """g(t)^2 of the reverse SDE dy = (v + g^2 score / 2) dt + g dW. Its marginals are those of the path for every g; this g is
+        that of the forward SDE which makes the path, g^2 = 2 sigma^2 alpha' / alpha - 2 sigma sigma' (Song et al., eq. 29)."""
+        sigma = self.sigma(t)
+        return 2.0 * sigma**2 * self.d_alpha(t) / self.alpha(t) - 2.0 * sigma * self.d_sigma(t)
+
     # Shared, written once.
+
+    def straight(self, t: Time) -> Time:
+        """tau = alpha / (alpha + sigma): every path, divided by alpha + sigma, is the straight one, tau x + (1 - tau) z."""
+        alpha = self.alpha(t)
+        return alpha / (alpha + self.sigma(t))
 
     def perturb(self, t: Time, x: Array, z: Array) -> Array:
         """x_t. `t` broadcasts against x and z."""
@@ -99,10 +113,6 @@ class Method:
         """The state at t = 0 from standard normal noise."""
         return self.sigma(jnp.zeros((), jnp.float32)) * z
 
-    def final(self, t: Time, x_t: Array, f: Array) -> Array:
-        """E[x | x_t], the last denoising step of a method that stops at t_end < 1."""
-        return self.split(t, x_t, f)[0]
-
     def to_dict(self) -> dict[str, Any]:
         """The options, JSON-able."""
         return dataclasses.asdict(self)
@@ -115,3 +125,10 @@ class Method:
         if unknown:
             raise ValueError(f"{cls.__name__} has no options {unknown}; it has {sorted(known)}.")
         return cls(**options)
+
+
+def karras_ratios(first: float, last: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """steps + 1 noise ratios sigma / alpha from `first` down to `last`, equally spaced in their rho-th root
+    (Karras et al. 2206.00364, eq. 5)."""
+    u = np.linspace(0.0, 1.0, steps + 1)
+    return (first ** (1 / rho) + u * (last ** (1 / rho) - first ** (1 / rho))) ** rho

@@ -16,21 +16,32 @@ from jaxtyping import Array, Key
 
 from distsbi.methods.base import Method, Time
 
+TIMES = ("tilted", "uniform", "logit_normal")
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching(Method):
     """Conditional optimal-transport flow matching.
 
-    `tilt` >= 0: exponent of the training-time density, 0 is uniform. `uniform` in [0, 1]: share of the training times that
-    are uniform all the same. `power` >= 1: the solver's grid is 1 - (1 - u)^power on uniform u, 1 is uniform; larger
-    values put more steps near the data.
+    `times`: how training times are drawn, "tilted" by `tilt` >= 0, "uniform", or "logit_normal" with `logit_mean` and
+    `logit_std` (Esser et al. 2403.03206, eq. 19). `uniform` in [0, 1]: share of the training times that are uniform all the
+    same. `power` >= 1: the solver's grid is 1 - (1 - u)^power on uniform u, 1 is uniform; larger values put more steps near
+    the data. `scale_input`: the network is given x_t at unit variance; else x_t itself, as GenSBI's models are.
     """
 
     tilt: float = 4.0
     uniform: float = 0.25
     power: float = 2.5
+    times: str = "tilted"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    scale_input: bool = True
 
     def __post_init__(self) -> None:
+        if self.times not in TIMES:
+            raise ValueError(f"FlowMatching.times must be one of {', '.join(TIMES)}; got {self.times!r}.")
+        if not self.logit_std > 0:
+            raise ValueError(f"FlowMatching.logit_std must be positive; got {self.logit_std}.")
         if not self.tilt >= 0 or not self.power >= 1 or not 0 <= self.uniform <= 1:
             raise ValueError(
                 f"FlowMatching needs tilt >= 0, 0 <= uniform <= 1 and power >= 1; got {self.tilt}, {self.uniform} and {self.power}."
@@ -54,8 +65,24 @@ class FlowMatching(Method):
     def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
         key_u, key_share = jax.random.split(key)
         u = jax.random.uniform(key_u, shape)
+        if self.times == "uniform":
+            return u
+        if self.times == "logit_normal":
+            drawn = jax.nn.sigmoid(self.logit_mean + self.logit_std * jax.scipy.special.ndtri(u))
+        else:
+            drawn = u ** (1.0 / (1.0 + self.tilt))
         plain = jax.random.uniform(key_share, shape) < self.uniform
-        return jnp.where(plain, u, u ** (1.0 / (1.0 + self.tilt)))
+        return jnp.where(plain, u, drawn)
+
+    def c_in(self, t: Time) -> Time:
+        return super().c_in(t) if self.scale_input else jnp.ones_like(t)
+
+    def time_at(self, tau: Time) -> Time:
+        return tau
+
+    def diffusion2(self, t: Time) -> Time:
+        """2 sigma / alpha, that of the forward SDE, with alpha bounded below by 0.1: it is infinite where the path is pure noise."""
+        return 2.0 * (1.0 - t) / jnp.maximum(t, 0.1)
 
     def grid(self, steps: int) -> tuple[float, ...]:
         return tuple(1.0 - (1.0 - i / steps) ** self.power for i in range(steps + 1))

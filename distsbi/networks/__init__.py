@@ -6,9 +6,17 @@ from flax import nnx
 
 from distsbi.networks.base import Context, Network, NetworkParams
 from distsbi.networks.flux1 import Flux1, Flux1Params
+from distsbi.networks.flux1_joint import Flux1Joint, Flux1JointParams
+from distsbi.networks.joint import Conditional, JointNetwork, Unconditional
 from distsbi.networks.mlp import MLP, MLPParams
+from distsbi.networks.simformer import Simformer, SimformerParams
 
-NETWORKS: dict[str, tuple[Any, Any]] = {"MLP": (MLPParams, MLP), "Flux1": (Flux1Params, Flux1)}
+NETWORKS: dict[str, tuple[Any, Any]] = {
+    "MLP": (MLPParams, MLP),
+    "Flux1": (Flux1Params, Flux1),
+    "Flux1Joint": (Flux1JointParams, Flux1Joint),
+    "Simformer": (SimformerParams, Simformer),
+}
 
 
 def make_network(name: str, params: dict[str, Any], rngs: nnx.Rngs | None = None) -> Network:
@@ -30,12 +38,19 @@ def network_name(network: nnx.Module) -> str | None:
 __all__ = [
     "MLP",
     "NETWORKS",
+    "Conditional",
     "Context",
     "Flux1",
+    "Flux1Joint",
+    "Flux1JointParams",
     "Flux1Params",
+    "JointNetwork",
     "MLPParams",
     "Network",
     "NetworkParams",
+    "Simformer",
+    "SimformerParams",
+    "Unconditional",
     "make_network",
     "network_name",
 ]

@@ -5,7 +5,7 @@
     vec(t) = MLP(cos, sin of 1000 t at 128 frequencies) gives shift, scale and gate of every block
 
 Esser et al. 2403.03206 and Black Forest Labs' FLUX.1; the variant for simulation-based inference is GenSBI's, whose parameter
-tree and, with `conditioning="joint"`, whose function this is (see `flux1_gensbi`).
+tree and, with `conditioning="joint"`, whose function this is (see `networks.gensbi`).
 
 Two ways for the data to enter:
 - "joint": both streams attend to both, at every step and for every draw. Context: the data's tokens.
@@ -39,6 +39,7 @@ from distsbi.networks.flux1_blocks import (
     single_block,
     stream,
 )
+from distsbi.networks.weights import Maker, timestep_features, weights_of
 
 CONDITIONINGS = ("one_way", "joint")
 ID_STRATEGIES = ("absolute", "pos1d", "rope1d")
@@ -220,28 +221,12 @@ class Flux1(Network):
         self.dim_theta, self.ch_theta, self.dim_x, self.ch_x = p.dim_obs, p.in_channels, p.dim_cond, p.context_in_dim
         dtype, hidden, width = jnp.dtype(p.param_dtype), p.hidden_size, p.mlp_width
 
-        def normal(scale: float, *shape: int) -> nnx.Param:
-            return nnx.Param((scale * jax.random.normal(rngs.params(), shape)).astype(dtype))
-
-        def constant(value: float, *shape: int) -> nnx.Param:
-            return nnx.Param(jnp.full(shape, value, dtype))
-
-        def dense(fan_in: int, fan_out: int, *stack: int, bias: bool = True, scale: float = 1.0) -> nnx.Dict:
-            kernel = (
-                normal(scale * fan_in**-0.5, *stack, fan_in, fan_out)
-                if scale
-                else constant(0.0, *stack, fan_in, fan_out)
-            )
-            return nnx.Dict(kernel=kernel, bias=constant(0.0, *stack, fan_out)) if bias else nnx.Dict(kernel=kernel)
-
-        def qk_norm(n: int) -> nnx.Dict:
-            return nnx.Dict({name: nnx.Dict(scale=constant(1.0, n, p.head_dim)) for name in ("query_norm", "key_norm")})
+        make = Maker(rngs, dtype)
+        normal, dense = make.normal, make.dense
 
         def token_in(channels: int, strategy: str) -> nnx.Dict:
             size = hidden**-0.5 if p.id_merge_mode == "sum" and strategy != "rope1d" else 1.0
-            return nnx.Dict(
-                kernel=normal(size * channels**-0.5, channels, p.value_width), bias=normal(size, p.value_width)
-            )
+            return make.token_in(channels, p.value_width, size)
 
         self.obs_in = token_in(p.in_channels, p.id_embedding_strategy[0])
         self.cond_in = token_in(p.context_in_dim, p.id_embedding_strategy[1])
@@ -256,7 +241,9 @@ class Flux1(Network):
         for name in ("obs", "cond"):
             double[f"{name}_mod"] = nnx.Dict(lin=dense(hidden, 6 * hidden, n, scale=0.0))
             double[f"{name}_attn"] = nnx.Dict(
-                qkv=dense(hidden, 3 * hidden, n, bias=p.qkv_bias), norm=qk_norm(n), proj=dense(hidden, hidden, n)
+                qkv=dense(hidden, 3 * hidden, n, bias=p.qkv_bias),
+                norm=make.qk_norm(p.head_dim, n),
+                proj=dense(hidden, hidden, n),
             )
             double[f"{name}_mlp"] = nnx.Dict(in_layer=dense(hidden, width, n), out_layer=dense(width, hidden, n))
         self.double_blocks = nnx.Dict(double)
@@ -264,7 +251,7 @@ class Flux1(Network):
         self.single_blocks = nnx.Dict(
             linear1=dense(hidden, 3 * hidden + width, n),
             linear2=dense(hidden + width, hidden, n),
-            norm=qk_norm(n),
+            norm=make.qk_norm(p.head_dim, n),
             modulation=nnx.Dict(lin=dense(hidden, 3 * hidden, n, scale=0.0)),
         )
         self.final_layer = nnx.Dict(
@@ -285,13 +272,13 @@ class Flux1(Network):
 
         turn = self._rotation("cond", p.dim_cond)
         vec = self._time(jnp.ones((1, 1)))
-        double, single = _weights(self.double_blocks), _weights(self.single_blocks)
+        double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
 
         def double_step(h: Tokens, layer: Any) -> Any:
             block, parts = layer
             weights = stream(block, "cond")
             q, k, v = double_qkv(weights, h, parts, p.num_heads, turn, p.dtype)
-            return double_half(weights, h, attention(q, [(k, v)], p.dtype), parts, p.dtype), (k, v)
+            return double_half(weights, h, attention(q, [(k, v, None)], p.dtype), parts, p.dtype), (k, v)
 
         def single_step(h: Tokens, layer: Any) -> Any:
             return single_block(*_swap(layer, h), p.num_heads, turn, p.dtype)
@@ -316,7 +303,7 @@ class Flux1(Network):
         h = self._tokens("obs", _long_axis_last(jnp.transpose(theta_t, (3, 2, 0, 1)), draws))
         run = self._joint if p.conditioning == "joint" else self._one_way
         h = run(h, vec, context, draws)
-        final = _weights(self.final_layer)
+        final = weights_of(self.final_layer)
         shift, scale = linear(final["adaLN_modulation"], jax.nn.silu(vec)).reshape(2, p.hidden_size, 1, *vec.shape[1:])
         f = linear(final["linear"], modulate(h, shift, scale))
         return jnp.transpose(_long_axis_last(f, draws), (2, 3, 1, 0))
@@ -325,18 +312,20 @@ class Flux1(Network):
         """The parameters' stream, given the data's keys and values."""
         p = self.params
         turn = self._rotation("obs", p.dim_obs)
-        double, single = _weights(self.double_blocks), _weights(self.single_blocks)
+        double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
         shared = jax.tree.map(lambda a: _long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), context)
 
         def double_step(h: Tokens, layer: Any) -> Any:
             block, parts, of_data = layer
             weights = stream(block, "obs")
             q, k, v = double_qkv(weights, h, parts, p.num_heads, turn, p.dtype)
-            return double_half(weights, h, attention(q, [of_data, (k, v)], p.dtype), parts, p.dtype), None
+            return double_half(
+                weights, h, attention(q, [(*of_data, None), (k, v, None)], p.dtype), parts, p.dtype
+            ), None
 
         def single_step(h: Tokens, layer: Any) -> Any:
             block, parts, of_data = layer
-            return single_block(block, h, parts, p.num_heads, turn, p.dtype, [of_data])[0], None
+            return single_block(block, h, parts, p.num_heads, turn, p.dtype, [(*of_data, None)])[0], None
 
         h, _ = jax.lax.scan(_again(double_step), h, (double, modulation(double["obs_mod"], vec, 6), shared["double"]))
         h, _ = jax.lax.scan(
@@ -350,7 +339,7 @@ class Flux1(Network):
         """Both streams, the data's first, for every draw."""
         p, n = self.params, self.params.dim_cond
         turns = self._rotation("cond", n), self._rotation("obs", p.dim_obs)
-        double, single = _weights(self.double_blocks), _weights(self.single_blocks)
+        double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
         data = _long_axis_last(jnp.transpose(context, (2, 1, 0))[..., None], draws)
         data = jnp.broadcast_to(data, (*data.shape[:2], *h.shape[2:]))
 
@@ -362,7 +351,7 @@ class Flux1(Network):
                 for *args, turn in zip(weights, streams, parts, turns, strict=True)
             ]
             q, k, v = (jnp.concatenate(pair, 2) for pair in zip(*of_streams, strict=True))
-            mixed = attention(q, [(k, v)], p.dtype)
+            mixed = attention(q, [(k, v, None)], p.dtype)
             halves = zip(weights, streams, (mixed[:, :n], mixed[:, n:]), parts, strict=True)
             return tuple(double_half(*args, p.dtype) for args in halves), None
 
@@ -379,23 +368,18 @@ class Flux1(Network):
         return h[:, n:]
 
     def _time(self, t: Float[Array, "b d"]) -> Float[Array, "hidden b d"]:
-        half = TIME_FEATURES // 2
-        frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        angles = (1000.0 * t) * frequencies[
-            :, None, None
-        ]  # in this order: at 1,000 rad another rounding shows in the fifth digit
-        return embed_vector(_weights(self.time_in), jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], 0))
+        return embed_vector(weights_of(self.time_in), timestep_features(t, TIME_FEATURES))
 
     def _tokens(self, side: str, values: Float[Array, "ch tokens batch draws"]) -> Tokens:
         """Values and ids merged, float32."""
         p = self.params
-        h = linear(_weights(getattr(self, f"{side}_in")), values.astype(jnp.float32))
+        h = linear(weights_of(getattr(self, f"{side}_in")), values.astype(jnp.float32))
         strategy = p.id_embedding_strategy[0 if side == "obs" else 1]
         if strategy == "rope1d":
             return h
         n = values.shape[1]
         table = (
-            _weights(getattr(self, f"{side}_ids_embedder"))["embedding"]
+            weights_of(getattr(self, f"{side}_ids_embedder"))["embedding"]
             if strategy == "absolute"
             else _sinusoidal(n, p.id_width)
         )
@@ -424,18 +408,6 @@ def _long_axis_last(a: Float[Array, "... batch d"], draws: int) -> Float[Array, 
 def _again(step: Callable[..., Any]) -> Callable[..., Any]:
     """A block that is computed again for its gradient: the scan then keeps its input alone, not every piece of its attention."""
     return jax.checkpoint(step, prevent_cse=False)  # type: ignore[return-value]
-
-
-def _weights(module: nnx.Module) -> Weights:
-    """The arrays of a module, float32, kernels transposed to [out, in]: XLA's CPU product of features-first tokens is then
-    a plain row-major one (1.5 ms against 1.9 ms for [320, 64] @ [64, 2048] on 2 cores)."""
-    state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-    def prepare(path: tuple[Any, ...], a: Array) -> Array:
-        a = a.astype(jnp.float32)
-        return jnp.swapaxes(a, -1, -2) if path[-1].key == "kernel" else a
-
-    return jax.tree_util.tree_map_with_path(prepare, state)
 
 
 def _sinusoidal(n: int, width: int) -> Float[Array, "n width"]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from distsbi.networks.base import precision
@@ -24,9 +25,11 @@ from distsbi.networks.base import precision
 Weights = dict[str, Any]  # nested; kernels are [out, in] here, stacked blocks have a leading axis
 Tokens = Float[Array, "hidden tokens batch draws"]
 Heads = Float[Array, "heads head_dim tokens batch draws"]
+Source = tuple[Heads, Heads, Array | None]  # keys, values, and which keys there are, [tokens, batch, draws], None: all
 Rotation = tuple[Float[Array, "half tokens"], Float[Array, "half tokens"]] | None
 
 NORM_EPS = 1e-6
+NO_KEY = -1e30  # the logit of a key that is not there
 # Above these sizes attention is two batched matrix products; below, a sum of element-wise products. XLA's CPU backend runs
 # a product of 128 x 8 x 8 batches of [2, 8] @ [8, 2] as a scalar loop: 3.9 ms where the element-wise form takes 0.5 ms.
 ELEMENTWISE_KEYS = 8
@@ -99,16 +102,25 @@ def queries_keys_values(weights: Weights, qkv: Tokens, heads: int, turn: Rotatio
     return q, rotate(_rms_norm(k, weights["key_norm"]["scale"]), turn), v
 
 
-def attention(q: Heads, sources: Sequence[tuple[Heads, Heads]], dtype: str) -> Tokens:
-    """One softmax over the keys of all sources. A source (k, v) with draws = 1 is shared by all draws, without a copy."""
-    elementwise = q.shape[1] <= ELEMENTWISE_HEAD_DIM and sum(k.shape[2] for k, _ in sources) <= ELEMENTWISE_KEYS
+def attention(q: Heads, sources: Sequence[Source], dtype: str) -> Tokens:
+    """One softmax over the keys of all sources. A source with draws = 1 is shared by all draws, without a copy. A query that
+    has no key at all gets zeros."""
+    sources = [source for source in sources if source[0].shape[2]]
+    lengths = [k.shape[2] for k, _, _ in sources]
+    elementwise = q.shape[1] <= ELEMENTWISE_HEAD_DIM and sum(lengths) <= ELEMENTWISE_KEYS
     logits = jnp.concatenate(
-        [_scores(q, k, dtype, elementwise) for k, _ in sources], 2
+        [_masked(_scores(q, k, dtype, elementwise), mask) for k, _, mask in sources], 2
     )  # [heads, queries, keys, batch, draws]
     weights = jax.nn.softmax(logits, axis=2)
-    parts = jnp.split(weights, [k.shape[2] for k, _ in sources][:-1], axis=2)
-    mixed = _total(_mix(part, v, dtype, elementwise) for part, (_, v) in zip(parts, sources, strict=True))
+    if any(mask is not None for _, _, mask in sources):
+        weights = jnp.where(logits > NO_KEY / 2, weights, 0.0)
+    parts = jnp.split(weights, np.cumsum(lengths)[:-1].tolist(), axis=2)
+    mixed = _total(_mix(part, v, dtype, elementwise) for part, (_, v, _) in zip(parts, sources, strict=True))
     return mixed.reshape(-1, *q.shape[2:])
+
+
+def _masked(logits: Float[Array, "heads queries keys batch draws"], mask: Array | None) -> Array:
+    return logits if mask is None else jnp.where(mask, logits, NO_KEY)
 
 
 def double_half(
@@ -136,14 +148,16 @@ def single_block(
     heads: int,
     turn: Rotation,
     dtype: str,
-    shared: Sequence[tuple[Heads, Heads]] = (),
+    shared: Sequence[Source] = (),
+    mask: Array | None = None,
 ) -> tuple[Tokens, tuple[Heads, Heads]]:
-    """A single-stream block: the tokens attend to `shared` and to themselves. Returns them and their own K and V."""
+    """A single-stream block: the tokens attend to `shared` and to themselves, those of `mask` if given. Returns them and their own K
+    and V."""
     shift, scale, gate = parts
     hidden = h.shape[0]
     first = linear(weights["linear1"], modulate(h, shift, scale), dtype)
     q, k, v = queries_keys_values(weights["norm"], first[: 3 * hidden], heads, turn)
-    mixed = attention(q, (*shared, (k, v)), dtype)
+    mixed = attention(q, (*shared, (k, v, mask)), dtype)
     # linear2 on [mixed, gelu] as two products: XLA's CPU loops over a fused concatenation are scalar
     kernel, bias = weights["linear2"]["kernel"], weights["linear2"]["bias"]
     out = linear({"kernel": kernel[:, :hidden], "bias": bias}, mixed, dtype)

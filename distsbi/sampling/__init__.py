@@ -1,8 +1,21 @@
 """Drawing from a trained posterior."""
 
+from distsbi.sampling.distill import DistillConfig, distill
+from distsbi.sampling.gensbi import import_gensbi
+from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.options import SampleOptions
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.run import load, save
 from distsbi.sampling.tiles import Tile
 
-__all__ = ["Posterior", "SampleOptions", "Tile", "load", "save"]
+__all__ = [
+    "DistillConfig",
+    "JointPosterior",
+    "Posterior",
+    "SampleOptions",
+    "Tile",
+    "distill",
+    "import_gensbi",
+    "load",
+    "save",
+]

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys
-from distsbi.sampling.tiles import velocity
+from distsbi.sampling.flow import make_field
 from distsbi.solvers import FixedGrid, Solver
 
 CANDIDATES = (*(("multistep", steps) for steps in (8, 10, 12, 14, 16, 20, 24, 32)),
@@ -47,15 +47,13 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
     @jax.jit
     def back(weights: Any, y: Array, context: Any) -> Array:
         """The noise that the tight solution takes to y."""
-        field = velocity(nnx.merge(posterior.graphdef, weights.params), method)
-        end = tight.times[-1]
-        reverse = FixedGrid("rk4", tuple(end - t for t in reversed(tight.times)))
-        return reverse.solve(lambda s, y, c: -field(end - s, y, c), y, context)
+        field = make_field(nnx.merge(posterior.graphdef, weights.params), method)
+        return tight.solve(field, y, context, reverse=True)
 
     def forward(solver: FixedGrid) -> Any:
         return jax.jit(
             lambda weights, z, context: solver.solve(
-                velocity(nnx.merge(posterior.graphdef, weights.params), method), method.initial(z), context
+                make_field(nnx.merge(posterior.graphdef, weights.params), method), method.initial(z), context
             )
         )
 

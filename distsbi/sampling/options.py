@@ -2,14 +2,14 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from distsbi.methods import Method
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import Solver, make_solver
 
-ALIASES = {"show_progress_bars": "show_progress", "method": "solver"}
+ALIASES = {"show_progress_bars": "show_progress", "method": "solver", "return_intermediates": "return_trajectory"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,12 @@ class SampleOptions:
     """How to draw.
 
     Args:
-        solver, steps, step_size, time_grid, rtol, atol: see `distsbi.solvers.make_solver`; all None: the calibrated grid.
+        solver, steps, step_size, time_grid, rtol, atol, coupled, solver_options: see `distsbi.solvers.make_solver`; all None: the calibrated grid.
         tile: rows worked on at a time, `Tile(slots, draws)`; None: the run's.
         chunk_size: an upper bound on draws in one dispatch of a device, for devices with little memory.
+        return_trajectory: theta at every time of the grid, with a leading axis of times.
+        check: a share of the draws, in (0, 1], that is solved again with half the steps; what that changes is reported in
+            `Posterior.last_check`, and warned of where it is large.
         show_progress: a progress bar; None: on a terminal, where the work takes more than a few seconds.
     """
 
@@ -29,8 +32,12 @@ class SampleOptions:
     time_grid: Sequence[float] | None = None
     rtol: float | None = None
     atol: float | None = None
+    coupled: bool = False
+    solver_options: Mapping[str, float] | None = None
     tile: Tile | None = None
     chunk_size: int | None = None
+    return_trajectory: bool = False
+    check: float = 0.0
     show_progress: bool | None = None
 
     @classmethod
@@ -47,13 +54,15 @@ class SampleOptions:
             if name_here in renamed:
                 raise ValueError(f"{name!r} and {name_here!r} mean the same; give one of them.")
             renamed[name_here] = value
+        if not 0 <= renamed.get("check", 0.0) <= 1:
+            raise ValueError(f"check is a share of the draws, between 0 and 1; got {renamed['check']!r}.")
         return cls(**renamed)
 
     def make_solver(self, method: Method, default: Solver) -> Solver:
         """The solver these options describe."""
         return make_solver(
             method, solver=self.solver, steps=self.steps, step_size=self.step_size, time_grid=self.time_grid,
-            rtol=self.rtol, atol=self.atol, default=default,
+            rtol=self.rtol, atol=self.atol, coupled=self.coupled, solver_options=self.solver_options, default=default,
         )  # fmt: skip
 
     def make_tile(self, default: Tile) -> Tile:

@@ -25,12 +25,14 @@ from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.files import full_disk_says, write_json
 from distsbi.methods import METHODS, make_method
-from distsbi.networks import NETWORKS, Network, make_network, network_name
+from distsbi.networks import NETWORKS, Conditional, Network, Unconditional, make_network, network_name
+from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import solver_from_dict
 
-FORMAT = 2
+FORMAT = 3
+VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditional}  # of a joint network
 SPEC, WEIGHTS = "spec.json", "weights"
 PACKAGES = ("distsbi", "jax", "flax", "optax", "diffrax", "orbax-checkpoint")
 
@@ -48,14 +50,21 @@ def versions() -> dict[str, str]:
 
 def model_spec(posterior: Posterior) -> dict[str, Any]:
     """The part of the spec that defines p(theta | x), without the weights."""
-    name = network_name(posterior.network)
-    params = posterior.network.params.to_dict() if name else {}
+    network = posterior.network
+    view = next((name for name, cls in VIEWS.items() if type(network) is cls), None)
+    inner: Any = network.network if view else network  # type: ignore[attr-defined]
+    name = network_name(inner)
+    params = inner.params.to_dict() if name else {}
     method = next(key for key, cls in METHODS.items() if type(posterior.method) is cls)
+    standardizer = (
+        posterior.joint_standardizer if isinstance(posterior, JointPosterior) else posterior.weights.standardizer
+    )
+    pattern = {"free": list(network.free), "given": list(network.given)} if isinstance(network, Conditional) else None
     return {
-        "network": {"name": name, "params": params},
+        "network": {"name": name, "params": params, "view": view, "pattern": pattern},
         "sizes": [posterior.dim_theta, posterior.ch_theta, posterior.dim_x, posterior.ch_x],
         "method": {"name": method, "params": posterior.method.to_dict()},
-        "standardizer": posterior.weights.standardizer.to_dict(),
+        "standardizer": standardizer.to_dict(),
         "parameter_names": list(posterior.parameter_names),
     }
 
@@ -167,8 +176,6 @@ def load(
         names, facts, digest = tuple(spec["parameter_names"]), spec["facts"], spec["weights_sha256"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
-    for size, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), spec["sizes"], strict=True):
-        setattr(module, size, value)  # a user's own module need not know them
     graphdef, state = nnx.split(module)
     target = meshes.make_mesh(mesh)
     shaped = jax.tree.map(
@@ -187,22 +194,33 @@ def load(
         raise ValueError(
             f"{root / WEIGHTS} does not hold the weights that {SPEC} names; restore it from a copy, or train again."
         )
-    return Posterior(
-        nnx.merge(graphdef, state),
-        method,
-        standardizer,
-        names=names,
-        solver=solver,
-        tile=tile,
-        mesh=target,
-        facts=facts,
-    )
+    merged: Any = nnx.merge(graphdef, state)
+    options: dict[str, Any] = {"names": names, "solver": solver, "tile": tile, "mesh": target, "facts": facts}
+    if isinstance(merged, Conditional) and len(standardizer.kinds) == merged.network.num_tokens:
+        return JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)
+    return Posterior(merged, method, standardizer, **options)
 
 
-def _rebuild(spec: dict[str, Any], network: Network | Callable[[], Network] | None) -> Network:
+def _rebuild(spec: dict[str, Any], network: Network | Callable[[], Network] | None) -> Any:
+    """The module that the weights belong to; a user's own is told the sizes that training gave it."""
+    inner: Any = _inner(spec, network)
+    view, sizes = spec["network"]["view"], spec["sizes"]
+    if view is None:
+        for size, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), sizes, strict=True):
+            setattr(inner, size, value)
+        return inner
+    if view == "unconditional":
+        return Unconditional(inner)
+    pattern = spec["network"]["pattern"]
+    if spec["network"]["name"] is None:
+        inner.num_tokens, inner.ch_theta = sizes[0] + sizes[2], sizes[1]
+    return Conditional(inner, tuple(pattern["free"]), tuple(pattern["given"]))
+
+
+def _inner(spec: dict[str, Any], network: Network | Callable[[], Network] | None) -> Any:
     name = spec["network"]["name"]
     if network is not None:
-        return network if isinstance(network, nnx.Module) else network()  # type: ignore[return-value]
+        return network if isinstance(network, nnx.Module) else network()
     if name is None:
         raise ValueError(
             "this run holds a user's own network; load it with load(path, network=<the module or its factory>)."

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
+from distsbi.sampling.flow import Schedule
 from distsbi.sampling.tiles import Slots, Tile, Weights
 
 IN_FLIGHT = 2
@@ -24,16 +25,18 @@ def stream(
     encode: Callable[[Weights, Array], Any],
     program: Callable[..., Array],
     weights: Weights,
+    schedule: Schedule,
     key: Array,
     xs: Float[np.ndarray, "batch dim_x ch_x"],
     ids: np.ndarray,
     nsamples: int,
     tile: Tile,
     mesh: jax.sharding.Mesh,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (observation [slots], first draw [slots], draws [slots, D, dim_theta, ch_theta]) per dispatch.
+    payload: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+    """Yields (observation [slots], first draw [slots], what the program made [slots, D, ...]) per dispatch.
 
-    Slots past the end repeat the last observation's next draws; the caller drops draws at or past `nsamples` and
+    `payload(observation, first draw)`: more input for the program, [slots, D, ...]. Slots past the end repeat the last observation's next draws; the caller drops draws at or past `nsamples` and
     observations at or past `len(xs)`.
     """
     width = tile.slots * meshes.data_size(mesh)
@@ -42,7 +45,7 @@ def stream(
     words = keys.split_id(ids)
     split = meshes.batch_sharding(mesh)
     whole = meshes.replicated(mesh)
-    key = jax.device_put(key, whole)
+    key, schedule = jax.device_put((key, schedule), whole)
     tables: dict[int, Any] = {}
 
     def table(batch: int) -> Any:
@@ -54,7 +57,7 @@ def stream(
                 del tables[old]
         return tables[batch]
 
-    pending: deque[tuple[np.ndarray, np.ndarray, Array]] = deque()
+    pending: deque[tuple[np.ndarray, np.ndarray, Any]] = deque()
     for first in range(0, total, width):
         index = first + np.arange(width)
         observation = np.minimum(index // blocks, len(xs) - 1)
@@ -68,7 +71,10 @@ def stream(
             start=start.astype(np.uint32),  # type: ignore[arg-type]
         )
         here = table(low)
-        draws = program(weights, key, here, table(high) if needs_next else here, jax.device_put(slots, split))
+        more = None if payload is None else jax.device_put(payload(observation, start), split)
+        draws = program(
+            weights, schedule, key, here, table(high) if needs_next else here, jax.device_put(slots, split), more
+        )
         pending.append((observation, start, draws))
         if len(pending) >= IN_FLIGHT:
             yield _fetch(*pending.popleft())
@@ -76,5 +82,5 @@ def stream(
         yield _fetch(*pending.popleft())
 
 
-def _fetch(observation: np.ndarray, start: np.ndarray, draws: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return observation, start, np.asarray(draws)
+def _fetch(observation: np.ndarray, start: np.ndarray, made: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    return observation, start, jax.device_get(made)

@@ -13,17 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec as P
-from jaxtyping import Array, Float, Int32, Key, UInt32
+from jaxtyping import Array, Int32, UInt32
 
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
-from distsbi.networks.base import Context
+from distsbi.sampling.flow import (
+    EXACT,
+    Divergence,
+    Encoded,
+    Schedule,
+    draw_tile,
+    draws_and_density,
+    encode,
+    log_density,
+)
 from distsbi.solvers import Solver
-
-Encoded = tuple[Context, Float[Array, "batch dim_theta ch_theta"]]  # the network's context, the standardizer's centre
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,30 +85,7 @@ class Slots:
     start: UInt32[Array, "slots"]
 
 
-def velocity(network: Any, method: Method) -> Callable[[Array, Array, Context], Array]:
-    """v(t, y, context) of the probability-flow ODE, in standardised parameters."""
-
-    def field(t: Array, y: Array, context: Context) -> Array:
-        return method.velocity(t, y, network(method.c_time(t), method.c_in(t) * y, context))
-
-    return field
-
-
-def encode(network: Any, standardizer: Standardizer, x: Float[Array, "batch dim_x ch_x"]) -> Encoded:
-    """All that is computed once per observation."""
-    return network.encode(standardizer.forward_x(x)), standardizer.centre(x)
-
-
-def draw_tile(
-    network: Any, method: Method, solver: Solver, standardizer: Standardizer, encoded: Encoded, z: Array
-) -> Array:
-    """theta from noise: the pure function under every way to sample. `z`: [slots, draws, dim_theta, ch_theta]."""
-    context, centre = encoded
-    y = solver.solve(velocity(network, method), method.initial(z), context)
-    if method.t_end < 1:
-        t = jnp.asarray(method.t_end, jnp.float32)
-        y = method.final(t, y, network(method.c_time(t), method.c_in(t) * y, context))
-    return standardizer.inverse(y, centre[:, None])
+DRAWS, TRAJECTORY, DRAWS_AND_DENSITY, DENSITY = "draws", "trajectory", "draws_and_density", "density"
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,20 +103,86 @@ def encode_program(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[[Weights, Arr
 
 @functools.lru_cache(maxsize=64)
 def tile_program(
-    graphdef: nnx.GraphDef, method: Method, solver: Solver, tile: Tile, shape: tuple[int, int], mesh: Mesh
-) -> Callable[[Weights, Key[Array, ""], Encoded, Encoded, Slots], Float[Array, "slots draws dim_theta ch_theta"]]:
-    """(weights, key, context table, next context table, slots) -> draws, compiled once per network, solver, tile and mesh.
+    graphdef: nnx.GraphDef,
+    method: Method,
+    solver: Solver,
+    tile: Tile,
+    shape: tuple[int, int],
+    mesh: Mesh,
+    make: str = DRAWS,
+    divergence: Divergence = EXACT,
+) -> Callable[..., Any]:
+    """(weights, schedule, key, context table, next context table, slots, payload) -> what `make` names, compiled once per network, solver, tile
+    and mesh.
 
-    Rows of `slots` index the two tables one after the other.
+    DRAWS: theta [slots, draws, dim_theta, ch_theta]; TRAJECTORY: with an axis of times after the draws; DRAWS_AND_DENSITY: theta
+    and log p [slots, draws]; DENSITY: log p of the payload, theta [slots, draws, dim_theta, ch_theta]. Rows of `slots` index the two
+    tables one after the other.
     """
 
-    def program(weights: Weights, key: Array, first: Encoded, second: Encoded, slots: Slots) -> Array:
+    def program(
+        weights: Weights,
+        schedule: Schedule,
+        key: Array,
+        first: Encoded,
+        second: Encoded,
+        slots: Slots,
+        payload: Array | None,
+    ) -> Any:
         table = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
         encoded = jax.tree.map(lambda leaf: leaf[slots.row], table)
-        noise = functools.partial(keys.draw_noise, key, draws=tile.draws, shape=shape)
-        z = jax.vmap(noise)(slots.words, slots.start)
-        return draw_tile(nnx.merge(graphdef, weights.params), method, solver, weights.standardizer, encoded, z)
+        network, standardizer = nnx.merge(graphdef, weights.params), weights.standardizer
+        numbers = {"draws": tile.draws, "shape": shape}
+
+        def fresh(step: Array) -> Array:
+            return jax.vmap(functools.partial(keys.step_noise, key, step=step, **numbers))(slots.words, slots.start)
+
+        if make == DENSITY:
+            assert payload is not None
+            return log_density(network, method, solver, standardizer, encoded, payload, divergence, fresh, schedule)
+        z = jax.vmap(functools.partial(keys.draw_noise, key, **numbers))(slots.words, slots.start)
+        if make == DRAWS_AND_DENSITY:
+            return draws_and_density(network, method, solver, standardizer, encoded, z, divergence, fresh, schedule)
+        draws = draw_tile(
+            network, method, solver, standardizer, encoded, z, fresh if solver.stochastic else None, schedule,
+            trajectory=make == TRAJECTORY,
+        )  # fmt: skip
+        return jnp.moveaxis(draws, 0, 2) if make == TRAJECTORY else draws
 
     # check_vma=False: diffrax's while loops are refused by the check (diffrax#735).
-    specs = (P(), P(), P(), P(), P(meshes.DATA))
+    specs = (P(), P(), P(), P(), P(), P(meshes.DATA), P(meshes.DATA))
     return jax.jit(jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=P(meshes.DATA), check_vma=False))
+
+
+@functools.lru_cache(maxsize=16)
+def climb_program(
+    graphdef: nnx.GraphDef, method: Method, solver: Solver, steps: int, learning_rate: float = 0.03
+) -> Callable[[Weights, Array, Array], tuple[Array, Array]]:
+    """(weights, theta [n, dim_theta, ch_theta], x [1, dim_x, ch_x]) -> the highest points met while climbing log p(theta | x) from each
+    theta, and their heights [n]. Adam, in standardised parameters."""
+
+    def program(weights: Weights, theta: Array, x: Array) -> tuple[Array, Array]:
+        network, standardizer = nnx.merge(graphdef, weights.params), weights.standardizer
+        encoded = encode(network, standardizer, x)
+        centre = encoded[1][:, None]
+        optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+        def height(y: Array) -> tuple[Array, Array]:
+            theta = standardizer.inverse(y, centre)
+            log_p = log_density(network, method, solver, standardizer, encoded, theta)
+            return log_p.sum(), log_p[0]
+
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            y, state, best, top = carry
+            (_, log_p), gradient = jax.value_and_grad(height, has_aux=True)(y)
+            better = log_p > top
+            best = jnp.where(better[None, :, None, None], y, best)
+            update, state = optimizer.update(-jnp.nan_to_num(gradient), state)
+            return (y + update, state, best, jnp.where(better, log_p, top)), None
+
+        y = standardizer.forward(theta[None], centre)
+        start = (y, optimizer.init(y), y, jnp.full(len(theta), -jnp.inf))
+        (_, _, best, top), _ = jax.lax.scan(step, start, None, length=steps)
+        return standardizer.inverse(best, centre)[0], top
+
+    return jax.jit(program)

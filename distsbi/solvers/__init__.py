@@ -1,11 +1,12 @@
 """How a draw is made: a time grid and a step rule, or an adaptive solver."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
+from distsbi.solvers.field import Field, Moment, VelocityField
 from distsbi.solvers.fixed import RULES, FixedGrid
 
 Solver = FixedGrid | Adaptive
@@ -20,13 +21,16 @@ def make_solver(
     time_grid: Sequence[float] | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    coupled: bool = False,
+    solver_options: Mapping[str, float] | None = None,
     default: Solver | None = None,
 ) -> Solver:
     """The solver that the options describe.
 
     Nothing given: `default` (the calibrated grid of a trained run). `step_size=0.01`: 100 equal steps (Euler's unless
     `solver` says otherwise). `steps`: that many on the method's graded grid (midpoint unless `solver` says otherwise).
-    `time_grid`: those times. `rtol`, `atol`: adaptive, "tsit5" unless `solver` says otherwise.
+    `time_grid`: those times. `rtol`, `atol`: adaptive, "tsit5" unless `solver` says otherwise; `coupled`: with one error control
+    for all draws of a tile. `solver_options`: numbers of a stochastic solver, such as {"churn": 20}.
 
     Raises ValueError for unknown names and for options that contradict each other.
     """
@@ -45,43 +49,64 @@ def make_solver(
             f"unknown solver {solver!r}; fixed ones are {', '.join(RULES)}, adaptive ones {', '.join(SOLVERS)}."
         )
     if name in SOLVERS or (name is None and tolerances and not sizes):
+        if solver_options:
+            raise ValueError(f"{name or 'tsit5'} takes no solver_options; got {dict(solver_options)}.")
         if sizes:
             raise ValueError(f"{name} chooses its own steps; leave out {sizes[0]}, or take one of {', '.join(RULES)}.")
         return Adaptive(
             name or "tsit5",
             rtol=1e-5 if rtol is None else rtol,
             atol=1e-5 if atol is None else atol,
-            t_end=method.t_end,
+            coupled=coupled,
         )
+    if coupled:
+        raise ValueError(f"coupled=True needs an adaptive solver ({', '.join(SOLVERS)}).")
     if tolerances:
         raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
+    options = tuple((solver_options or {}).items())
     if time_grid is not None:
-        if not (len(time_grid) and time_grid[0] == 0 and abs(time_grid[-1] - method.t_end) < 1e-6):
-            raise ValueError(
-                f"time_grid must run from 0 (noise) to {method.t_end:g} (data); got {[float(t) for t in time_grid]}."
-            )
-        return FixedGrid(name or "midpoint", tuple(time_grid))
+        if not (len(time_grid) and time_grid[0] == 0 and abs(time_grid[-1] - 1) < 1e-6):
+            raise ValueError(f"time_grid must run from 0 (noise) to 1 (data); got {[float(t) for t in time_grid]}.")
+        return FixedGrid(name or "midpoint", tuple(time_grid), options)
     if step_size is not None:
         if not 0 < step_size <= 1:
             raise ValueError(f"step_size must be in (0, 1]; got {step_size}. For 100 equal steps pass step_size=0.01.")
         count = max(1, math.ceil(1 / step_size - 1e-6))
-        return FixedGrid(name or "euler", tuple(method.t_end * i / count for i in range(count + 1)))
+        return FixedGrid(name or "euler", tuple(i / count for i in range(count + 1)), options)
     if steps is not None:
         if isinstance(steps, bool) or int(steps) != steps or steps < 1:
             raise ValueError(f"steps must be a positive integer; got {steps}.")
-        return FixedGrid(name or "midpoint", method.grid(int(steps)))
+        return FixedGrid(name or "midpoint", method.grid(int(steps)), options)
     if name is None:
-        return default if default is not None else FixedGrid("midpoint", method.grid(8))
-    if isinstance(default, FixedGrid) and default.rule == name:
+        if options:
+            raise ValueError(f"solver_options {dict(options)} need the name of their solver.")
+        return default if default is not None else FixedGrid("midpoint", method.grid(16))
+    if isinstance(default, FixedGrid) and default.rule == name and not options:
         return default
-    return FixedGrid(name, method.grid({"rk4": 8, "midpoint": 16, "heun": 16}.get(name, 32)))
+    count = 128 if RULES[name].stochastic else {"rk4": 8, "midpoint": 16, "heun": 16}.get(name, 32)
+    return FixedGrid(name, method.grid(count), options)
 
 
 def solver_from_dict(fields: dict[str, Any]) -> Solver:
     """The solver that `to_dict` wrote."""
     fields = dict(fields)
     name = fields.pop("solver")
-    return Adaptive(name, **fields) if name in SOLVERS else FixedGrid(name, tuple(fields["times"]))
+    return (
+        Adaptive(name, **fields)
+        if name in SOLVERS
+        else FixedGrid(name, tuple(fields["times"]), tuple(fields.get("options", {}).items()))
+    )
 
 
-__all__ = ["RULES", "SOLVERS", "Adaptive", "FixedGrid", "Solver", "make_solver", "solver_from_dict"]
+__all__ = [
+    "RULES",
+    "SOLVERS",
+    "Adaptive",
+    "Field",
+    "FixedGrid",
+    "Moment",
+    "Solver",
+    "VelocityField",
+    "make_solver",
+    "solver_from_dict",
+]

@@ -1,22 +1,28 @@
-"""Adaptive Runge-Kutta solvers from diffrax, one error control per draw.
+"""Adaptive Runge-Kutta solvers from diffrax.
 
-Every draw chooses its own steps, so its result does not depend on which other draws share its tile.
+Every draw chooses its own steps, so its result does not depend on which other draws share its tile (but for methods whose functions of
+time are not rational, EDM and score matching, one device and many agree within the tolerances only); or (`coupled`) the draws
+of a tile share their steps, which is faster and depends on the tile.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+
+from distsbi.methods import Method
+from distsbi.solvers.field import Field
 
 SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive:
-    """A diffrax solver with its tolerances, from t = 0 to `t_end`.
+    """A diffrax solver with its tolerances.
+
+    `coupled`: one error control for all draws of a tile. Draws then depend, within the tolerances, on what shares their tile.
 
     Raises ValueError for an unknown solver or tolerances that are not positive.
     """
@@ -24,8 +30,11 @@ class Adaptive:
     name: str = "tsit5"
     rtol: float = 1e-5
     atol: float = 1e-5
-    t_end: float = 1.0
+    coupled: bool = False
     max_steps: int = 4096
+
+    stochastic: ClassVar[bool] = False
+    gives_density: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.name not in SOLVERS:
@@ -38,25 +47,55 @@ class Adaptive:
         """Not known before the solve."""
         return None
 
-    def solve(self, velocity: Callable[[Array, Array, Any], Array], y: Array, context: Any) -> Array:
-        """y at t_end from y at 0, [slots, draws, ...]; a draw that needs more than `max_steps` becomes NaN."""
+    def refined(self) -> "Adaptive":
+        """Tolerances of a tenth."""
+        return dataclasses.replace(self, rtol=self.rtol / 10, atol=self.atol / 10)
+
+    def schedule(self, method: Method, *, reverse: bool = False) -> None:
+        """Nothing: the times are not known before."""
+
+    def solve(
+        self,
+        field: Field,
+        y: Any,
+        context: Any,
+        noise: Any = None,
+        *,
+        schedule: Any = None,
+        reverse: bool = False,
+        trajectory: bool = False,
+    ) -> Any:
+        """y at t = 1 from y at 0, or `reverse`; y: an array, or a pytree of them, [slots, draws, ...].
+
+        A draw that needs more than `max_steps` becomes NaN. Raises ValueError for `trajectory`.
+        """
         import diffrax
 
-        term = diffrax.ODETerm(
-            lambda t, y, c: velocity(jnp.asarray(t), y[None, None], jax.tree.map(lambda leaf: leaf[None], c))[0, 0]
-        )
+        if trajectory:
+            raise ValueError(f"{self.name} chooses its own times; for a trajectory give steps, step_size or time_grid.")
         control = diffrax.PIDController(rtol=self.rtol, atol=self.atol)
         solver = getattr(diffrax, SOLVERS[self.name])()
+        start, stop = (1.0, 0.0) if reverse else (0.0, 1.0)
 
-        def one(y: Array, context: Any) -> Array:
+        def solve(derivative: Callable[[Any, Any, Any], Any], y: Any, context: Any) -> Any:
             solution = diffrax.diffeqsolve(
-                term, solver, 0.0, self.t_end, None, y, context,
+                diffrax.ODETerm(derivative), solver, start, stop, None, y, context,  # type: ignore[arg-type]
                 stepsize_controller=control, max_steps=self.max_steps, throw=False,
             )  # fmt: skip
             done = solution.result == diffrax.RESULTS.successful
-            return jnp.where(done, solution.ys[0], jnp.nan)  # type: ignore[index]
+            return jax.tree.map(lambda a: jnp.where(done, a[0], jnp.nan), solution.ys)
+
+        if self.coupled:
+            return solve(lambda t, y, c: field.velocity(field.moment(jnp.asarray(t)), y, c), y, context)
+        alone = lambda tree, axes: jax.tree.map(lambda a: a[(None,) * axes], tree)  # noqa: E731
+
+        def one(y: Any, context: Any) -> Any:
+            derivative = lambda t, y, c: jax.tree.map(  # noqa: E731
+                lambda a: a[0, 0], field.velocity(field.moment(jnp.asarray(t)), alone(y, 2), alone(c, 1))
+            )
+            return solve(derivative, y, context)
 
         return jax.vmap(jax.vmap(one, in_axes=(0, None)))(y, context)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"solver": self.name, "rtol": self.rtol, "atol": self.atol, "t_end": self.t_end}
+        return {"solver": self.name, "rtol": self.rtol, "atol": self.atol, "coupled": self.coupled}

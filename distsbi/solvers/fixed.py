@@ -1,13 +1,17 @@
 """Fixed grids: a step rule, and one loop over the grid.
 
-A rule writes only its step, dy/dt = v(t, y) from t0 to t1 = t0 + h, given what it remembers of the step before:
+A rule is two functions. `prepare(method, t0, t1, steps, **options)` computes all that a step needs of time, for all steps at once, as
+numpy arrays with a leading axis of steps (see `field`). `step` uses its row p of it, from t0 to t1 = t0 + h, given what it remembers of
+the step before:
 
-    step(v, t0, t1, y, memory) -> (y at t1, memory)
+    step(field, p, y, memory, noise) -> (y at t1, memory)
 
-Grids are plain tuples of times, so that a solver is hashable, JSON-able and one compiled executable.
+`field` is bound to its context; `noise()` gives fresh standard normal numbers for this step. Grids are plain tuples of times,
+so that a solver is hashable, JSON-able and one compiled executable.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,68 +20,202 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-Velocity = Callable[[Array, Array], Array]
+from distsbi.methods import Method
+from distsbi.solvers.field import Field, Moment, known
+
 Memory = tuple[Array, Array]  # what the rule kept of the step before, and that step's length (0 before the first)
+Noise = Callable[[Array], Array]  # step number -> standard normal numbers of y's shape
 
 
-def _euler(v: Velocity, t0: Array, t1: Array, y: Array, memory: Memory) -> tuple[Array, Memory]:
-    return y + (t1 - t0) * v(t0, y), memory
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A field with its context."""
+
+    field: Field
+    context: Any
+
+    def v(self, m: Moment, y: Array) -> Array:
+        return self.field.velocity(m, y, self.context)
+
+    def parts(self, m: Moment, y: Array) -> tuple[Array, Array]:
+        return self.field.parts(m, y, self.context)
 
 
-def _midpoint(v: Velocity, t0: Array, t1: Array, y: Array, memory: Memory) -> tuple[Array, Memory]:
-    h = t1 - t0
-    return y + h * v(t0 + h / 2, y + h / 2 * v(t0, y)), memory
+def _moments(*where: str) -> Callable[..., dict[str, Any]]:
+    """The preparation of a Runge-Kutta rule: h, and moments at "start", "middle" and "end" as asked."""
+
+    def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
+        times = {"start": t0, "middle": (t0 + t1) / 2, "end": t1}
+        return {"h": t1 - t0, **{name: known(lambda t: Moment.at(method, t), times[name]) for name in where}}
+
+    return prepare
 
 
-def _heun(v: Velocity, t0: Array, t1: Array, y: Array, memory: Memory) -> tuple[Array, Memory]:
-    h = t1 - t0
-    k1 = v(t0, y)
-    return y + h / 2 * (k1 + v(t1, y + h * k1)), memory
+def _euler(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    return y + p["h"] * f.v(p["start"], y), memory
 
 
-def _rk4(v: Velocity, t0: Array, t1: Array, y: Array, memory: Memory) -> tuple[Array, Memory]:
-    h = t1 - t0
-    k1 = v(t0, y)
-    k2 = v(t0 + h / 2, y + h / 2 * k1)
-    k3 = v(t0 + h / 2, y + h / 2 * k2)
-    return y + h / 6 * (k1 + 2 * k2 + 2 * k3 + v(t1, y + h * k3)), memory
+def _midpoint(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    return y + p["h"] * f.v(p["middle"], y + p["h"] / 2 * f.v(p["start"], y)), memory
 
 
-def _multistep(v: Velocity, t0: Array, t1: Array, y: Array, memory: Memory) -> tuple[Array, Memory]:
-    """Second order, one evaluation a step: exact where the endpoint D(t) = y + (1 - t) v(t, y) is linear in t.
+def _heun(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    k1 = f.v(p["start"], y)
+    return y + p["h"] / 2 * (k1 + f.v(p["end"], y + p["h"] * k1)), memory
 
-    For straight paths D is E[x | x_t], which varies slowly while v turns fast near the data, so D is what to extrapolate from the
-    step before (as DPM-Solver++ 2M does in log-SNR, Lu et al. 2211.01095, eq. 12). With D = d0 + d1 (t - t0), dy/dt = (D - y) / (1 - t)
-    has the solution D(t1) + r (y - d0) + d1 (1 - t1) log r, with r = (1 - t1) / (1 - t0). The first step is Euler's.
+
+def _rk4(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    h = p["h"]
+    k1 = f.v(p["start"], y)
+    k2 = f.v(p["middle"], y + h / 2 * k1)
+    k3 = f.v(p["middle"], y + h / 2 * k2)
+    return y + h / 6 * (k1 + 2 * k2 + 2 * k3 + f.v(p["end"], y + h * k3)), memory
+
+
+def _straight(method: Method, t0: np.ndarray, t1: np.ndarray) -> dict[str, Any]:
+    """Both ends of every step in the straight frame: scales, 1 - tau ("left", exact near the data), and the length in tau."""
+    start, end = (known(lambda t: Moment.at(method, t), t) for t in (t0, t1))
+    left0, left1 = start.sigma / start.scale, end.sigma / end.scale
+    return {
+        "start": start,
+        "scale0": start.scale,
+        "scale1": end.scale,
+        "left0": left0,
+        "left1": left1,
+        "h": left0 - left1,
+    }
+
+
+def _prepare_multistep(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
+    p = _straight(method, t0, t1)
+    ratio = p["left1"] / p["left0"]
+    return {**p, "ratio": ratio, "log_ratio": np.log(np.maximum(ratio, np.finfo(np.float32).tiny))}
+
+
+def _multistep(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    """Second order, one evaluation a step: exact where E[x | y] is linear in tau (DPM-Solver++ 2M, Lu et al. 2211.01095, eq. 12,
+    takes it linear in log-SNR).
+
+    In the straight frame, with D = d0 + d1 (tau - tau0), dY/dtau = (D - Y) / (1 - tau) has the solution
+    D(tau1) + r (Y - d0) + d1 (1 - tau1) log r, with r = (1 - tau1) / (1 - tau0). The first step is Euler's.
     """
     before, h_before = memory
-    h = t1 - t0
-    end = y + (1 - t0) * v(t0, y)
+    end, _ = f.parts(p["start"], y)
     slope = jnp.where(h_before > 0, (end - before) / jnp.where(h_before > 0, h_before, 1.0), 0.0)
-    left = 1 - t1
-    ratio = left / (1 - t0)
-    log_ratio = jnp.log(jnp.maximum(ratio, jnp.finfo(jnp.float32).tiny))
-    return end + slope * h + ratio * (y - end) + slope * left * log_ratio, (end, h)
+    Y = end + slope * p["h"] + p["ratio"] * (y / p["scale0"] - end) + slope * p["left1"] * p["log_ratio"]
+    return p["scale1"] * Y, (end, p["h"])
 
 
-RULES: dict[str, tuple[Callable, int]] = {  # name: (rule, evaluations of v per step)
-    "euler": (_euler, 1),
-    "midpoint": (_midpoint, 2),
-    "heun": (_heun, 2),
-    "rk4": (_rk4, 4),
-    "multistep": (_multistep, 1),
-}
+def _kept(method: Method, t1: np.ndarray) -> np.ndarray:
+    """0 in a last step onto the data themselves, where no denoising would follow the noise; else 1."""
+    return np.where(known(method.sigma, t1) > 0, 1.0, 0.0)
+
+
+def _prepare_euler_maruyama(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
+    h, g2 = t1 - t0, known(method.diffusion2, t0)
+    start = known(lambda t: Moment.at(method, t), t0)
+    return {"start": start, "h": h, "pull": 0.5 * g2 / start.sigma, "spread": _kept(method, t1) * np.sqrt(g2 * h)}
+
+
+def _euler_maruyama(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callable[[], Array]) -> tuple[Array, Memory]:
+    """The reverse SDE dy = (v + g^2 score / 2) dt + g dW (Song et al. 2011.13456, eq. 6), g the method's `diffusion2`."""
+    m = p["start"]
+    prediction = f.field.f(m, y, f.context)
+    v, z = m.v_y * y + m.v_f * prediction, m.z_y * y + m.z_f * prediction  # score = -z / sigma
+    return y + p["h"] * (v - p["pull"] * z) + p["spread"] * noise(), memory
+
+
+def _prepare_stochastic_heun(
+    method: Method, t0: np.ndarray, t1: np.ndarray, steps: int, *, churn: float, s_min: float, s_max: float, s_noise: float
+) -> dict[str, Any]:  # fmt: skip
+    p = _straight(method, t0, t1)
+    a0, b0 = 1.0 - p["left0"], p["left0"]
+    ratio = b0 / np.maximum(a0, 1e-12)
+    gamma = np.where((ratio >= s_min) & (ratio <= s_max), min(churn / steps, 2**0.5 - 1), 0.0)
+    total = a0 + (1.0 + gamma) * b0
+    raised = known(lambda tau: Moment.at(method, method.time_at(tau)), a0 / total)
+    # where gamma is 0 the time is t0 itself, without the rounding of its inverse
+    raised = jax.tree.map(lambda new, old: np.where(gamma > 0, new, old), raised, p["start"])
+    return {
+        "raised": raised, "end": known(lambda t: Moment.at(method, t), t1), "scale1": p["scale1"],
+        "shrink": 1.0 / (p["scale0"] * total), "spread": s_noise * np.sqrt((1.0 + gamma) ** 2 - 1.0) * b0 / total,
+        "h": (1.0 + gamma) * b0 / total - p["left1"], "second": np.where(p["left1"] > 0, 1.0, 0.0),
+    }  # fmt: skip
+
+
+def _stochastic_heun(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callable[[], Array]) -> tuple[Array, Memory]:
+    """Noise is added, raising sigma / alpha by a factor 1 + gamma, and Heun's step goes from there (Karras et al. 2206.00364,
+    algorithm 2), in the straight frame.
+
+    gamma = min(churn / steps, sqrt(2) - 1) where sigma / alpha lies between `s_min` and `s_max`. Where no noise is left at the end
+    Euler's step is taken, as in the paper.
+    """
+    Y = p["shrink"] * y + p["spread"] * noise()
+    x, z = f.parts(p["raised"], p["raised"].scale * Y)
+    k1 = x - z
+    x, z = f.parts(p["end"], p["scale1"] * (Y + p["h"] * k1))
+    k2 = p["second"] * (x - z) + (1.0 - p["second"]) * k1
+    return p["scale1"] * (Y + p["h"] / 2 * (k1 + k2)), memory
+
+
+def _prepare_flow_sde(vanishes_at_both_ends: bool) -> Callable[..., dict[str, Any]]:
+    def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int, *, strength: float) -> dict[str, Any]:
+        p = _straight(method, t0, t1)
+        g2_over_left = strength**2 * ((1.0 - p["left0"]) if vanishes_at_both_ends else np.ones_like(p["h"]))
+        spread = _kept(method, t1) * np.sqrt(g2_over_left * p["left0"] * p["h"])
+        return {**p, "pull": 0.5 * g2_over_left, "spread": spread}
+
+    return prepare
+
+
+def _flow_sde(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callable[[], Array]) -> tuple[Array, Memory]:
+    """dY = (v + g^2 score / 2) dtau + g dW in the straight frame, Euler-Maruyama (Singh & Fischer 2410.02217, table 1):
+    g^2 = strength^2 tau (1 - tau), which vanishes at both ends, or strength^2 (1 - tau), which is nowhere singular."""
+    x, z = f.parts(p["start"], y)
+    drift = x - z - p["pull"] * z  # score = -z / (1 - tau)
+    return p["scale1"] * (y / p["scale0"] + p["h"] * drift + p["spread"] * noise()), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A step and its preparation, evaluations of the network, and options with their defaults. `stochastic`: it asks for noise.
+    `of_velocity`: it asks for nothing but the velocity, so it can carry a density along."""
+
+    step: Callable[..., tuple[Array, Memory]]
+    prepare: Callable[..., dict[str, Any]]
+    evaluations: int
+    stochastic: bool = False
+    options: tuple[tuple[str, float], ...] = ()
+    of_velocity: bool = False
+
+
+RULES: dict[str, Rule] = {
+    "euler": Rule(_euler, _moments("start"), 1, of_velocity=True),
+    "midpoint": Rule(_midpoint, _moments("start", "middle"), 2, of_velocity=True),
+    "heun": Rule(_heun, _moments("start", "end"), 2, of_velocity=True),
+    "rk4": Rule(_rk4, _moments("start", "middle", "end"), 4, of_velocity=True),
+    "multistep": Rule(_multistep, _prepare_multistep, 1),
+    "stochastic_heun": Rule(
+        _stochastic_heun, _prepare_stochastic_heun, 2, True,
+        (("churn", 10.0), ("s_min", 0.05), ("s_max", 50.0), ("s_noise", 1.0)),
+    ),
+    "euler_maruyama": Rule(_euler_maruyama, _prepare_euler_maruyama, 1, True),
+    "zero_ends": Rule(_flow_sde, _prepare_flow_sde(True), 1, True, (("strength", 1.0),)),
+    "non_singular": Rule(_flow_sde, _prepare_flow_sde(False), 1, True, (("strength", 1.0),)),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedGrid:
-    """A step rule on a grid of increasing times in [0, 1].
+    """A step rule on a grid of increasing times in [0, 1]. `options`: of the rule, as (name, value) pairs; those left out have
+    their defaults.
 
-    Raises ValueError for an unknown rule or times that do not increase.
+    Raises ValueError for an unknown rule or option, or times that do not increase.
     """
 
     rule: str
     times: tuple[float, ...]
+    options: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -86,23 +224,75 @@ class FixedGrid:
         times = np.asarray(self.times)
         if times.size < 2 or times[0] < 0 or times[-1] > 1 or np.any(np.diff(times) <= 0):
             raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {self.times}.")
+        defaults, given = dict(RULES[self.rule].options), dict(self.options)
+        for name, value in given.items():
+            if name not in defaults:
+                known = f"it has {', '.join(defaults)}" if defaults else "it has none"
+                raise ValueError(f"solver {self.rule!r} has no option {name!r}; {known}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"option {name} of solver {self.rule!r} must be a number, 0 or more; got {value!r}.")
+        object.__setattr__(self, "options", tuple((name, float(given.get(name, v))) for name, v in defaults.items()))
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per draw."""
-        return RULES[self.rule][1] * (len(self.times) - 1)
+        """Network evaluations per draw, without a method's last denoising."""
+        return RULES[self.rule].evaluations * (len(self.times) - 1)
 
-    def solve(self, velocity: Callable[[Array, Array, Any], Array], y: Array, context: Any) -> Array:
-        """y at the last time from y at the first. `velocity(t, y, context)` takes a scalar t."""
-        rule, _ = RULES[self.rule]
-        times = jnp.asarray(self.times, jnp.float32)
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add noise: then there is no density."""
+        return RULES[self.rule].stochastic
 
-        def step(carry: tuple[Array, Memory], interval: tuple[Array, Array]) -> tuple[tuple[Array, Memory], None]:
+    @property
+    def gives_density(self) -> bool:
+        """Whether log p can be integrated along."""
+        return RULES[self.rule].of_velocity
+
+    def refined(self) -> "FixedGrid":
+        """The same rule with every step halved."""
+        middle = [(a + b) / 2 for a, b in zip(self.times, self.times[1:], strict=False)]
+        return dataclasses.replace(self, times=tuple(sorted((*self.times, *middle))))
+
+    def schedule(self, method: Method, *, reverse: bool = False) -> Any:
+        """All that `solve` needs of time, numpy arrays with a leading axis of steps. Given to a compiled program as an argument it keeps
+        XLA from folding it into the steps, one way on one device and another on many."""
+        times = np.asarray(self.times[::-1] if reverse else self.times, np.float32)
+        made = RULES[self.rule].prepare(method, times[:-1], times[1:], len(times) - 1, **dict(self.options))
+        return jax.tree.map(lambda a: np.asarray(a, np.float32), made)
+
+    def solve(
+        self,
+        field: Field,
+        y: Array,
+        context: Any,
+        noise: Noise | None = None,
+        *,
+        schedule: Any = None,
+        reverse: bool = False,
+        trajectory: bool = False,
+    ) -> Array:
+        """y at the last time from y at the first; `reverse`: the other way.
+
+        `noise`: for stochastic rules. `schedule`: of the field's method and `reverse`; None: made here. `trajectory`: y at every time
+        instead, with a new leading axis.
+        """
+        rule = RULES[self.rule]
+        if rule.stochastic and noise is None:
+            raise ValueError(f"solver {self.rule!r} needs noise.")
+        schedule = self.schedule(field.method, reverse=reverse) if schedule is None else schedule
+        bound = _Bound(field, context)
+
+        def step(carry: tuple[Array, Memory], row: tuple[Any, Array]) -> Any:
             y, memory = carry
-            return rule(lambda t, y: velocity(t, y, context), *interval, y, memory), None
+            p, number = row
+            fresh: Any = () if noise is None or not rule.stochastic else (functools.partial(noise, number),)
+            y, memory = rule.step(bound, p, y, memory, *fresh)
+            return (y, memory), (y if trajectory else None)
 
-        (y, _), _ = jax.lax.scan(step, (y, (jnp.zeros_like(y), jnp.zeros((), jnp.float32))), (times[:-1], times[1:]))
-        return y
+        start = (y, (jnp.zeros_like(y), jnp.zeros((), jnp.float32)))
+        (end, _), path = jax.lax.scan(step, start, (schedule, jnp.arange(len(self.times) - 1)))
+        return jnp.concatenate([y[None], path]) if trajectory else end
 
     def to_dict(self) -> dict[str, Any]:
-        return {"solver": self.rule, "times": list(self.times)}
+        options = {"options": dict(self.options)} if self.options else {}
+        return {"solver": self.rule, "times": list(self.times), **options}

@@ -2,5 +2,6 @@
 
 from distsbi.training.config import TrainingConfig
 from distsbi.training.loop import Trained, train
+from distsbi.training.update import ConditionMasks
 
-__all__ = ["Trained", "TrainingConfig", "train"]
+__all__ = ["ConditionMasks", "Trained", "TrainingConfig", "train"]

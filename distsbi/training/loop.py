@@ -23,7 +23,7 @@ from distsbi.methods import Method
 from distsbi.networks.base import Network
 from distsbi.training.checkpoints import Checkpoints
 from distsbi.training.config import TrainingConfig
-from distsbi.training.update import Augment, Learner, TrainState
+from distsbi.training.update import Augment, Learner, Pose, TrainState, conditional
 
 DISPATCH = 100  # most updates per dispatch
 VALIDATION_ROWS = 512
@@ -51,11 +51,12 @@ def train(
     *,
     mesh: jax.sharding.Mesh,
     augment: Augment | None = None,
+    pose: Pose = conditional,
     identity: dict[str, Any] | None = None,
 ) -> Trained:
     """Trains `network` and returns its best averaged weights; writes and resumes `config.checkpoint_dir` if there is one.
 
-    `config` must be resolved. `identity`: what a resumed run must share with the one that began, JSON-able.
+    `config` must be resolved. `pose`: what is learned of a pair. `identity`: what a resumed run must share with the one that began, JSON-able.
 
     Raises ValueError for a run directory of another training, RuntimeError if the loss becomes NaN.
     """
@@ -67,7 +68,16 @@ def train(
     batch = config.batch_size or 1
     shuffled = source.size if source.arrays is not None else 0
     learner = Learner(
-        graphdef, rest, method, standardizer, config, mesh, source.draw, epoch=(shuffled or 0) // batch, augment=augment
+        graphdef,
+        rest,
+        method,
+        standardizer,
+        config,
+        mesh,
+        source.draw,
+        epoch=(shuffled or 0) // batch,
+        augment=augment,
+        pose=pose,
     )
     whole = meshes.replicated(mesh)
     data = jax.device_put(source.arrays, whole) if source.arrays is not None else None

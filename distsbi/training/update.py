@@ -8,13 +8,13 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
@@ -43,6 +43,62 @@ class TrainState:
     @property
     def key(self) -> Array:
         return jax.random.wrap_key_data(self.seed, impl=keys.IMPL)
+
+
+class Pose(Protocol):
+    """What is learned from a batch of pairs."""
+
+    def __call__(
+        self, network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
+    ) -> tuple[Array, Any, Array | None]:
+        """(y, context, keep): y [batch, dim, ch] is to be noised and predicted given the context; `keep` [batch, dim], where its
+        prediction counts, None: everywhere."""
+        ...
+
+
+def conditional(
+    network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
+) -> tuple[Array, Any, None]:
+    """theta given x."""
+    return standardizer.forward(theta, standardizer.centre(x)), network.encode(standardizer.forward_x(x)), None
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionMasks:
+    """All tokens (theta, x) given a random part of them, a new one for each pair (Gloeckler et al. 2404.09636, sec. 3.3).
+
+    `kind`: "structured", shares of p(theta | x), p(theta, x), p(x | theta) and two Bernoulli masks; "bernoulli", the latter alone;
+    "posterior", p(theta | x) alone.
+    """
+
+    kind: str = "structured"
+    rates: tuple[float, float] = (0.3, 0.7)
+
+    def __call__(
+        self, network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
+    ) -> tuple[Array, Any, Array]:
+        tokens = jnp.concatenate([theta, x], 1)
+        v = standardizer.forward(tokens, jnp.zeros_like(standardizer.theta_mean))
+        given = self.draw(key, theta.shape[0], theta.shape[1], x.shape[1])
+        return v, network.encode(v, given), ~given
+
+    def draw(self, key: Array, batch: int, dim_theta: int, dim_x: int) -> Bool[Array, "batch tokens"]:
+        """Which tokens are given: never all of them."""
+        key_kind, key_low, key_high = jax.random.split(key, 3)
+        is_x = jnp.arange(dim_theta + dim_x) >= dim_theta
+        shape = (batch, dim_theta + dim_x)
+        low, high = (jax.random.bernoulli(k, p, shape) for k, p in zip((key_low, key_high), self.rates, strict=True))
+        options = jnp.stack([jnp.broadcast_to(mask, shape) for mask in (is_x, jnp.zeros_like(is_x), ~is_x, low, high)])
+        kind = jax.random.choice(key_kind, len(options), (batch,), p=jnp.asarray(MASK_SHARES[self.kind]))
+        given = options[kind, jnp.arange(batch)]
+        return given & ~given.all(axis=1, keepdims=True)
+
+
+MASK_SHARES = {  # of p(theta | x), p(theta, x), p(x | theta) and the Bernoulli masks
+    "structured": (0.5, 0.1, 0.1, 0.15, 0.15),
+    "bernoulli": (0.0, 0.0, 0.0, 0.5, 0.5),
+    "posterior": (1.0, 0.0, 0.0, 0.0, 0.0),
+}
 
 
 MUON_SIZE = (
@@ -109,6 +165,7 @@ class Learner:
     )  # (key, index in epoch order, data) -> batch; None: batches come in
     epoch: int  # updates per epoch where `order` is used, else 0
     augment: Augment | None = None
+    pose: Pose = conditional
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", make_optimizer(self.config))
@@ -122,18 +179,23 @@ class Learner:
             order=jnp.arange(max(shuffled, 1), dtype=jnp.int32),
         )  # fmt: skip
 
-    def loss(self, params: Any, batch: Batch, key_times: Array, key_noise: Array, draws: int) -> Float[Array, ""]:
+    def loss(
+        self, params: Any, batch: Batch, key_times: Array, key_noise: Array, key_pose: Array, draws: int
+    ) -> Float[Array, ""]:
         """Mean loss of a batch of (theta, x), with `draws` noise levels per pair."""
         theta, x = batch
         network = nnx.merge(self.graphdef, params, self.rest)
-        y = self.standardizer.forward(theta, self.standardizer.centre(x))
-        context = network.encode(self.standardizer.forward_x(x))
+        y, context, keep = self.pose(network, self.standardizer, theta, x, key_pose)
         t = self.method.draw_times(key_times, (y.shape[0], draws))
         z = jax.random.normal(key_noise, (y.shape[0], draws, *y.shape[1:]))
         times = t[..., None, None]
         y_t = self.method.perturb(times, y[:, None], z)
         f = network(self.method.c_time(t), self.method.c_in(times) * y_t, context)
-        return jnp.mean(self.method.weight(times) * (f - self.method.goal(times, y[:, None], z)) ** 2)
+        error = self.method.weight(times) * (f - self.method.goal(times, y[:, None], z)) ** 2
+        if keep is None:
+            return jnp.mean(error)
+        counts = keep[:, None, :, None]
+        return jnp.sum(jnp.where(counts, error, 0.0)) / (jnp.sum(counts) * draws * y.shape[-1])
 
     def advance(self, state: TrainState, data: Any, count: int) -> tuple[TrainState, Float[Array, ""]]:
         """`count` updates; the mean training loss. `data`: the training set, or `count` stacked batches where `draw` is None."""
@@ -156,7 +218,10 @@ class Learner:
             if self.augment is not None:
                 batch = self.augment(k_augment, *batch)
             batch = jax.lax.with_sharding_constraint(batch, self._split(batch[0].shape[0]))
-            loss, grads = jax.value_and_grad(self.loss)(state.params, batch, k_times, k_noise, self.config.noise_draws)
+            k_pose = jax.random.fold_in(k_augment, 1)
+            loss, grads = jax.value_and_grad(self.loss)(
+                state.params, batch, k_times, k_noise, k_pose, self.config.noise_draws
+            )
             updates, opt = self.optimizer.update(grads, state.opt, state.params)  # type: ignore[attr-defined]
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(self.config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -172,7 +237,8 @@ class Learner:
         def one(numbered: tuple[Array, Batch]) -> Array:
             number, batch = numbered
             k_times, k_noise = jax.random.split(jax.random.fold_in(keys.as_key(0), number))
-            return self.loss(state.ema, batch, k_times, k_noise, self.config.val_draws)
+            k_pose = jax.random.fold_in(k_times, 1)
+            return self.loss(state.ema, batch, k_times, k_noise, k_pose, self.config.val_draws)
 
         count = batches[0].shape[0]
         loss = jnp.mean(jax.lax.map(one, (jnp.arange(count), batches)))

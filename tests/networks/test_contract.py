@@ -8,16 +8,35 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from distsbi.networks import MLP, NETWORKS, Flux1, Flux1Params, MLPParams, make_network, network_name
+from distsbi.networks import (
+    MLP,
+    NETWORKS,
+    Conditional,
+    Flux1,
+    Flux1Joint,
+    Flux1JointParams,
+    Flux1Params,
+    MLPParams,
+    Simformer,
+    SimformerParams,
+    make_network,
+    network_name,
+)
 
 
 def _flux(dim_x: int, **options) -> Flux1Params:
     return Flux1Params.default(3, dim_x, **options)
 
 
+def _posterior(network, dim_x: int) -> Conditional:
+    return Conditional(network, (0, 1, 2), tuple(range(3, 3 + dim_x)))
+
+
 CASES = {
     "MLP": lambda dim_x: MLP(MLPParams(3, dim_x, width=16, depth=2), rngs=nnx.Rngs(0)),
     "Flux1": lambda dim_x: Flux1(_flux(dim_x), rngs=nnx.Rngs(0)),
+    "Flux1Joint": lambda dim_x: _posterior(Flux1Joint(Flux1JointParams.default(3, dim_x)), dim_x),
+    "Simformer": lambda dim_x: _posterior(Simformer(SimformerParams.default(3, dim_x)), dim_x),
 }
 
 
@@ -63,6 +82,7 @@ def test_draws_and_observations_do_not_mix(network):
 
 
 def test_round_trip(network):
+    network = network.network if isinstance(network, Conditional) else network
     name = network_name(network)
     assert name is not None
     again = make_network(name, network.params.to_dict())

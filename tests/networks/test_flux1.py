@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from distsbi.networks.flux1 import Flux1, Flux1Params
-from distsbi.networks.flux1_gensbi import from_gensbi, gensbi_paths, to_gensbi
+from distsbi.networks.gensbi import from_gensbi, gensbi_paths, to_gensbi
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_flux1.npz"
 CASES = ("absolute", "concat", "concat_pos1d", "pos1d", "rope1d", "absolute_rope1d")
@@ -96,7 +96,7 @@ def test_large_attention_is_the_small_one(monkeypatch):
 
 
 def test_gensbi_mapping_names_what_is_wrong():
-    assert gensbi_paths(("double_blocks", "obs_mlp", "out_layer", "kernel"), 2)[1] == (
+    assert gensbi_paths(Flux1(SMALL), ("double_blocks", "obs_mlp", "out_layer", "kernel"), (2, 3, 3))[1] == (
         "double_blocks",
         "layers",
         1,
@@ -109,6 +109,9 @@ def test_gensbi_mapping_names_what_is_wrong():
     tree = to_gensbi(network)
     del tree[("obs_in", "kernel")]
     with pytest.raises(ValueError, match=r"obs_in/kernel.*missing"):
+        from_gensbi(network, tree)
+    tree = {**to_gensbi(network), ("obs_in", "gain"): np.ones(3)}
+    with pytest.raises(ValueError, match=r"obs_in/gain: not a parameter of this network"):
         from_gensbi(network, tree)
 
 

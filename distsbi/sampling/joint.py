@@ -1,0 +1,175 @@
+"""The posterior of a joint model: every conditional of (theta, x), by name.
+
+Each pattern (what is drawn, what is given) is a `Posterior` of its own that shares the weights, so tiles, meshes and densities serve
+it as they serve p(theta | x).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from distsbi import mesh as meshes
+from distsbi.data.standardise import Standardizer
+from distsbi.methods import Method
+from distsbi.networks.joint import Conditional, JointNetwork
+from distsbi.sampling.posterior import Posterior, one_of
+from distsbi.sampling.tiles import Tile, Weights
+from distsbi.solvers import Solver, solver_from_dict
+
+X, THETA = "x", "theta"  # all of the data, all of the parameters
+
+
+class JointPosterior(Posterior):
+    """p(theta | x), and with `given=` any other conditional, of a joint model.
+
+    Tokens are named: the parameters by their names, the data x_0, x_1, ...; "x" and "theta" are all of them.
+
+    Args:
+        network: a trained joint network over dim_theta + dim_x tokens.
+        method: what it predicts.
+        standardizer: fitted on all tokens as if they were parameters.
+        dim_theta: how many tokens are parameters; the rest are data.
+        names: parameter names.
+        solver: the solver of p(theta | x); None: the default. `facts["patterns"]` holds those of other patterns.
+        tile, mesh, facts: as for `Posterior`.
+    """
+
+    def __init__(
+        self,
+        network: JointNetwork,
+        method: Method,
+        standardizer: Standardizer,
+        dim_theta: int,
+        *,
+        names: tuple[str, ...] | None = None,
+        solver: Solver | None = None,
+        tile: Tile | None = None,
+        mesh: meshes.MeshLike = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        total = network.num_tokens
+        if not 0 < dim_theta <= total:
+            raise ValueError(f"dim_theta must be 1 to {total}, the tokens of this network; got {dim_theta}.")
+        free, given = tuple(range(dim_theta)), tuple(range(dim_theta, total))
+        super().__init__(
+            Conditional(network, free, given), method, standardizer.restrict(free, given),
+            names=names, solver=solver, tile=tile, mesh=mesh, facts=facts,
+        )  # fmt: skip
+        self.joint_network, self.joint_standardizer = network, standardizer
+        self.token_names = (*self.parameter_names, *(f"x_{i}" for i in range(total - dim_theta)))
+        self._patterns: dict[tuple[tuple[int, ...], tuple[int, ...]], Posterior] = {(free, given): self}
+
+    @property
+    def joint(self) -> JointNetwork:
+        """The network over all tokens, with its weights."""
+        return self.network.network  # type: ignore[attr-defined]
+
+    def tokens(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The token numbers of these names. Raises ValueError naming one that does not exist, or comes twice."""
+        found: list[int] = []
+        for name in names:
+            if name == X:
+                found += range(self.dim_theta, len(self.token_names))
+            elif name == THETA:
+                found += range(self.dim_theta)
+            elif name in self.token_names:
+                found.append(self.token_names.index(name))
+            else:
+                raise ValueError(
+                    f"there is no {name!r}; there are {', '.join(self.token_names)}, and theta and x for all of them."
+                )
+        twice = sorted({self.token_names[i] for i in found if found.count(i) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice.")
+        return tuple(found)
+
+    def forget_patterns(self) -> None:
+        """So that patterns are made again with their grids."""
+        self._patterns = {k: posterior for k, posterior in self._patterns.items() if posterior is self}
+
+    def pattern(self, given: Sequence[str]) -> Posterior:
+        """The posterior of all other tokens where those named `given` are: x of `sample` and `log_prob` has them in token order.
+
+        It uses the grid calibrated for this pattern, if there is one, else that of p(theta | x), and says so in its
+        `facts["certificate"]`.
+        """
+        fixed = tuple(sorted(self.tokens(given)))
+        free = tuple(i for i in range(len(self.token_names)) if i not in fixed)
+        if not free:
+            raise ValueError("all tokens are given; leave out at least one to draw it.")
+        if (free, fixed) not in self._patterns:
+            known = self.facts.get("patterns", {}).get(pattern_key(fixed))
+            facts = {
+                **self.facts,
+                "certificate": known["certificate"] if known else {"met": None, "of": "another pattern"},
+            }
+            made = Posterior(
+                Conditional(self.joint_network, free, fixed), self.method, self.joint_standardizer.restrict(free, fixed),
+                names=tuple(self.token_names[i] for i in free),
+                solver=solver_from_dict(known["solver"]) if known else self.default_solver,
+                tile=self.tile, mesh=self.mesh, facts=facts,
+            )  # fmt: skip
+            # all patterns share the weights on the devices: the paths are the same
+            made.weights = Weights(self.weights.params, made.weights.standardizer)
+            self._patterns[free, fixed] = made
+        return self._patterns[free, fixed]
+
+    def sample(
+        self,
+        key: Any = None,
+        x_o: Any = None,
+        nsamples: int | None = None,
+        *,
+        rng: Any = None,
+        given: Mapping[str, Any] | None = None,
+        of: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Float[np.ndarray, "nsamples free ch"]:
+        """Draws from p(theta | x_o); with `given={"x": x_o, "mass": 1.2}` from all other tokens where these are.
+
+        `of`: the names wanted, in this order; the rest is drawn too and left out (the exact marginal of the model). Values are
+        scalars, or arrays [tokens, ch] or [1, tokens, ch]. See `Posterior.sample`.
+
+        Raises ValueError for a name that does not exist, a value of a wrong shape, or NaN.
+        """
+        if given is None and of is None:
+            return super().sample(key, x_o, nsamples, rng=rng, **options)
+        if x_o is not None:
+            given = {X: x_o, **(given or {})}
+        posterior, x = self.condition(given or {})
+        drawn = Posterior.sample(posterior, one_of("rng", rng, "key", key), x, nsamples, **options)
+        if of is None:
+            return drawn
+        index = []
+        for i in self.tokens(of):
+            name = self.token_names[i]
+            if name not in posterior.parameter_names:
+                raise ValueError(f"{name!r} is given, so it cannot be drawn; leave it out of `of`.")
+            index.append(posterior.parameter_names.index(name))
+        return drawn[..., index, :]
+
+    def condition(self, given: Mapping[str, Any]) -> tuple[Posterior, Float[np.ndarray, "1 given ch"]]:
+        """(the posterior of what is not given, what is given as its x). Raises as `sample` does."""
+        self.tokens(list(given))
+        values: dict[int, np.ndarray] = {}
+        for name, value in given.items():
+            numbers = self.tokens([name])
+            array = np.asarray(value, np.float32)
+            shape = (len(numbers), self.ch_theta)
+            if array.size != shape[0] * shape[1]:
+                raise ValueError(f"given[{name!r}] must have shape {shape}; got {array.shape}.")
+            values.update(zip(numbers, array.reshape(shape), strict=True))
+        posterior = self.pattern(list(given))
+        x = (
+            np.stack([values[i] for i in sorted(values)])[None]
+            if values
+            else np.zeros((1, 0, self.ch_theta), np.float32)
+        )
+        return posterior, x
+
+
+def pattern_key(given: Sequence[int]) -> str:
+    """How a pattern is named in spec.json."""
+    return ",".join(map(str, sorted(given)))

@@ -1,0 +1,108 @@
+"""Joint models of GenSBI 0.5.1: its safetensors files are read, and its numbers are ours. The fixture is made by
+benchmarks/make_gensbi_joint.py."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from distsbi import Flux1JointParams, Flux1Params, SimformerParams, import_gensbi
+from distsbi.networks import Conditional, Flux1
+from distsbi.networks.gensbi import GenSBIModel, from_gensbi, read_safetensors, to_gensbi
+from distsbi.pipelines import ConditionalPipeline
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_joint.npz"
+CASES = ("flux1joint_sum", "flux1joint_concat", "simformer")
+PARAMS = {"Flux1Joint": Flux1JointParams, "Simformer": SimformerParams}
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    """(path of the safetensors file, our parameters, arrays)"""
+    with np.load(FIXTURE) as file:
+        arrays = {key.split("/")[1]: file[key] for key in file.files if key.startswith(request.param + "/")}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(arrays.pop("safetensors").tobytes())
+    fields = json.loads(str(arrays.pop("params")))
+    return path, PARAMS[fields.pop("class")](**fields), arrays
+
+
+def test_the_numbers_are_gensbis(case):
+    """The prediction for free tokens given the others, in float32: within 1e-5 of the largest."""
+    path, params, arrays = case
+    posterior = import_gensbi(path, params, dim_obs=2, mesh={"data": 1})
+    network = posterior.joint_network  # type: ignore[attr-defined]
+    assert network.conditioning == "joint"
+    view = Conditional(network, (0, 1), (2, 3, 4))
+    values = jnp.asarray(arrays["values"])
+    with jax.default_matmul_precision("highest"):
+        velocity = view(jnp.asarray(arrays["t"]), values[:, None, :2], view.encode(values[:, 2:]))[:, 0]
+    expected = arrays["velocity"][:, :2]
+    np.testing.assert_allclose(velocity, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    tree, back = read_safetensors(path), to_gensbi(network)
+    assert set(back) == {p for p, value in tree.items() if value.size}
+    for p, value in back.items():
+        np.testing.assert_array_equal(value.ravel(), tree[p].ravel())
+
+
+def test_an_imported_model_draws(case):
+    path, params, arrays = case
+    posterior = import_gensbi(path, params, dim_obs=2, names=("a", "b"), mesh={"data": 2})
+    x_o = arrays["values"][:1, 2:]
+    draws = posterior.sample(0, x_o, 30, steps=8)
+    assert draws.shape == (30, 2, 1) and np.isfinite(draws).all()
+    # GenSBI's own flow: Euler on the raw state
+    z = posterior.sample(0, x_o, 30, steps=1, solver="euler", return_trajectory=True)[0]
+    network = posterior.network
+    y = jnp.asarray(z)[None]
+    for i in range(8):
+        y = y + 0.125 * network(i / 8, y, network.encode(jnp.asarray(x_o)))
+    by_hand = posterior.sample(0, x_o, 30, step_size=0.125)
+    np.testing.assert_allclose(by_hand, np.asarray(y)[0], atol=1e-4)
+
+
+def test_errors(case, tmp_path):
+    path, params, _ = case
+    with pytest.raises(ValueError, match="dim_obs is missing"):
+        import_gensbi(path, params)
+    with pytest.raises(ValueError, match="method must be one of flow"):
+        import_gensbi(path, params, dim_obs=2, method="vp")
+    with pytest.raises(ValueError, match="params must be Flux1Params"):
+        import_gensbi(path, {}, dim_obs=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        import_gensbi(tmp_path / "none.safetensors", params, dim_obs=2)
+    import dataclasses
+
+    wider = dataclasses.replace(params, dim_joint=6)
+    with pytest.raises(ValueError, match="these weights do not belong to"):
+        import_gensbi(path, wider, dim_obs=2)
+
+
+def test_a_model_with_gensbis_signature():
+    """A module written for GenSBI, adapted, predicts what the same weights do as ours."""
+    params = Flux1Params(
+        in_channels=1, context_in_dim=1, dim_obs=2, dim_cond=3, num_heads=2, axes_dim=(4, 0), depth=1, depth_single_blocks=1
+    )  # fmt: skip
+    inner = from_gensbi(Flux1(params), to_gensbi(Flux1(params, nnx.Rngs(3))))
+
+    class Theirs(nnx.Module):
+        def __init__(self):
+            self.inner = inner
+
+        def __call__(self, t, obs, obs_ids, cond, cond_ids):
+            assert obs_ids.shape == (1, 2, 1) and cond_ids.shape == (1, 3, 1)
+            return self.inner(t.reshape(-1), obs[:, None], self.inner.encode(cond))[:, 0]
+
+    adapted = GenSBIModel(Theirs(), 2, 3)
+    theta, x = jax.random.normal(jax.random.key(0), (4, 5, 2, 1)), jax.random.normal(jax.random.key(1), (4, 3, 1))
+    np.testing.assert_allclose(adapted(0.3, theta, adapted.encode(x)), inner(0.3, theta, inner.encode(x)), atol=1e-5)
+    rng = np.random.default_rng(0)
+    pairs = rng.normal(size=(200, 2, 1)).astype("f4"), rng.normal(size=(200, 3, 1)).astype("f4")
+    config = {"nsteps": 4, "batch_size": 16, "calibrate": False, "show_progress": False}
+    pipeline = ConditionalPipeline(adapted, pairs, None, 2, 3, training_config=config, mesh={"data": 2})
+    pipeline.train(nnx.Rngs(0))
+    assert pipeline.sample(rng=0, x_o=np.zeros((1, 3, 1)), nsamples=5).shape == (5, 2, 1)

@@ -1,0 +1,85 @@
+"""A student draws in its own few steps what its teacher draws in many."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from distsbi import MLPFlowPipeline, MLPParams, get_task, load
+from distsbi.diagnostics import sliced_wasserstein
+from distsbi.sampling import DistillConfig
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    task = get_task("two_moons")
+    pairs = tuple(np.asarray(a) for a in task.pairs(jax.random.key(0), 4_000))
+    made = MLPFlowPipeline(
+        pairs, None, 2, 2, params=MLPParams(2, 2, width=48, depth=2), prior=task.prior, mesh={"data": 2},
+        training_config={"nsteps": 600, "batch_size": 128, "show_progress": False},
+    )  # fmt: skip
+    made.train(nnx.Rngs(0))
+    return made
+
+
+@pytest.fixture(scope="module")
+def student(pipeline):
+    return pipeline.distill(2, nsteps=400, batch_size=256, show_progress=False)
+
+
+def test_two_steps_come_near_many(pipeline, student):
+    """Against the teacher's own two Euler steps, the student's distance from the teacher is less than a third."""
+    x = np.zeros((1, 2, 1), np.float32)
+    many = pipeline.sample(rng=0, x_o=x, nsamples=4_000)[..., 0]
+    few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver="euler", time_grid=student.default_solver.times)[..., 0]
+    drawn = student.sample(1, x, 4_000)[..., 0]
+    assert sliced_wasserstein(drawn, many) < sliced_wasserstein(few, many) / 3
+    assert student.default_solver.evaluations == 2
+    assert np.abs(drawn).max() <= 1
+    distance = student.facts["distance"]
+    assert distance["observations"] == 4
+    assert distance["sliced_floor"] < distance["sliced"] < 0.3
+
+
+def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
+    student.save(tmp_path / "student")
+    again = load(tmp_path / "student", mesh={"data": 8})
+    x = np.zeros((1, 2, 1), np.float32)
+    np.testing.assert_array_equal(again.sample(0, x, 300), student.sample(0, x, 300))
+    assert again.facts["student"]["teacher"] == pipeline.posterior.fingerprint
+    for call, says in (
+        (lambda: again.sample(0, x, 5, steps=8), "this run is a student"),
+        (lambda: again.log_prob(np.zeros((1, 2, 1)), x), "has no log_prob; use its teacher"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
+    monkeypatch.setattr("distsbi.pipelines.distance", lambda *a: {})
+    options = {"nsteps": 20, "batch_size": 64, "show_progress": False}
+    first, second = (pipeline.distill(1, **options) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != pipeline.distill(1, seed=1, **options).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"segments": 0}, "1 to 8 segments"), ({"nsteps": 0}, "nsteps must be at least 1"),
+        ({"segments": 3, "boundaries": (0.5,)}, "need 2 increasing boundaries"),
+        ({"boundaries": (1.5,)}, "increasing boundaries"), ({"on_policy": 2.0}, "fractions"),
+    ],
+)  # fmt: skip
+def test_errors(options, says):
+    with pytest.raises(ValueError, match=says):
+        DistillConfig(**options)
+
+
+def test_sliced_wasserstein_of_shifted_sets():
+    """A shift by d sd along one of two axes moves a projection by d |cos|, 2 d / pi on average."""
+    a = np.random.default_rng(0).normal(size=(5_000, 2))
+    moved = sliced_wasserstein(a + np.asarray([0.5, 0.0]) * a.std(0), a, directions=2_000)
+    assert moved == pytest.approx(0.5 * 2 / np.pi, rel=0.05)
+    with pytest.raises(ValueError, match="same shape"):
+        sliced_wasserstein(a, a[:5])

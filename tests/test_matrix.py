@@ -1,0 +1,148 @@
+"""The contract matrix: every method with every network, solver and place of execution. A new row is one line.
+
+CI runs a pairwise selection (every pair of two entries of different tables occurs), `make test-full` all combinations.
+"""
+
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from distsbi import load
+from distsbi.data.standardise import Standardizer, Support
+from distsbi.methods import METHODS
+from distsbi.networks import NETWORKS, Flux1JointParams, Flux1Params, JointNetwork, MLPParams, SimformerParams
+from distsbi.sampling import JointPosterior, Posterior, Tile
+from distsbi.solvers import RULES
+from distsbi.training import TrainingConfig
+from distsbi.training.update import ConditionMasks, Learner, conditional
+
+NETWORK_ROWS = {
+    "MLP": MLPParams(2, 3, width=8, depth=1, embed_depth=1),
+    "Flux1": Flux1Params(
+        in_channels=1, context_in_dim=1, dim_obs=2, dim_cond=3, num_heads=2, axes_dim=(4, 0), depth=1, depth_single_blocks=1
+    ),
+    "Flux1Joint": Flux1JointParams(in_channels=1, dim_joint=5, num_heads=2, depth_single_blocks=1, val_emb_dim=4),
+    "Simformer": SimformerParams(
+        in_channels=1, dim_joint=5, val_emb_dim=4, id_emb_dim=2, cond_emb_dim=2, num_heads=2, depth=1, fourier_features=8
+    ),
+}  # fmt: skip
+SOLVER_ROWS = [*RULES, "tsit5", "dopri5", "dopri8"]
+PLACES = ["one device", "mesh of 8", "Ray worker"]
+TABLES = [sorted(METHODS), sorted(NETWORK_ROWS), SOLVER_ROWS, PLACES]
+X = np.asarray([[[0.3], [-0.5], [0.8]]], np.float32)
+
+
+def pairwise(tables):
+    """Combinations in which every pair of entries of two tables occurs at least once, greedily."""
+    left = {
+        ((i, a), (j, b)) for (i, first), (j, second) in itertools.combinations(enumerate(tables), 2) for a in first for b in second
+    }  # fmt: skip
+    chosen = []
+    everything = list(itertools.product(*tables))
+    while left:
+        best = max(everything, key=lambda row: len(left & set(itertools.combinations(enumerate(row), 2))))
+        chosen.append(best)
+        left -= set(itertools.combinations(enumerate(best), 2))
+    return chosen
+
+
+PAIRWISE = set(pairwise(TABLES))
+CASES = [
+    pytest.param(*row, marks=[] if row in PAIRWISE else pytest.mark.slow, id="-".join(row).replace(" ", "_"))
+    for row in itertools.product(*TABLES)
+]
+
+
+def make_network(name):
+    """With weights that all matter."""
+    _, make = NETWORKS[name]
+    graphdef, state = nnx.split(make(NETWORK_ROWS[name], nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return nnx.merge(
+        graphdef,
+        jax.tree.unflatten(tree, [a + 0.05 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]),
+    )
+
+
+def make_posterior(method, name, mesh):
+    network, rng = make_network(name), np.random.default_rng(0)
+    theta, x = rng.uniform(-1, 1, (60, 2, 1)).astype("f4"), rng.normal(size=(60, 3, 1)).astype("f4")
+    supports = [Support(-1.0, 1.0)] * 2
+    options = {"mesh": mesh, "tile": Tile(4, 8), "names": ("a", "b")}
+    if isinstance(network, JointNetwork):
+        tokens = np.concatenate([theta, x], 1)
+        scales = Standardizer.fit(tokens, np.zeros((60, 0, 1), "f4"), [*supports, *[Support()] * 3], linear=False)
+        return JointPosterior(network, METHODS[method](), scales, 2, **options)
+    return Posterior(network, METHODS[method](), Standardizer.fit(theta, x, supports), **options)
+
+
+@pytest.fixture(scope="module")
+def drawer():
+    """An actor on a local Ray that draws from run directories."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+
+    @ray.remote
+    class Drawer:
+        def draw(self, path, x, n, options):
+            return load(path, mesh={"data": 1}).sample(7, x, n, **options)
+
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.environ["PYTHONPATH"]}
+    yield Drawer.options(runtime_env={"env_vars": environment}).remote(), ray
+    ray.shutdown()
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize(("method", "network", "solver", "place"), CASES)
+def test_contract(method, network, solver, place, request, tmp_path):
+    """Shapes, dtypes, support, save and load; the draws are those of two devices, whatever the place; one compilation."""
+    options = {"solver": solver} if solver in ("tsit5", "dopri5", "dopri8") else {"solver": solver, "steps": 3}
+    if solver in RULES and method != "flow":
+        options["steps"] = 12  # explicit steps from a noise of 80
+    posterior = make_posterior(method, network, {"data": 2})
+    draws = posterior.sample(7, X, 50, **options)
+    assert draws.shape == (50, 2, 1)
+    assert draws.dtype == np.float32
+    assert (np.abs(draws) <= 1).all()
+    np.testing.assert_array_equal(posterior.sample(7, X, 21, **options), draws[:21])
+    posterior.save(tmp_path / "run")
+    if place == "Ray worker":
+        actor, ray = request.getfixturevalue("drawer")
+        again = ray.get(actor.draw.remote(str(tmp_path / "run"), X, 50, options))
+    else:
+        again = load(tmp_path / "run", mesh={"data": 1 if place == "one device" else 8}).sample(7, X, 50, **options)
+    # adaptive steps read the method's functions of time as they go: exact for flow matching's, which are rational
+    within = 0.0 if solver in RULES or method == "flow" else 5e-3
+    np.testing.assert_allclose(again, draws, rtol=0, atol=within)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("network", sorted(NETWORK_ROWS))
+def test_gradients_and_density(method, network):
+    """The loss reaches every weight that the prediction depends on, and draws agree with their density."""
+    name, network = network, make_network(network)
+    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    joint = isinstance(network, JointNetwork)
+    posterior = make_posterior(method, name, {"data": 1})
+    scales = posterior.joint_standardizer if isinstance(posterior, JointPosterior) else posterior.weights.standardizer
+    learner = Learner(
+        graphdef, rest, METHODS[method](), scales, TrainingConfig().resolve(100), posterior.mesh, None, 0,
+        pose=ConditionMasks() if joint else conditional,
+    )  # fmt: skip
+    theta, x = jax.random.uniform(jax.random.key(0), (64, 2, 1)), jax.random.normal(jax.random.key(1), (64, 3, 1))
+    keys = jax.random.split(jax.random.key(2), 3)
+    loss, gradient = jax.jit(jax.value_and_grad(learner.loss), static_argnums=5)(params, (theta, x), *keys, 2)
+    assert np.isfinite(loss)
+    silent = [
+        jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not jnp.any(leaf != 0)
+    ]  # fmt: skip
+    assert not silent
+    solver = {"solver": "rk4", "steps": 40}
+    draws, density = posterior.sample_and_log_prob(3, X, 16, **solver)
+    np.testing.assert_allclose(posterior.log_prob(draws, X, **solver), density, atol=0.05)
