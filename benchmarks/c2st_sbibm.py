@@ -1,12 +1,13 @@
 """C2ST of distsbi's default pipelines on sbibm's tasks, with training time and draws/s; see benchmarks/README.md.
 
     python benchmarks/c2st_sbibm.py train two_moons MLP --nsims 30000 --seeds 1 2 3
+    python benchmarks/c2st_sbibm.py train slcp SimformerDiffusion --nsims 10000 --seeds 1 2 3
     python benchmarks/c2st_sbibm.py score
     python benchmarks/c2st_sbibm.py table
 
-A cell is (task, pipeline, nsims, seed, label). `train` simulates its pairs, trains, measures draws/s and draws 10,000
+A cell is (task, pipeline, nsims, seed, label); a pipeline without a method is flow matching. `train` simulates its pairs, trains, measures draws/s and draws 10,000
 for each of sbibm's ten observations into benchmarks/.draws/<cell>.npz. `score` compares each observation's draws with
-sbibm's reference and appends one JSON line to the results file. Both skip what is there, so either can be stopped and
+sbibm's reference and appends one JSON line to the results file; `--forest` adds the score of a random forest. Both skip what is there, so either can be stopped and
 started again.
 """
 
@@ -26,7 +27,8 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-REFERENCES, DRAWS, RESULTS = HERE / ".references", HERE / ".draws", HERE / "results" / "c2st_sbibm.jsonl"
+REFERENCES, DRAWS, RUNS = HERE / ".references", HERE / ".draws", HERE / ".runs"
+RESULTS = HERE / "results" / "c2st_sbibm.jsonl"
 NSAMPLES = 10_000
 DEVICES = (1, 2)
 RATE_SECONDS, RATE_REPEATS = 3.0, 3
@@ -71,7 +73,8 @@ def train(arguments: argparse.Namespace) -> None:
         if path.exists():
             print(f"{path} is there already", flush=True)
             continue
-        draws, facts = train_cell(cell, known["observations"], json.loads(arguments.training))
+        keep = RUNS / path.stem if arguments.keep else None
+        draws, facts = train_cell(cell, known["observations"], json.loads(arguments.training), keep)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         np.savez(temporary, draws=draws, facts=json.dumps({**cell, **facts}))
@@ -80,7 +83,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def train_cell(
-    cell: dict[str, Any], observations: np.ndarray, training: dict[str, Any]
+    cell: dict[str, Any], observations: np.ndarray, training: dict[str, Any], keep: Path | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Draws [10, NSAMPLES, dim_theta] and what is to be said about them."""
     import jax
@@ -92,7 +95,8 @@ def train_cell(
     task = distsbi.get_task(cell["task"])
     data_key, draw_key, rate_key = jax.random.split(jax.random.key(cell["seed"]), 3)
     pairs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(data_key, cell["nsims"]))
-    pipeline = PIPELINES[f"{cell['pipeline']}Flow"](
+    name = cell["pipeline"]
+    pipeline = PIPELINES[name if name in PIPELINES else f"{name}Flow"](
         pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior
     )
     load_before, start = os.getloadavg()[0], time.perf_counter()
@@ -102,6 +106,8 @@ def train_cell(
     draws = pipeline.sample_batched(draw_key, observations[..., None], NSAMPLES)[..., 0].swapaxes(0, 1)
     drawing = time.perf_counter() - start
     posterior = pipeline.posterior
+    if keep is not None:
+        pipeline.save(str(keep))
     facts = {
         "training": training,
         "seconds_training": round(seconds, 1),  # with compilation and the choice of the grid
@@ -163,6 +169,10 @@ def score(arguments: argparse.Namespace) -> None:
                 continue
             start = time.perf_counter()
             line["c2st"] = round(c2st(draws[i], samples[i], n_jobs=arguments.jobs), 4)
+            if arguments.forest:
+                line["c2st_forest"] = round(
+                    c2st(draws[i], samples[i], classifier="random_forest", n_jobs=arguments.jobs), 4
+                )
             line["seconds_scoring"] = round(time.perf_counter() - start, 1)
             arguments.results.parent.mkdir(parents=True, exist_ok=True)
             with open(arguments.results, "a") as file:
@@ -208,7 +218,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("train", help="simulate, train, measure and draw")
     one.add_argument("task", choices=["two_moons", "gaussian_linear", "slcp"])
-    one.add_argument("pipeline", choices=["MLP", "Flux1"])
+    one.add_argument("pipeline", help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion or SM")
+    one.add_argument("--keep", action="store_true", help="keep the run directory, in benchmarks/.runs/")
     one.add_argument("--nsims", type=int, default=30_000, help="simulations in all; validation is held out of them")
     one.add_argument("--seeds", type=int, nargs="+", default=[1], help="each seeds its pairs, training noise and draws")
     one.add_argument("--training", default="{}", help="training options, JSON; default: the pipeline's own")
@@ -217,6 +228,7 @@ def main() -> None:
     two = commands.add_parser("score", help="C2ST of the draws that have none yet")
     two.add_argument("--cells", default="*", help="pattern of cells, such as 'two_moons-MLP-*'")
     two.add_argument("--jobs", type=int, default=2, help="folds scored at once")
+    two.add_argument("--forest", action="store_true", help="score with a random forest too")
     three = commands.add_parser("table", help="a line of Markdown per cell")
     for command, run in ((two, score), (three, table)):
         command.add_argument("--results", type=Path, default=RESULTS)
