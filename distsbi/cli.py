@@ -44,6 +44,7 @@ SEED = click.option("--seed", default=0, show_default=True, help="Seed of the ra
 DEVICES = click.option(
     "--devices", type=click.IntRange(min=1), help="Use this many devices; on CPUs they are virtual. Default: all."
 )
+NETWORK = click.option("--network", help="For a run of your own module: package.module:function that makes it.")
 MESH = click.option("--mesh", type=Axes(), help="Sizes of the mesh axes, e.g. data=2. Default: all devices on data.")
 
 
@@ -54,7 +55,10 @@ def _solver_options(command: Any) -> Any:
         click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver."),
         click.option("--step-size", type=float, help="Equal steps of this size, e.g. 0.01."),
         click.option("--steps", type=int, help="Steps, on the method's own grid."),
-        click.option("--solver", help="euler, midpoint, heun, rk4; adaptive: tsit5. Default: the calibrated grid."),
+        click.option(
+            "--solver",
+            help="euler, midpoint, heun, rk4, multistep, ...; adaptive: tsit5. Default: the calibrated grid.",
+        ),
     ):
         command = option(command)
     return command
@@ -125,6 +129,7 @@ def train(config_path: Path | None, out: Path, devices: int | None, resume: bool
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @_solver_options
+@NETWORK
 @DEVICES
 @MESH
 def sample(
@@ -134,6 +139,7 @@ def sample(
     seed: int,
     out: Path,
     overwrite: bool,
+    network: str | None,
     devices: int | None,
     mesh: dict[str, int] | None,
     **solver: Any,
@@ -148,7 +154,7 @@ def sample(
     axes = _mesh(devices, mesh)
     from distsbi.sampling import load
 
-    posterior = load(run, mesh=axes)
+    posterior = load(run, mesh=axes, network=network)
     x = _observation(x_o, posterior.dim_x, posterior.ch_x)
     start = time.perf_counter()
     draws = posterior.sample(seed, x, nsamples, **{name: value for name, value in solver.items() if value is not None})
@@ -178,6 +184,7 @@ def sample(
 @click.option("--gpus-per-worker", type=float, default=0, show_default=True, help="GPUs for each worker.")
 @click.option("--time-limit", type=float, help="Seconds for one shard before its worker is replaced. Default: none.")
 @_solver_options
+@NETWORK
 def catalog(run: Path, catalog: Path, out: Path, **options: Any) -> None:
     """Draw for every row of CATALOG (Parquet, .npy or .npz) into the folder OUT; the same command again resumes."""
     from distsbi.fanout import sample_catalog

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 from distsbi import keys, mesh as meshes
 from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, supports
-from distsbi.data.source import Pairs, Source, make_source
+from distsbi.data.source import Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer, Support
 from distsbi.diagnostics.distance import distance
 from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP
-from distsbi.networks import NETWORKS, JointNetwork, Network, Unconditional, network_name
+from distsbi.networks import NETWORKS, JointNetwork, Network, Unconditional, network_name, takes_missing
 from distsbi.networks.flux1_joint import check_channels
 from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
@@ -81,7 +81,7 @@ class ConditionalPipeline:
             if isinstance(training_config, TrainingConfig)
             else TrainingConfig.from_dict(training_config or {})
         )
-        self._shapes = (dim_obs, ch_obs), (dim_cond, ch_cond)
+        self._shapes = Shapes((dim_obs, ch_obs), (dim_cond, ch_cond), takes_missing(self.model))
         self._supports = supports(self.prior, dim_obs)
         names = getattr(train_dataset, "parameter_names", None)
         if isinstance(train_dataset, (str, os.PathLike)):
@@ -380,7 +380,8 @@ def _with_nothing(theta: Any) -> Any:
 
 
 class _Named:
-    """The constructor of a pipeline that makes its own network and method. `params`: its size; default: `make_params.default(...)`."""
+    """The constructor of a pipeline that makes its own network and method. `params`: its size; default: `make_params.default(...)`.
+    `missing`: NaN in x means that the entry is missing, in training and after."""
 
     make_params: ClassVar[Any]
     make_model: ClassVar[Any]
@@ -399,9 +400,16 @@ class _Named:
         mesh: meshes.MeshLike = None,
         prior: Any = None,
         sde_type: str | None = None,
+        missing: bool | None = None,
         **options: Any,
     ):
         params = self.make_params.default(dim_obs, dim_cond, ch_obs, ch_cond) if params is None else params
+        if missing is not None and isinstance(params, self.make_params):
+            if not hasattr(params, "missing"):
+                raise ValueError(
+                    f"{type(self).__name__} takes no missing data: say what is there with sample(given={{...}})."
+                )
+            params = dataclasses.replace(params, missing=missing)
         if not isinstance(params, self.make_params):
             raise ValueError(f"params must be {self.make_params.__name__}; got {type(params).__name__}.")
         rngs = getattr(params, "rngs", None)

@@ -30,9 +30,9 @@ class Pairs(NamedTuple):
     names: tuple[str, ...]
 
 
-def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None) -> Pairs:
+def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None, *, missing: bool = False) -> Pairs:
     """Checked pairs from two arrays of shape [n, dim] or [n, dim, ch]; without names the parameters are `theta_0`,
-    `theta_1`, ...
+    `theta_1`, ... `missing`: NaN in x means that the entry is missing.
 
     Raises ValueError for other shapes, mismatched or zero lengths, entries that are not real numbers, and rows with NaN
     or inf.
@@ -44,21 +44,23 @@ def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None) -> Pairs:
         )
     if not len(theta):
         raise ValueError("theta and x have no rows; give at least one pair.")
-    check_finite(theta, x)
+    check_finite(theta, x, missing=missing)
     dim = theta.shape[1]
     return Pairs(theta, x, check_names(names, dim) if names is not None else tuple(f"theta_{i}" for i in range(dim)))
 
 
-def check_finite(theta: np.ndarray, x: np.ndarray) -> None:
-    """Raises ValueError, naming counts and first rows, if a row of either array holds NaN or inf."""
+def check_finite(theta: np.ndarray, x: np.ndarray, *, missing: bool = False) -> None:
+    """Raises ValueError, naming counts and first rows, if a row of either array holds NaN or inf; `missing`: NaN may be in x."""
     for name, array in (("theta", theta), ("x", x)):
-        bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+        good = np.isfinite(array) | (np.isnan(array) if missing and name == "x" else False)
+        bad = np.flatnonzero(~good.reshape(len(array), -1).all(axis=1))
         if bad.size:
             raise ValueError(
                 f"{name} has NaN or inf (as float32) in {bad.size} of {len(array)} rows (first: "
                 f"{', '.join(map(str, bad[:_SHOWN]))}). "
                 f"Drop them, as in keep = np.isfinite({name}).reshape(len({name}), -1).all(1); theta, x = theta[keep], "
-                f"x[keep], or mend the simulator."
+                f"x[keep], or mend the simulator"
+                f"{'; entries of x that are missing may be NaN with missing=True' if name == 'x' and not missing else ''}."
             )
 
 
@@ -139,14 +141,14 @@ def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
     return PairsFolder(tuple(files), tuple(f[0] for f in footers), *first[1:])
 
 
-def read_pairs(path: str | os.PathLike[str] | PairsFolder) -> Pairs:
+def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool = False) -> Pairs:
     """A whole folder in memory, checked. Raises ValueError as `open_pairs` and `as_pairs` do."""
     folder = path if isinstance(path, PairsFolder) else open_pairs(path)
     theta = np.empty((len(folder), *folder.theta_shape), np.float32)
     x = np.empty((len(folder), *folder.x_shape), np.float32)
     start = 0
     for file, rows in zip(folder.files, folder.rows, strict=True):
-        theta[start : start + rows], x[start : start + rows] = _read(file, folder)
+        theta[start : start + rows], x[start : start + rows] = _read(file, folder, missing)
         start += rows
     return Pairs(theta, x, folder.names)
 
@@ -159,6 +161,7 @@ def iter_pairs(
     epoch: int = 0,
     batch: int = 0,
     files_in_memory: int = 4,
+    missing: bool = False,
 ) -> Iterator[tuple[Float[np.ndarray, "batch dim_theta ch_theta"], Float[np.ndarray, "batch dim_x ch_x"]]]:
     """The shuffled batches of one epoch, from number `batch` on; the order depends on (seed, epoch) alone.
 
@@ -175,11 +178,11 @@ def iter_pairs(
             f"batch_size={batch_size} is more than the {len(folder)} pairs of {folder.files[0].parent}; give a smaller "
             f"batch_size."
         )
-    return _batches(folder, batch_size, seed, epoch, batch, files_in_memory)
+    return _batches(folder, batch_size, seed, epoch, batch, files_in_memory, missing)
 
 
 def _batches(
-    folder: PairsFolder, batch_size: int, seed: int, epoch: int, batch: int, files_in_memory: int
+    folder: PairsFolder, batch_size: int, seed: int, epoch: int, batch: int, files_in_memory: int, missing: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     order = np.random.default_rng([seed, epoch]).permutation(len(folder.files))
     last = len(folder) // batch_size * batch_size
@@ -190,7 +193,7 @@ def _batches(
         rows = sum(folder.rows[i] for i in members)
         group_end = group_start + rows
         if position < min(group_end, last):
-            parts = [_read(folder.files[i], folder) for i in members]
+            parts = [_read(folder.files[i], folder, missing) for i in members]
             shuffle = np.random.default_rng([seed, epoch, group]).permutation(rows)
             theta, x = (np.concatenate(column)[shuffle] for column in zip(*parts, strict=True))
             while position < min(group_end, last):
@@ -250,10 +253,10 @@ def simulate_pairs(
     return open_pairs(folder)
 
 
-def _read(path: Path, folder: PairsFolder) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, folder: PairsFolder, missing: bool) -> tuple[np.ndarray, np.ndarray]:
     theta, x = read_file(path, folder.theta_shape, folder.x_shape)
     try:
-        check_finite(theta, x)
+        check_finite(theta, x, missing=missing)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return theta, x

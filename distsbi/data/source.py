@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,8 +50,16 @@ class Source:
     hold_out: Callable[[float], tuple["Source", Pairs]] | None = None
 
 
-def make_source(data: Any, shapes: tuple[tuple[int, int], tuple[int, int]], prior: Any = None) -> Source:
-    """The source that `data` describes. `shapes`: (dim_theta, ch_theta) and (dim_x, ch_x).
+class Shapes(NamedTuple):
+    """(dim_theta, ch_theta), (dim_x, ch_x), and whether NaN in x means that the entry is missing."""
+
+    theta: tuple[int, int]
+    x: tuple[int, int]
+    missing: bool = False
+
+
+def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
+    """The source that `data` describes.
 
     Raises ValueError for mismatched lengths, wrong shapes, non-finite rows, theta outside the prior, or another type.
     """
@@ -68,8 +76,8 @@ def make_source(data: Any, shapes: tuple[tuple[int, int], tuple[int, int]], prio
     )
 
 
-def _checked(data: Any, shapes: Any, prior: Any) -> Pairs:
-    theta, x, _ = as_pairs(*data)
+def _checked(data: Any, shapes: Shapes, prior: Any) -> Pairs:
+    theta, x, _ = as_pairs(*data, missing=shapes.missing)
     for name, array, shape in (("theta", theta, shapes[0]), ("x", x, shapes[1])):
         if array.shape[1:] != shape:
             raise ValueError(
@@ -100,9 +108,9 @@ def _from_arrays(pairs: Pairs) -> Source:
     )
 
 
-def _from_task(task: Task, shapes: Any, prior: Any = None) -> Source:
+def _from_task(task: Task, shapes: Shapes, prior: Any = None) -> Source:
     given = (task.dim_theta, 1), (task.dim_x, 1)
-    if given != shapes:
+    if given != shapes[:2]:
         raise ValueError(
             f"task {task.name!r} has theta {given[0]} and x {given[1]}; this pipeline has {shapes[0]} and {shapes[1]}."
         )
@@ -128,24 +136,24 @@ def _from_task(task: Task, shapes: Any, prior: Any = None) -> Source:
     return source
 
 
-def _from_folder(path: str | os.PathLike[str], shapes: Any, prior: Any) -> Source:
+def _from_folder(path: str | os.PathLike[str], shapes: Shapes, prior: Any) -> Source:
     folder = open_pairs(path)
-    if len(folder) * sum(a * b for a, b in shapes) * 4 <= IN_MEMORY_BYTES:
-        pairs = read_pairs(folder)
+    if len(folder) * sum(a * b for a, b in shapes[:2]) * 4 <= IN_MEMORY_BYTES:
+        pairs = read_pairs(folder, missing=shapes.missing)
         return _from_arrays(_checked((pairs.theta, pairs.x), shapes, prior))
     return _streamed(folder, shapes, prior)
 
 
-def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
+def _streamed(folder: PairsFolder, shapes: Shapes, prior: Any) -> Source:
     def batches(step: int, batch_size: int) -> Iterator[Pairs]:
         per_epoch = len(folder) // batch_size
         for epoch in itertools.count(step // per_epoch):
             first = step % per_epoch if epoch == step // per_epoch else 0
-            for batch in iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first):
+            for batch in iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first, missing=shapes.missing):
                 yield _checked(batch, shapes, prior)
 
     def some(rows: int) -> Pairs:
-        return _checked(next(iter_pairs(folder, min(len(folder), rows), seed=0)), shapes, prior)
+        return _checked(next(iter_pairs(folder, min(len(folder), rows), seed=0, missing=shapes.missing)), shapes, prior)
 
     def split(fraction: float) -> tuple[Source, Pairs]:
         """Whole files are held out, the last ones."""
@@ -169,7 +177,7 @@ def _streamed(folder: PairsFolder, shapes: Any, prior: Any) -> Source:
     )
 
 
-def _from_iterable(data: Iterable[Any], shapes: Any, prior: Any = None) -> Source:
+def _from_iterable(data: Iterable[Any], shapes: Shapes, prior: Any = None) -> Source:
     """Batches as they come, all of the size of the first: longer ones are cut, shorter ones left out. What can be iterated again
     starts again at its end; an iterator is used once.
 

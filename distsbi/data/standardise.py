@@ -93,7 +93,7 @@ class Standardizer:
         kinds = tuple(s.kind for s in supports)
         zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
         x64 = np.asarray(x, np.float64)
-        x_mean, x_std = x64.mean(0), _scale(x64)
+        x_mean, x_std = _mean(x64), _scale(x64)
         eye = np.eye(zero.size, dtype=np.float32)
         flat = np.zeros((x64[0].size, zero.size), np.float32)
         bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ class Standardizer:
         slope, root, inverse_root = flat, eye, eye
         if linear:
             slope, root, inverse_root = _least_squares(
-                ((u - mean) / std).reshape(len(u), -1), ((x64 - x_mean) / x_std).reshape(len(u), -1)
+                ((u - mean) / std).reshape(len(u), -1), np.nan_to_num((x64 - x_mean) / x_std).reshape(len(u), -1)
             )
         return dataclasses.replace(
             bare,
@@ -145,8 +145,10 @@ class Standardizer:
         return _unbound(theta, self.kinds, self.low, self.high)
 
     def centre(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_theta ch_theta"]:
-        """A x: where least squares puts the z-scored theta of each observation. Once per observation, like an encoding."""
-        flat = _product(self.forward_x(x).reshape(*x.shape[:-2], -1), self.slope)
+        """A x: where least squares puts the z-scored theta of each observation, a missing x (NaN) being at its mean. Once per
+        observation, like an encoding."""
+        z = self.forward_x(x)
+        flat = _product(jnp.where(jnp.isnan(z), 0.0, z).reshape(*x.shape[:-2], -1), self.slope)
         return flat.reshape(*x.shape[:-2], *self.theta_mean.shape)
 
     def forward(
@@ -272,7 +274,17 @@ def _least_squares(u: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return slope, (vectors * scales) @ vectors.T, (vectors / scales) @ vectors.T
 
 
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Without what is missing (NaN); 0 where all is."""
+    there = ~np.isnan(values)
+    return np.where(there, values, 0.0).sum(0) / np.maximum(there.sum(0), 1)
+
+
 def _scale(values: np.ndarray) -> np.ndarray:
-    std = values.std(0)
-    constant = std <= 1e-7 * np.abs(values).max(0)  # relative: a column of 1e-21 is data too
+    """Standard deviations without what is missing; 1 for a constant column."""
+    there = ~np.isnan(values)
+    squares = np.where(there, values - _mean(values), 0.0) ** 2
+    std = np.sqrt(squares.sum(0) / np.maximum(there.sum(0), 1))
+    largest = np.where(there, np.abs(values), 0.0).max(0, initial=0.0)
+    constant = std <= 1e-7 * largest  # relative: a column of 1e-21 is data too
     return np.where(constant, 1.0, std)

@@ -78,6 +78,7 @@ def sample_catalog(
     draws: bool = True,
     thin: int = 1,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    network: str | None = None,
     num_gpus_per_worker: float = 0,
     cpus_per_worker: int = 1,
     max_failures: int = 3,
@@ -104,6 +105,7 @@ def sample_catalog(
         x_column, x_columns: one list or tensor column, or several scalar columns.
         solver, steps, step_size, rtol, atol: as for `Posterior.sample`.
         draws, thin, quantiles: what is written: draws at all, every thin-th, which quantiles.
+        network: for a run of a user's own module, "package.module:function" that makes it, importable on the workers.
         num_gpus_per_worker, cpus_per_worker: what each worker gets.
         max_failures: attempts at a shard before it is given up.
         time_limit: seconds for one shard before its worker is killed, which counts as a failure.
@@ -131,6 +133,7 @@ def sample_catalog(
         options={name: value for name, value in given.items() if value is not None},
         output=Output(draws, thin, tuple(quantiles)),
         loader=LOADER,
+        network=network,
     )
     opened = open_source(spec)
     source.check_ids(opened, spec)

@@ -35,6 +35,7 @@ class Job:
         options: keywords of `Posterior.draw` that were given.
         output: what is kept of the draws.
         loader: "module:function" that makes a posterior of `run`.
+        network: "module:function" that makes a user's own network, for the loader.
     """
 
     run: str
@@ -45,6 +46,7 @@ class Job:
     options: dict[str, Any]
     output: Output
     loader: str = "distsbi.sampling:load"
+    network: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Worker:
 
         job = self.job
         module, name = job.loader.split(":")
-        self.posterior = getattr(importlib.import_module(module), name)(job.run)
+        own = {} if job.network is None else {"network": job.network}
+        self.posterior = getattr(importlib.import_module(module), name)(job.run, **own)
         self.source = open_source(job.source)
         self.key = keys.as_key(job.seed) if isinstance(job.seed, int) else keys.from_words(job.seed)
         options = SampleOptions.parse(job.options)

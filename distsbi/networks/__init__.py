@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from distsbi.networks.base import Context, Network, NetworkParams
+from distsbi.networks.base import Context, Network, NetworkParams, encode, takes_missing
 from distsbi.networks.flux1 import Flux1, Flux1Params
 from distsbi.networks.flux1_joint import Flux1Joint, Flux1JointParams
 from distsbi.networks.joint import Conditional, JointNetwork, Unconditional
@@ -51,6 +51,8 @@ __all__ = [
     "Simformer",
     "SimformerParams",
     "Unconditional",
+    "encode",
     "make_network",
     "network_name",
+    "takes_missing",
 ]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Context = Any
 DTYPES = ("float32", "bfloat16")
@@ -35,8 +35,11 @@ class Network(nnx.Module):
     ch_x: int
 
     @abstractmethod
-    def encode(self, x: Float[Array, "batch dim_x ch_x"]) -> Context:
-        """All that depends on the observation alone: a pytree whose leaves have the leading axis batch."""
+    def encode(self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None) -> Context:
+        """All that depends on the observation alone: a pytree whose leaves have the leading axis batch.
+
+        `mask`: which entries are there, for networks with `params.missing`; the others are 0.
+        """
 
     @abstractmethod
     def __call__(
@@ -65,6 +68,19 @@ class NetworkParams:
         if unknown:
             raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {sorted(known)}.")
         return cls(**fields)
+
+
+def takes_missing(network: Any) -> bool:
+    """Whether entries of x may be missing (NaN)."""
+    return bool(getattr(getattr(network, "params", None), "missing", False))
+
+
+def encode(network: Any, standardizer: Any, x: Float[Array, "batch dim_x ch_x"]) -> tuple[Context, Array]:
+    """All that is computed once per observation: the network's context, and the standardizer's centre of theta."""
+    if not takes_missing(network):
+        return network.encode(standardizer.forward_x(x)), standardizer.centre(x)
+    there = ~jnp.any(jnp.isnan(x), axis=-1)
+    return network.encode(jnp.where(there[..., None], standardizer.forward_x(x), 0.0), there), standardizer.centre(x)
 
 
 def broadcast_time(t: Float[Array, "..."]) -> Float[Array, "b d"]:

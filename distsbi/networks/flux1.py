@@ -21,7 +21,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from distsbi.networks.base import DTYPES, Context, Network, NetworkParams, broadcast_time
 from distsbi.networks.flux1_blocks import (
@@ -65,6 +65,7 @@ class Flux1Params(NetworkParams):
         theta: base of RoPE's frequencies; None for 10 (dim_obs + dim_cond).
         conditioning: "one_way" or "joint", see the module.
         dtype: inputs of the blocks' matrix products, "float32" or "bfloat16" (accumulated in float32). param_dtype: of the weights.
+        missing: data tokens may be missing; then no token attends to them.
         rngs: used to initialise the weights; no part of equality, hash or the stored dictionary.
         vec_in_dim, guidance_embed: accepted for GenSBI's sake; guidance itself is not supported.
 
@@ -92,6 +93,7 @@ class Flux1Params(NetworkParams):
     param_dtype: str = "float32"
     dtype: str = "float32"
     conditioning: str = "one_way"
+    missing: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -258,8 +260,8 @@ class Flux1(Network):
             linear=dense(hidden, p.in_channels, scale=0.0), adaLN_modulation=dense(hidden, 2 * hidden, scale=0.0)
         )
 
-    def encode(self, x: Float[Array, "batch dim_x ch_x"]) -> Context:
-        """The data's tokens ("joint"), or their keys and values in every block ("one_way").
+    def encode(self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None) -> Context:
+        """The data's tokens ("joint"), or their keys and values in every block ("one_way"); with `missing` and the mask.
 
         Raises ValueError if `x` does not have shape [batch, dim_x, ch_x].
         """
@@ -267,9 +269,12 @@ class Flux1(Network):
         if x.ndim != 3 or x.shape[1:] != (p.dim_cond, p.context_in_dim):
             raise ValueError(f"x must have shape (batch, {p.dim_cond}, {p.context_in_dim}); got {x.shape}.")
         h = self._tokens("cond", jnp.transpose(x, (2, 1, 0))[:, :, None])
+        there = jnp.ones(x.shape[:2], bool) if mask is None else mask
         if p.conditioning == "joint":
-            return jnp.transpose(h[:, :, 0], (2, 1, 0))
+            tokens = jnp.transpose(h[:, :, 0], (2, 1, 0))
+            return {"tokens": tokens, "mask": there} if p.missing else tokens
 
+        keys = jnp.transpose(there)[:, None, :] if p.missing else None  # [tokens, 1, batch]: one draw
         turn = self._rotation("cond", p.dim_cond)
         vec = self._time(jnp.ones((1, 1)))
         double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
@@ -278,17 +283,18 @@ class Flux1(Network):
             block, parts = layer
             weights = stream(block, "cond")
             q, k, v = double_qkv(weights, h, parts, p.num_heads, turn, p.dtype)
-            return double_half(weights, h, attention(q, [(k, v, None)], p.dtype), parts, p.dtype), (k, v)
+            return double_half(weights, h, attention(q, [(k, v, keys)], p.dtype), parts, p.dtype), (k, v)
 
         def single_step(h: Tokens, layer: Any) -> Any:
-            return single_block(*_swap(layer, h), p.num_heads, turn, p.dtype)
+            return single_block(*_swap(layer, h), p.num_heads, turn, p.dtype, (), keys)
 
         h, of_double = jax.lax.scan(_again(double_step), h, (double, modulation(double["cond_mod"], vec, 6)))
         _, of_single = jax.lax.scan(_again(single_step), h, (single, modulation(single["modulation"], vec, 3)))
         # [blocks, heads, head_dim, tokens, 1, batch] -> [batch, blocks, tokens, heads, head_dim]
-        return jax.tree.map(
+        kept = jax.tree.map(
             lambda a: jnp.transpose(a[..., 0, :], (4, 0, 3, 1, 2)), {"double": of_double, "single": of_single}
         )
+        return {**kept, "mask": there} if p.missing else kept
 
     def __call__(
         self, t: Float[Array, "..."], theta_t: Float[Array, "batch draws dim_theta ch_theta"], context: Context
@@ -313,19 +319,21 @@ class Flux1(Network):
         p = self.params
         turn = self._rotation("obs", p.dim_obs)
         double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
-        shared = jax.tree.map(lambda a: _long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), context)
+        keys = _long_axis_last(jnp.transpose(context["mask"])[..., None], draws) if p.missing else None
+        of_x = {name: context[name] for name in ("double", "single")}
+        shared = jax.tree.map(lambda a: _long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), of_x)
 
         def double_step(h: Tokens, layer: Any) -> Any:
             block, parts, of_data = layer
             weights = stream(block, "obs")
             q, k, v = double_qkv(weights, h, parts, p.num_heads, turn, p.dtype)
             return double_half(
-                weights, h, attention(q, [(*of_data, None), (k, v, None)], p.dtype), parts, p.dtype
+                weights, h, attention(q, [(*of_data, keys), (k, v, None)], p.dtype), parts, p.dtype
             ), None
 
         def single_step(h: Tokens, layer: Any) -> Any:
             block, parts, of_data = layer
-            return single_block(block, h, parts, p.num_heads, turn, p.dtype, [(*of_data, None)])[0], None
+            return single_block(block, h, parts, p.num_heads, turn, p.dtype, [(*of_data, keys)])[0], None
 
         h, _ = jax.lax.scan(_again(double_step), h, (double, modulation(double["obs_mod"], vec, 6), shared["double"]))
         h, _ = jax.lax.scan(
@@ -333,14 +341,17 @@ class Flux1(Network):
         )
         return h
 
-    def _joint(
-        self, h: Tokens, vec: Float[Array, "hidden b d"], context: Float[Array, "batch dim_x hidden"], draws: int
-    ) -> Tokens:
+    def _joint(self, h: Tokens, vec: Float[Array, "hidden b d"], context: Context, draws: int) -> Tokens:
         """Both streams, the data's first, for every draw."""
         p, n = self.params, self.params.dim_cond
         turns = self._rotation("cond", n), self._rotation("obs", p.dim_obs)
         double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
-        data = _long_axis_last(jnp.transpose(context, (2, 1, 0))[..., None], draws)
+        keys = None
+        if p.missing:
+            there = _long_axis_last(jnp.transpose(context["mask"])[..., None], draws)
+            keys = jnp.concatenate([there, jnp.ones((p.dim_obs, *there.shape[1:]), bool)])
+        tokens = context["tokens"] if p.missing else context
+        data = _long_axis_last(jnp.transpose(tokens, (2, 1, 0))[..., None], draws)
         data = jnp.broadcast_to(data, (*data.shape[:2], *h.shape[2:]))
 
         def double_step(streams: tuple[Tokens, Tokens], layer: Any) -> Any:
@@ -351,14 +362,14 @@ class Flux1(Network):
                 for *args, turn in zip(weights, streams, parts, turns, strict=True)
             ]
             q, k, v = (jnp.concatenate(pair, 2) for pair in zip(*of_streams, strict=True))
-            mixed = attention(q, [(k, v, None)], p.dtype)
+            mixed = attention(q, [(k, v, keys)], p.dtype)
             halves = zip(weights, streams, (mixed[:, :n], mixed[:, n:]), parts, strict=True)
             return tuple(double_half(*args, p.dtype) for args in halves), None
 
         turn = None if turns[0] is None or turns[1] is None else _both(turns[0], turns[1])
 
         def single_step(h: Tokens, layer: Any) -> Any:
-            return single_block(*_swap(layer, h), p.num_heads, turn, p.dtype)[0], None
+            return single_block(*_swap(layer, h), p.num_heads, turn, p.dtype, (), keys)[0], None
 
         parts = modulation(double["cond_mod"], vec, 6), modulation(double["obs_mod"], vec, 6)
         streams, _ = jax.lax.scan(_again(double_step), (data, h), (double, *parts))

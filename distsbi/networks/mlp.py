@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from distsbi.networks.base import DTYPES, Network, NetworkParams, broadcast_time, dot
 
@@ -31,6 +31,7 @@ class MLPParams(NetworkParams):
         embed_depth: residual blocks of the embedding of x.
         time_features: Fourier features of time (even).
         dtype: inputs of the wide matrix products, "float32" or "bfloat16" (accumulated in float32).
+        missing: entries of x may be missing; which are there is an input beside them.
     """
 
     dim_theta: int
@@ -42,6 +43,7 @@ class MLPParams(NetworkParams):
     embed_depth: int = 2
     time_features: int = 16
     dtype: str = "float32"
+    missing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim_theta", "dim_x", "ch_theta", "ch_x", "width", "depth", "time_features"):
@@ -65,7 +67,7 @@ class MLP(Network):
         self.params = p = params
         self.dim_theta, self.ch_theta, self.dim_x, self.ch_x = p.dim_theta, p.ch_theta, p.dim_x, p.ch_x
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        n_theta, n_x, w = p.dim_theta * p.ch_theta, p.dim_x * p.ch_x, p.width
+        n_theta, n_x, w = p.dim_theta * p.ch_theta, p.dim_x * (p.ch_x + p.missing), p.width
 
         def weight(fan_in: int, *shape: int, scale: float = 1.0) -> nnx.Param:
             return nnx.Param(scale * fan_in**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -88,8 +90,13 @@ class MLP(Network):
         self.w2, self.bias2 = weight(w, p.depth, w, w, scale=0.1), zeros(p.depth, w)
         self.theta_out, self.theta_out_bias = zeros(w, n_theta), zeros(n_theta)
 
-    def encode(self, x: Float[Array, "batch dim_x ch_x"]) -> Float[Array, "batch depth width"]:
+    def encode(
+        self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None
+    ) -> Float[Array, "batch depth width"]:
         dtype = self.params.dtype
+        if self.params.missing:
+            there = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+            x = jnp.concatenate([x, there[..., None]], -1)
         h = dot(x.reshape(x.shape[0], -1), self.x_in[...], "float32") + self.x_in_bias[...]
 
         def block(h, p):

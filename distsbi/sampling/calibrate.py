@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys
+from distsbi.networks.base import encode
 from distsbi.sampling.flow import make_field
 from distsbi.solvers import FixedGrid, Solver
 
@@ -40,7 +41,7 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
 
     @jax.jit
     def prepare(weights: Any, xs: Array) -> tuple[Any, Array]:
-        context = nnx.merge(posterior.graphdef, weights.params).encode(weights.standardizer.forward_x(xs))
+        context, _ = encode(nnx.merge(posterior.graphdef, weights.params), weights.standardizer, xs)
         noise = lambda w: keys.draw_noise(keys.as_key(0), w, jnp.uint32(0), DRAWS, shape)  # noqa: E731
         return context, jax.vmap(noise)(jnp.asarray(words))
 

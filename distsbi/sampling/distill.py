@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
 from distsbi.methods import FlowMatching
-from distsbi.sampling.flow import denoise, encode, make_field
+from distsbi.networks.base import encode
+from distsbi.sampling.flow import denoise, make_field
 from distsbi.sampling.posterior import Posterior
 from distsbi.solvers import FixedGrid
 from distsbi.solvers.field import Moment, known

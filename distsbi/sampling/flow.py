@@ -49,11 +49,6 @@ def make_field(network: Any, method: Method) -> Field:
     return Field(network, method)
 
 
-def encode(network: Any, standardizer: Standardizer, x: Any) -> Encoded:
-    """All that is computed once per observation."""
-    return network.encode(standardizer.forward_x(x)), standardizer.centre(x)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:

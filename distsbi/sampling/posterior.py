@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
 from distsbi.methods import Method
-from distsbi.networks.base import Network
+from distsbi.networks.base import Network, takes_missing
 from distsbi.sampling import tiles
 from distsbi.sampling.flow import EXACT, Divergence, make_schedule
 from distsbi.sampling.options import SampleOptions
@@ -70,6 +70,7 @@ class Posterior:
         self.tile = tile or tiles.default_tile(self.mesh.devices.flat[0].platform)
         self.facts = dict(facts or {})
         self.last_check: dict[str, float] | None = None  # of the last draw with `check=`
+        self.missing = takes_missing(network)
         self.graphdef, params = nnx.split(network)
         self.weights = jax.device_put(Weights(params, standardizer), meshes.replicated(self.mesh))
 
@@ -108,11 +109,12 @@ class Posterior:
             raise ValueError(
                 f"{name} must have shape {shape} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape)}"
             )
-        bad = ~np.isfinite(array)
+        bad = ~(np.isfinite(array) | (np.isnan(array) if self.missing and name != "theta" else False))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(
-                f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them."
+                f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them"
+                f"{'' if self.missing else ', or train with missing=True'}."
             )
         return array
 

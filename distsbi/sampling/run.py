@@ -9,11 +9,11 @@ Nothing in it is pickled, and loading it runs no code from it.
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.files import full_disk_says, write_json
 from distsbi.methods import METHODS, make_method
-from distsbi.networks import NETWORKS, Conditional, Network, Unconditional, make_network, network_name
+from distsbi.networks import NETWORKS, Conditional, Unconditional, make_network, network_name
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
@@ -156,11 +156,12 @@ def load(
     path: str | os.PathLike[str],
     *,
     mesh: meshes.MeshLike = None,
-    network: Network | Callable[[], Network] | None = None,
+    network: Any = None,
 ) -> Posterior:
     """The posterior of a run directory, on any mesh.
 
-    `network`: for a run of a user's own module, the module or a function that makes it; its weights are replaced.
+    `network`: for a run of a user's own module, the module, a function that makes it, or "package.module:function"; its weights are
+    replaced. Nothing else that a run names is imported or run.
 
     Raises ValueError for a missing, unfinished, damaged or newer run directory.
     """
@@ -201,7 +202,7 @@ def load(
     return Posterior(merged, method, standardizer, **options)
 
 
-def _rebuild(spec: dict[str, Any], network: Network | Callable[[], Network] | None) -> Any:
+def _rebuild(spec: dict[str, Any], network: Any) -> Any:
     """The module that the weights belong to; a user's own is told the sizes that training gave it."""
     inner: Any = _inner(spec, network)
     view, sizes = spec["network"]["view"], spec["sizes"]
@@ -217,13 +218,16 @@ def _rebuild(spec: dict[str, Any], network: Network | Callable[[], Network] | No
     return Conditional(inner, tuple(pattern["free"]), tuple(pattern["given"]))
 
 
-def _inner(spec: dict[str, Any], network: Network | Callable[[], Network] | None) -> Any:
+def _inner(spec: dict[str, Any], network: Any) -> Any:
     name = spec["network"]["name"]
+    if isinstance(network, str):
+        network = _imported(network)
     if network is not None:
         return network if isinstance(network, nnx.Module) else network()
     if name is None:
         raise ValueError(
-            "this run holds a user's own network; load it with load(path, network=<the module or its factory>)."
+            "this run holds a user's own network; load it with load(path, network=<the module or its factory>), "
+            "or --network package.module:function."
         )
     if name not in NETWORKS:
         raise ValueError(
@@ -231,3 +235,14 @@ def _inner(spec: dict[str, Any], network: Network | Callable[[], Network] | None
         )
     params = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["network"]["params"].items()}
     return make_network(name, params)
+
+
+def _imported(name: str) -> Any:
+    """The function that "package.module:function" names. Raises ValueError if there is none."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"network {name!r} cannot be imported ({error}); write package.module:function, importable where it runs."
+        ) from error

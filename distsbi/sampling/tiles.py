@@ -21,6 +21,7 @@ from jaxtyping import Array, Int32, UInt32
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
+from distsbi.networks.base import encode
 from distsbi.sampling.flow import (
     EXACT,
     Divergence,
@@ -28,7 +29,6 @@ from distsbi.sampling.flow import (
     Schedule,
     draw_tile,
     draws_and_density,
-    encode,
     log_density,
 )
 from distsbi.solvers import Solver

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
+from distsbi.networks.base import encode
 from distsbi.training.config import TrainingConfig
 
 Batch = tuple[Array, Array]
@@ -60,7 +61,8 @@ def conditional(
     network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
 ) -> tuple[Array, Any, None]:
     """theta given x."""
-    return standardizer.forward(theta, standardizer.centre(x)), network.encode(standardizer.forward_x(x)), None
+    context, centre = encode(network, standardizer, x)
+    return standardizer.forward(theta, centre), context, None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ def pipeline():
     pairs = tuple(np.asarray(a) for a in task.pairs(jax.random.key(0), 4_000))
     made = MLPFlowPipeline(
         pairs, None, 2, 2, params=MLPParams(2, 2, width=48, depth=2), prior=task.prior, mesh={"data": 2},
-        training_config={"nsteps": 600, "batch_size": 128, "show_progress": False},
+        training_config={"nsteps": 500, "batch_size": 128, "calibrate": False, "show_progress": False},
     )  # fmt: skip
     made.train(nnx.Rngs(0))
     return made
@@ -24,7 +24,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def student(pipeline):
-    return pipeline.distill(2, nsteps=400, batch_size=256, show_progress=False)
+    return pipeline.distill(2, nsteps=300, batch_size=256, show_progress=False)
 
 
 def test_two_steps_come_near_many(pipeline, student):

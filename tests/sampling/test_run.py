@@ -46,6 +46,9 @@ def test_a_users_own_network(run_dir):
     posterior.save(run_dir)
     with pytest.raises(ValueError, match=r"load\(path, network="):
         load(run_dir)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        load(run_dir, network="tests.gaussian:Nothing")
+    assert load(run_dir, network="tests.gaussian:GaussianNetwork").fingerprint == posterior.fingerprint
     again = load(run_dir, network=lambda: GaussianNetwork(seed=5))
     x = np.ones((1, 2, 1))
     np.testing.assert_array_equal(again.sample(0, x, 10), posterior.sample(0, x, 10))

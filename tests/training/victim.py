@@ -15,7 +15,7 @@ def main(path: str) -> None:
     task = get_task("two_moons")
     pairs = tuple(np.asarray(a) for a in task.pairs(jax.random.key(0), 600))
     config = {
-        "nsteps": 2_000, "val_every": 50, "save_every": 50, "batch_size": 64, "calibrate": False,
+        "nsteps": 1_500, "val_every": 50, "save_every": 50, "batch_size": 64, "calibrate": False,
         "early_stopping": False, "checkpoint_dir": path, "show_progress": False,
     }  # fmt: skip
     params = MLPParams(2, 2, width=64, depth=2)
