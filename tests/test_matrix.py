@@ -87,6 +87,8 @@ def make_posterior(method, name, mesh):
 def drawer():
     """An actor on a local Ray that draws from run directories."""
     ray = pytest.importorskip("ray")
+    if ray.is_initialized():  # by the tests of the fan-out, in the same process
+        ray.shutdown()
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
 
     @ray.remote
@@ -123,8 +125,13 @@ def test_contract(method, network, solver, place, request, tmp_path):
     np.testing.assert_allclose(again, draws, rtol=0, atol=within)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("network", sorted(NETWORK_ROWS))
+@pytest.mark.parametrize(
+    ("method", "network"),
+    [
+        pytest.param(m, n, marks=[] if n == "MLP" or (m, n) == ("flow", "Flux1Joint") else pytest.mark.slow)
+        for m, n in itertools.product(sorted(METHODS), sorted(NETWORK_ROWS))
+    ],
+)
 def test_gradients_and_density(method, network):
     """The loss reaches every weight that the prediction depends on, and draws agree with their density."""
     name, network = network, make_network(network)
@@ -144,6 +151,10 @@ def test_gradients_and_density(method, network):
         jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not jnp.any(leaf != 0)
     ]  # fmt: skip
     assert not silent
+    if (
+        method != "flow"
+    ):  # with weights at random other methods end at the edges of the prior; see tests/sampling/test_density.py
+        return
     solver = {"solver": "rk4", "steps": 40}
     draws, density = posterior.sample_and_log_prob(3, X, 16, **solver)
     np.testing.assert_allclose(posterior.log_prob(draws, X, **solver), density, atol=0.05)

@@ -125,23 +125,26 @@ def test_every_conditional_of_a_gaussian(trained):
     np.testing.assert_allclose([mixed[:, 1].mean(), mixed[:, 1].std()], [0.8, np.sqrt(0.2)], atol=0.15)
 
 
-def test_patterns_save_load_and_certify(trained, tmp_path, monkeypatch):
+def test_patterns_save_and_load(trained, tmp_path):
+    trained.save(tmp_path / "run")
+    again = load(tmp_path / "run", mesh={"data": 1})
+    given = {"theta": [[-1.0], [0.7]]}
+    drawn = trained.sample(rng=0, given=given, nsamples=50)
+    np.testing.assert_array_equal(again.sample(0, given=given, nsamples=50), drawn)
+    assert again.pattern(["x_0"]).facts["certificate"] == {"met": None, "of": "another pattern"}
+    assert again.fingerprint == trained.posterior.fingerprint
+    assert again.condition({"a": 0.3})[0].parameter_names == ("b", "x_0", "x_1")
+
+
+@pytest.mark.slow
+def test_certificates_and_densities_of_patterns(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("multistep", 16), ("midpoint", 16)))
     certificate = trained.calibrate(["theta"])
     assert certificate["observations"] == 16
     trained.save(tmp_path / "run")
     again = load(tmp_path / "run", mesh={"data": 1})
-    x_o = np.asarray([[[1.0], [0.4]]])
-    np.testing.assert_array_equal(again.sample(0, x_o, 50), trained.sample(rng=0, x_o=x_o, nsamples=50))
-    given = {"theta": [[-1.0], [0.7]]}
-    np.testing.assert_array_equal(
-        again.sample(0, given=given, nsamples=50), trained.sample(rng=0, given=given, nsamples=50)
-    )
     assert again.pattern(["theta"]).facts["certificate"] == certificate
-    assert again.pattern(["x_0"]).facts["certificate"] == {"met": None, "of": "another pattern"}
-    assert again.fingerprint == trained.posterior.fingerprint
     posterior, x = again.condition({"a": 0.3})
-    assert posterior.parameter_names == ("b", "x_0", "x_1")
     draws, density = posterior.sample_and_log_prob(0, x, 20)
     np.testing.assert_allclose(posterior.log_prob(draws, x), density, atol=2e-2)
 
@@ -187,7 +190,7 @@ def test_a_users_own_joint_module(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "run", network=Own).sample(0, x_o, 9), draws)
 
 
-@pytest.mark.parametrize("kind", ["joint", "mlp"])
+@pytest.mark.parametrize("kind", [pytest.param("joint", marks=pytest.mark.slow), "mlp"])
 def test_density_estimation_without_conditions(kind, tmp_path):
     from distsbi.networks import MLP, MLPParams
 

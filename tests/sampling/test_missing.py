@@ -28,19 +28,25 @@ def test_what_is_missing_does_not_matter_and_what_is_there_does(name):
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    network = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+    state = jax.tree.unflatten(tree, leaves)
+
+    @jax.jit
+    def network(theta, x, mask):
+        module = nnx.merge(graphdef, state)
+        return module(0.4, theta, module.encode(x, mask))
+
     x = jax.random.normal(jax.random.key(2), (3, 4, 1))
     theta = jax.random.normal(jax.random.key(3), (3, 5, 2, 1))
     mask = jnp.asarray([[True, False, True, True]] * 3)
-    first = network(0.4, theta, network.encode(jnp.where(mask[..., None], x, 0.0), mask))
-    whole = network(0.4, theta, network.encode(x, jnp.ones((3, 4), bool)))
+    first = network(theta, jnp.where(mask[..., None], x, 0.0), mask)
+    whole = network(theta, x, jnp.ones((3, 4), bool))
     assert float(jnp.abs(first - whole).max()) > 1e-3
-    none = network(0.4, theta, network.encode(jnp.zeros((3, 4, 1)), jnp.zeros((3, 4), bool)))
+    none = network(theta, jnp.zeros((3, 4, 1)), jnp.zeros((3, 4), bool))
     assert np.isfinite(none).all()
     if name != "MLP":  # no token attends to what is missing, whatever stands there
-        other = network(0.4, theta, network.encode(jnp.where(mask[..., None], x, 9.0), mask))
+        other = network(theta, jnp.where(mask[..., None], x, 9.0), mask)
         np.testing.assert_allclose(other, first, atol=1e-5)
-    single = network(0.4, theta[:, :1], network.encode(jnp.where(mask[..., None], x, 0.0), mask))
+    single = network(theta[:, :1], jnp.where(mask[..., None], x, 0.0), mask)
     np.testing.assert_allclose(single, first[:, :1], atol=2e-5)
 
 
