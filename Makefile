@@ -34,7 +34,7 @@ test-full: $(STAMP)
 	$(PYTEST)
 
 # Imports, command line, numerics and files, without long trainings: what a second Python is checked with.
-SHORT := tests/test_*.py tests/methods tests/solvers tests/data tests/store distsbi
+SHORT := $(addprefix tests/test_,cli.py config.py imports.py keys.py mesh.py) tests/methods tests/solvers tests/data tests/store distsbi
 
 test-short: $(STAMP)
 	$(PYTEST) -m "not slow" $(SHORT)

@@ -1,5 +1,6 @@
 """Every test, and every process a test starts, runs on CPUs: eight virtual devices, compiled programs kept."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,17 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a finished file are let go: thousands of them cost gigabytes and slow every garbage collection."""
+    yield
+    import sys
+
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

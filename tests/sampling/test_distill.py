@@ -24,21 +24,22 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def student(pipeline):
-    return pipeline.distill(2, nsteps=250, batch_size=256, show_progress=False)
+    return pipeline.distill(2, nsteps=400, batch_size=256, show_progress=False)
 
 
 def test_two_steps_come_near_many(pipeline, student):
-    """Against the teacher's own two Euler steps, the student's distance from the teacher is less than half."""
+    """Against the teacher's own two Euler steps, the student's distance from the teacher is less than a third."""
     x = np.zeros((1, 2, 1), np.float32)
     many = pipeline.sample(rng=0, x_o=x, nsamples=4_000)[..., 0]
     few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver="euler", time_grid=student.default_solver.times)[..., 0]
     drawn = student.sample(1, x, 4_000)[..., 0]
-    assert sliced_wasserstein(drawn, many) < sliced_wasserstein(few, many) / 2
+    assert sliced_wasserstein(drawn, many) < sliced_wasserstein(few, many) / 3
     assert student.default_solver.evaluations == 2
     assert np.abs(drawn).max() <= 1
     distance = student.facts["distance"]
     assert distance["observations"] == 4
-    assert distance["sliced_floor"] < distance["sliced"] < 0.3
+    assert 0 < distance["sliced_floor"] < 0.1
+    assert 0 < distance["sliced"] < 0.2
 
 
 def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):

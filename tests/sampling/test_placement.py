@@ -22,7 +22,7 @@ def _hash(devices: str, threads: str, case: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("network", ["mlp", "flux"])
+@pytest.mark.parametrize("network", ["mlp", pytest.param("flux", marks=pytest.mark.slow)])
 def test_bits_do_not_depend_on_placement(network):
     hashes = {
         name: _hash(devices, threads, f"{network} {case}") for name, (devices, threads, case) in PLACEMENTS.items()

@@ -163,11 +163,11 @@ def test_a_folder_larger_than_memory_is_streamed(tmp_path, monkeypatch):
 
 def test_held_out_rows_are_not_trained_on(tmp_path, monkeypatch):
     """Of every kind of source: no row of the validation set turns up in two passes over the rest."""
-    from distsbi.data.source import make_source
+    from distsbi.data.source import Shapes, make_source
 
     theta, x = _pairs(600)
     write_pairs(tmp_path / "pairs", theta, x, rows_per_file=100)
-    shapes = (2, 1), (2, 1)
+    shapes = Shapes((2, 1), (2, 1))
     arrays = make_source((theta, x), shapes)
     monkeypatch.setattr("distsbi.data.source.IN_MEMORY_BYTES", 100)
     streams = [make_source(data, shapes) for data in (str(tmp_path / "pairs"), _batches((theta, x), 50))]
