@@ -155,7 +155,7 @@ def sample(
     from distsbi.sampling import load
 
     posterior = load(run, mesh=axes, network=network)
-    x = _observation(x_o, posterior.dim_x, posterior.ch_x)
+    x = _observation(x_o, posterior)
     start = time.perf_counter()
     draws = posterior.sample(seed, x, nsamples, **{name: value for name, value in solver.items() if value is not None})
     seconds = time.perf_counter() - start
@@ -219,6 +219,7 @@ def info(run: Path, as_json: bool) -> None:
     dim_theta, ch_theta, dim_x, ch_x = spec["sizes"]
     rows = [
         ("network", spec["network"]["name"] or "a user's own module"),
+        *([("embedding", json.dumps(spec["network"]["embedded"]["nets"]))] if "embedded" in spec["network"] else []),
         ("method", spec["method"]["name"]),
         ("parameters", f"({dim_theta}, {ch_theta}): {', '.join(spec['parameter_names'])}"),
         ("data", f"({dim_x}, {ch_x})"),
@@ -324,18 +325,16 @@ def _mesh(devices: int | None, axes: dict[str, int] | None) -> dict[str, int] | 
 
 def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple[Any, list[float]]:
     """The pipeline that the configuration names, trained, and its validation losses."""
-    import dataclasses
-
     from flax import nnx
 
     from distsbi.data.pairs import open_pairs
-    from distsbi.networks import NETWORKS
     from distsbi.pipelines import PIPELINES
     from distsbi.tasks import TASKS, get_task
 
     if config.data.path is not None:
         folder = open_pairs(config.data.path)
-        (dim_theta, ch_theta), (dim_x, ch_x) = folder.theta_shape, folder.x_shape
+        (dim_theta, ch_theta), (*grid, ch_x) = folder.theta_shape, folder.x_shape
+        dim_x: Any = tuple(grid) if len(grid) > 1 else grid[0]
         dataset: Any = config.data.path
         source = folder.source.get("task")
         prior = get_task(source).prior if source in TASKS else None
@@ -344,7 +343,6 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
         prior = task.prior
         dataset = task if config.data.n is None else task.pairs(_data_key(config.seed), config.data.n)
-    params = NETWORKS[config.network][0].default(dim_theta, dim_x, ch_theta, ch_x)
     pipeline = PIPELINES[config.pipeline](
         dataset,
         None,
@@ -352,7 +350,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         dim_x,
         ch_obs=ch_theta,
         ch_cond=ch_x,
-        params=dataclasses.replace(params, **config.model),
+        params=dict(config.model),
         training_config={**config.training_config, "checkpoint_dir": str(out)},
         mesh=axes,
         prior=prior,
@@ -369,15 +367,22 @@ def _data_key(seed: int) -> Any:
     return jax.random.fold_in(jax.random.key(seed), 2**31)
 
 
-def _observation(text: str, dim_x: int, ch_x: int) -> "np.ndarray":
-    """One observation [1, dim_x, ch_x] from a .npy file or from numbers; axes of size one are added."""
+def _observation(text: str, posterior: Any) -> "np.ndarray":
+    """One observation [1, dim_x, ch_x] from a .npy file, an .npz file (an array for each instrument) or from numbers; axes of size one are
+    added."""
     import numpy as np
 
-    if text.endswith(".npy"):
+    dim_x, ch_x = posterior.dim_x, posterior.ch_x
+    if text.endswith((".npy", ".npz")):
         try:
             x = np.load(text, allow_pickle=False)
+            x = x if isinstance(x, np.ndarray) else dict(x)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"--x {text} cannot be read as a .npy array: {error}.") from error
+            raise ValueError(f"--x {text} cannot be read as arrays: {error}.") from error
+        if not posterior.layout.is_plain:
+            return posterior.check_x(x)[None]
+        if isinstance(x, dict):
+            raise ValueError(f"--x {text} holds {sorted(x)}; this run takes one array, as .npy.")
     else:
         try:
             x = np.array([float(number) for number in re.split(r"[,\s]+", text.strip())])

@@ -7,7 +7,7 @@ A named pipeline is a declaration of its network and method; everything else is 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -22,8 +22,20 @@ from distsbi.data.source import Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer, Support
 from distsbi.diagnostics.distance import distance
 from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP
-from distsbi.networks import NETWORKS, JointNetwork, Network, Unconditional, network_name, takes_missing
+from distsbi.networks import (
+    MLP,
+    NETWORKS,
+    Embedded,
+    JointNetwork,
+    Layout,
+    Network,
+    Unconditional,
+    network_name,
+    takes_missing,
+)
+from distsbi.networks.embedding import default_nets, embedded_shape
 from distsbi.networks.flux1_joint import check_channels
+from distsbi.networks.observation import Dims
 from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.joint import JointPosterior, pattern_key
@@ -42,14 +54,18 @@ class ConditionalPipeline:
         train_dataset: arrays `(theta, x)` of shapes (n, dim_obs, ch_obs) and (n, dim_cond, ch_cond), an iterable of such
             batches, a Parquet folder, a `Task`, or None for inference only.
         val_dataset: the same, or None: a part of the training set is held out.
-        dim_obs, dim_cond: number of parameters and of data.
-        ch_obs, ch_cond: channels of each.
+        dim_obs, dim_cond: number of parameters and of data. Of images dim_cond is (rows, columns), of several instruments a dict
+            such as {"image": (32, 32), "spectrum": 100}; x is then an array (n, 32, 32, ch_cond) or a dict of arrays.
+        ch_obs, ch_cond: channels of each; of several instruments a number or a dict.
         training_config: a dict or `TrainingConfig`; see there.
         mesh: None (all local devices), "auto", a dict of axis sizes, or a `jax.sharding.Mesh`.
         prior: gives parameter names and the support that no draw leaves: a numpyro distribution, `distsbi.Prior`, or any
             object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own.
         method: what is learned; default flow matching.
         augment: `augment(key, theta, x) -> (theta, x)`, traceable: noise or nuisances added afresh to every training batch.
+        embedding: an `nnx.Module` that makes tokens (batch, tokens, features) of x (batch, ...), or a dict with one for each instrument.
+            It is trained with the rest and runs once per observation. The named pipelines make one for images and instruments: a
+            `CNN` before an MLP, a `PatchEmbedding` before Flux1.
 
     Raises ValueError for datasets of wrong shape or length, non-finite rows and theta outside the prior.
     """
@@ -60,28 +76,31 @@ class ConditionalPipeline:
         train_dataset: Any,
         val_dataset: Any,
         dim_obs: int,
-        dim_cond: int,
+        dim_cond: Dims,
         ch_obs: int = 1,
-        ch_cond: int = 1,
+        ch_cond: int | Mapping[str, int] = 1,
         training_config: dict[str, Any] | TrainingConfig | None = None,
         *,
         mesh: meshes.MeshLike = None,
         prior: Any = None,
         method: Method | None = None,
-        augment: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None,
+        augment: Callable[[Array, Any, Any], tuple[Array, Any]] | None = None,
+        embedding: Any = None,
     ):
-        self.model = self._adopted(model, dim_obs, dim_cond, ch_obs, ch_cond)
-        self.dim_obs, self.dim_cond, self.ch_obs, self.ch_cond = dim_obs, dim_cond, ch_obs, ch_cond
+        self.layout = Layout.of(dim_cond, ch_cond)
+        self.model = self._adopted(model, dim_obs, ch_obs, _nets(self.layout, embedding))
+        self.dim_obs, self.ch_obs = dim_obs, ch_obs
+        self.dim_cond, self.ch_cond = self.layout.packed
         self.method = method or FlowMatching()
         self.mesh = meshes.make_mesh(mesh)
         self.prior = prior if prior is not None else getattr(train_dataset, "prior", None)
-        self.augment = augment
+        self.augment = augment if augment is None or self.layout.is_plain else _on_packed(augment, self.layout)
         self.training_config = (
             training_config
             if isinstance(training_config, TrainingConfig)
             else TrainingConfig.from_dict(training_config or {})
         )
-        self._shapes = Shapes((dim_obs, ch_obs), (dim_cond, ch_cond), takes_missing(self.model))
+        self._shapes = Shapes((dim_obs, ch_obs), self.layout.packed, takes_missing(self.model), self.layout)
         self._supports = supports(self.prior, dim_obs)
         names = getattr(train_dataset, "parameter_names", None)
         if isinstance(train_dataset, (str, os.PathLike)):
@@ -96,17 +115,27 @@ class ConditionalPipeline:
 
     pose: Pose = staticmethod(conditional)  # type: ignore[assignment]
 
-    def _adopted(self, model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -> Any:
-        """The model, checked; a user's own gets the sizes that the contract asks for."""
-        if not isinstance(model, Network):
+    def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
+        """The model, checked and behind its embedding nets; a user's own gets the sizes that the contract asks for."""
+        own = not isinstance(model, Network)
+        if own:
             _check_module(model)
-            sizes = {"dim_theta": dim_obs, "ch_theta": ch_obs, "dim_x": dim_cond, "ch_x": ch_cond}
-            for name, value in sizes.items():
+            seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
+            for name, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), (dim_obs, ch_obs, *seen), strict=True):
                 setattr(model, name, value)
-        return model
+        for net in (nets or {}).values():
+            _check_state(net)
+        if isinstance(model, Embedded) or (nets is None and self.layout.is_plain):
+            return model
+        if nets is None and not own:
+            raise ValueError(
+                f"{type(model).__name__} takes data of shape (n, dim, channels), these are {self.layout.describe()}: give embedding=, such as "
+                f"distsbi.networks.CNN, or use a named pipeline, which makes one."
+            )
+        return Embedded(model, nets, self.layout)
 
     def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
-        return Standardizer.fit(theta, x, self._supports)
+        return Standardizer.fit(theta, x, self._supports, pool=self.layout.pooled)
 
     def _make_posterior(
         self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
@@ -150,9 +179,8 @@ class ConditionalPipeline:
             self._standardizer if self._standardizer is not None else self._fit(*self._augmented(self._source.fit(), 0))
         )
         standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
-        name = network_name(self.model)
         identity = {
-            "network": [name, self.model.params.to_dict() if name else type(self.model).__name__],
+            "network": _identity(self.model),
             "method": [type(self.method).__name__, self.method.to_dict()],
             "config": {
                 k: v for k, v in config.to_dict().items() if k not in ("show_progress", "checkpoint_dir", "calibrate")
@@ -289,7 +317,13 @@ class JointPipeline(ConditionalPipeline):
         self.pose = ConditionMasks(condition_mask)
         super().__init__(*args, **options)
 
-    def _adopted(self, model: Any, dim_obs: int, dim_cond: int, ch_obs: int, ch_cond: int) -> Any:
+    def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
+        if nets is not None or not self.layout.is_plain:
+            raise ValueError(
+                "a joint model draws data too, so it takes them as they are, (n, dim, channels): images, instruments and embedding nets go with "
+                "conditional networks, such as Flux1FlowPipeline."
+            )
+        dim_cond, ch_cond = self.layout.packed
         check_channels(ch_obs, ch_cond)
         total = dim_obs + dim_cond
         if not isinstance(model, JointNetwork):
@@ -392,18 +426,26 @@ class _Named:
         train_dataset: Any,
         val_dataset: Any,
         dim_obs: int,
-        dim_cond: int,
+        dim_cond: Dims,
         ch_obs: int = 1,
-        ch_cond: int = 1,
+        ch_cond: int | Mapping[str, int] = 1,
         params: Any = None,
         training_config: dict[str, Any] | TrainingConfig | None = None,
         mesh: meshes.MeshLike = None,
         prior: Any = None,
         sde_type: str | None = None,
         missing: bool | None = None,
+        embedding: Any = None,
         **options: Any,
     ):
-        params = self.make_params.default(dim_obs, dim_cond, ch_obs, ch_cond) if params is None else params
+        layout, rngs = Layout.of(dim_cond, ch_cond), getattr(params, "rngs", None)
+        nets = _nets(layout, embedding)
+        if nets is None and not layout.is_plain and not issubclass(type(self).make_model, JointNetwork):
+            nets = default_nets(layout, "CNN" if self.make_model is MLP else "PatchEmbedding", nnx.Rngs(1))
+        if params is None or isinstance(params, dict):
+            tokens, features = layout.packed if nets is None else embedded_shape(nets, layout)
+            default = self.make_params.default(dim_obs, tokens, ch_obs, features)
+            params = dataclasses.replace(default, **(params or {}))
         if missing is not None and isinstance(params, self.make_params):
             if not hasattr(params, "missing"):
                 raise ValueError(
@@ -411,13 +453,15 @@ class _Named:
                 )
             params = dataclasses.replace(params, missing=missing)
         if not isinstance(params, self.make_params):
-            raise ValueError(f"params must be {self.make_params.__name__}; got {type(params).__name__}.")
-        rngs = getattr(params, "rngs", None)
+            raise ValueError(
+                f"params must be {self.make_params.__name__}, or a dict of its fields; got {type(params).__name__}."
+            )
         make: Any = super().__init__  # of the pipeline that this is mixed into
+        make_model: Any = self.make_model
         make(
-            self.make_model(params, rngs=rngs if rngs is not None else nnx.Rngs(0)),
+            make_model(params, rngs=rngs if rngs is not None else nnx.Rngs(0)),
             train_dataset, val_dataset, dim_obs, dim_cond, ch_obs, ch_cond, training_config,
-            mesh=mesh, prior=prior, **{"method": self._method(sde_type), **options},
+            mesh=mesh, prior=prior, **{"method": self._method(sde_type), "embedding": nets, **options},
         )  # fmt: skip
 
     def _method(self, sde_type: str | None) -> Method:
@@ -460,6 +504,34 @@ SimformerFlowPipeline, SimformerDiffusionPipeline, SimformerSMPipeline = (
 )
 
 
+def _nets(layout: Layout, embedding: Any) -> dict[str, Any] | None:
+    """The embedding net of every part by name. Raises ValueError for nets of other parts."""
+    if embedding is None:
+        return None
+    nets = dict(embedding) if isinstance(embedding, Mapping) else dict.fromkeys(layout.names[:1], embedding)
+    if set(nets) != set(layout.names):
+        raise ValueError(f"embedding must be a dict with a net for each of {list(layout.names)}; got {sorted(nets)}.")
+    return nets
+
+
+def _on_packed(augment: Callable[..., tuple[Array, Any]], layout: Layout) -> Callable[..., tuple[Array, Array]]:
+    """The user's `augment` on data that are packed."""
+
+    def packed(key: Array, theta: Array, x: Array) -> tuple[Array, Array]:
+        theta, x = augment(key, theta, layout.unpack(x))
+        return theta, layout.join(x)
+
+    return packed
+
+
+def _identity(model: Any) -> list[Any]:
+    """What a resumed training must share with the one that began."""
+    if isinstance(model, Embedded):
+        return ["Embedded", model.params.to_dict(), *_identity(model.network)]
+    name = network_name(model)
+    return [name, model.params.to_dict() if name else type(model).__name__]
+
+
 def _digest(parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -474,6 +546,11 @@ def _check_module(model: Any) -> None:
             f"model must be a flax.nnx.Module with encode(x) and __call__(t, theta_t, context); got {type(model).__name__}. "
             f"See distsbi.networks.Network."
         )
+    _check_state(model)
+
+
+def _check_state(model: Any) -> None:
+    """Raises ValueError for a module that keeps more than weights."""
     other = {type(leaf).__name__ for _, leaf in nnx.to_flat_state(nnx.state(model)) if not isinstance(leaf, nnx.Param)}
     if other:
         raise ValueError(

@@ -207,7 +207,7 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
             "must be one observation of shape (2, 1); got (3,)",
         ),
         (["sample", "{run}", "--x", "0,nan", "--out", "{tmp}/d.npy"], "NaN or infinite"),
-        (["sample", "{run}", "--x", "{tmp}/there.npy", "--out", "{tmp}/d.npy"], "cannot be read as a .npy array"),
+        (["sample", "{run}", "--x", "{tmp}/there.npy", "--out", "{tmp}/d.npy"], "cannot be read as arrays"),
         (["sample", "{run}", "--x", "0,0", "--nsamples", "0", "--out", "{tmp}/d.npy"], "nsamples must be a positive"),
         (["sample", "{run}", "--x", "0,0", "--solver", "rk9", "--out", "{tmp}/d.npy"], "rk9"),
         (["catalog", "{run}", "{tmp}/none.parquet", "{tmp}/out", "--workers", "0"], "none.parquet"),

@@ -26,12 +26,12 @@ class Pairs(NamedTuple):
     """float32 arrays of equal length, finite, with channel axes; `names` are those of the parameters."""
 
     theta: Float[np.ndarray, "n dim_theta ch_theta"]
-    x: Float[np.ndarray, "n dim_x ch_x"]
+    x: Float[np.ndarray, "n *dim_x ch_x"]
     names: tuple[str, ...]
 
 
 def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None, *, missing: bool = False) -> Pairs:
-    """Checked pairs from two arrays of shape [n, dim] or [n, dim, ch]; without names the parameters are `theta_0`,
+    """Checked pairs from two arrays of shape [n, dim] or [n, dim, ch], x also of images [n, rows, columns, ch]; without names the parameters are `theta_0`,
     `theta_1`, ... `missing`: NaN in x means that the entry is missing.
 
     Raises ValueError for other shapes, mismatched or zero lengths, entries that are not real numbers, and rows with NaN
@@ -68,12 +68,12 @@ def _with_channels(name: str, array: Any) -> np.ndarray:
     array = np.asarray(array)
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}.")
-    if array.ndim not in (2, 3) or 0 in array.shape[1:]:
+    if (array.ndim not in (2, 3) and not (name == "x" and array.ndim > 3)) or 0 in array.shape[1:]:
         advice = f" Add the axis with {name}[:, None]." if array.ndim == 1 else ""
         raise ValueError(f"{name} must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.{advice}")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which check_finite reports
         array = array.astype(np.float32, copy=False)
-    return array if array.ndim == 3 else array[..., None]
+    return array if array.ndim > 2 else array[..., None]
 
 
 # Folders
@@ -87,7 +87,7 @@ class PairsFolder:
     rows: tuple[int, ...]
     names: tuple[str, ...]
     theta_shape: tuple[int, int]
-    x_shape: tuple[int, int]
+    x_shape: tuple[int, ...]
     source: dict[str, Any]
 
     def __len__(self) -> int:

@@ -1,5 +1,5 @@
 """One Parquet file of training pairs: two columns of `arrow.fixed_shape_tensor` float32, `theta` [dim_theta, ch_theta]
-and `x` [dim_x, ch_x].
+and `x` [dim_x, ch_x], or an image [rows, columns, ch_x].
 
 The schema carries the parameter names and where the pairs came from. A file exists if and only if it is complete: it is
 written under a hidden temporary name, synced and renamed. Plain fixed-size lists, as other writers make them, are read
@@ -24,12 +24,12 @@ _ROW_GROUP_BYTES = 16 << 20
 
 
 class Footer(NamedTuple):
-    """What a file says of itself: shapes are [dim, channels] of one row."""
+    """What a file says of itself: shapes are of one row, [dim, channels], and of an x that is an image [rows, columns, channels]."""
 
     rows: int
     names: tuple[str, ...]
     theta_shape: tuple[int, int]
-    x_shape: tuple[int, int]
+    x_shape: tuple[int, ...]
     source: dict[str, Any]
 
 
@@ -67,12 +67,12 @@ def read_footer(path: Path) -> Footer:
     return Footer(rows, check_names(names, theta_shape[0]), theta_shape, x_shape, note.get("source", {}))
 
 
-def _row_shape(path: Path, schema: pa.Schema, name: str) -> tuple[int, int]:
-    """[dim, channels] of a column: a fixed-shape tensor, or a fixed-size list (one channel)."""
+def _row_shape(path: Path, schema: pa.Schema, name: str) -> Any:
+    """[dim, channels] of a column, more axes for images: a fixed-shape tensor, or a fixed-size list (one channel)."""
     index = schema.get_field_index(name)
     kind: Any = schema.field(index).type if index >= 0 else None
-    if isinstance(kind, pa.FixedShapeTensorType) and len(kind.shape) in (1, 2):
-        return (kind.shape[0], kind.shape[1] if len(kind.shape) == 2 else 1)
+    if isinstance(kind, pa.FixedShapeTensorType) and (len(kind.shape) in (1, 2) or name == "x"):
+        return tuple(kind.shape) if len(kind.shape) > 1 else (kind.shape[0], 1)
     if isinstance(kind, pa.FixedSizeListType):
         return (kind.list_size, 1)
     found = f"{name} of type {kind}" if kind is not None else f"only {', '.join(schema.names)}"
@@ -82,7 +82,7 @@ def _row_shape(path: Path, schema: pa.Schema, name: str) -> tuple[int, int]:
     )
 
 
-def read_file(path: Path, theta_shape: tuple[int, int], x_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def read_file(path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """theta and x of one file, float32. Raises ValueError if it is damaged or holds nulls."""
     try:
         table = pq.read_table(path, columns=["theta", "x"])

@@ -9,8 +9,9 @@ iterable of batches   streamed; anything that yields (theta, x), grain included
 import dataclasses
 import hashlib
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 
 from distsbi.data.pairs import PairsFolder, as_pairs, iter_pairs, open_pairs, read_pairs
 from distsbi.data.prior import check_theta
+from distsbi.networks.observation import Layout
 from distsbi.tasks.base import Task
 
 IN_MEMORY_BYTES = 2 * 2**30
@@ -51,11 +53,13 @@ class Source:
 
 
 class Shapes(NamedTuple):
-    """(dim_theta, ch_theta), (dim_x, ch_x), and whether NaN in x means that the entry is missing."""
+    """(dim_theta, ch_theta), (dim_x, ch_x), whether NaN in x means that the entry is missing, and what an x looks like that is
+    packed into (dim_x, ch_x)."""
 
     theta: tuple[int, int]
     x: tuple[int, int]
     missing: bool = False
+    layout: Layout | None = None
 
 
 def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
@@ -67,7 +71,7 @@ def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
         return _from_task(data, shapes, prior)
     if isinstance(data, (str, os.PathLike)):
         return _from_folder(data, shapes, prior)
-    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(p, "shape") or isinstance(p, Mapping) for p in data):
         return _from_arrays(_checked(data, shapes, prior))
     if isinstance(data, Iterable):
         return _from_iterable(data, shapes, prior)
@@ -77,7 +81,10 @@ def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
 
 
 def _checked(data: Any, shapes: Shapes, prior: Any) -> Pairs:
-    theta, x, _ = as_pairs(*data, missing=shapes.missing)
+    theta, x = data
+    if shapes.layout is not None and not shapes.layout.is_plain:
+        x = shapes.layout.pack(x)
+    theta, x, _ = as_pairs(theta, x, missing=shapes.missing)
     for name, array, shape in (("theta", theta, shapes[0]), ("x", x, shapes[1])):
         if array.shape[1:] != shape:
             raise ValueError(
@@ -138,7 +145,7 @@ def _from_task(task: Task, shapes: Shapes, prior: Any = None) -> Source:
 
 def _from_folder(path: str | os.PathLike[str], shapes: Shapes, prior: Any) -> Source:
     folder = open_pairs(path)
-    if len(folder) * sum(a * b for a, b in shapes[:2]) * 4 <= IN_MEMORY_BYTES:
+    if len(folder) * sum(math.prod(shape) for shape in shapes[:2]) * 4 <= IN_MEMORY_BYTES:
         pairs = read_pairs(folder, missing=shapes.missing)
         return _from_arrays(_checked((pairs.theta, pairs.x), shapes, prior))
     return _streamed(folder, shapes, prior)

@@ -17,7 +17,7 @@ posterior of a linear-Gaussian problem is the very noise that the path starts fr
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -81,8 +81,10 @@ class Standardizer:
         supports: Sequence[Support],
         *,
         linear: bool = True,
+        pool: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> Self:
-        """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares.
+        """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares. `pool`: makes
+        (means, standard deviations) of x equal where entries share a scale.
 
         Raises ValueError if there are not as many supports as parameters.
         """
@@ -94,6 +96,8 @@ class Standardizer:
         zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
         x64 = np.asarray(x, np.float64)
         x_mean, x_std = _mean(x64), _scale(x64)
+        if pool is not None:
+            x_mean, x_std = pool(x_mean, x_std)
         eye = np.eye(zero.size, dtype=np.float32)
         flat = np.zeros((x64[0].size, zero.size), np.float32)
         bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)  # type: ignore[arg-type]

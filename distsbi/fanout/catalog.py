@@ -24,6 +24,7 @@ from distsbi.fanout import cluster
 from distsbi.fanout.pool import InProcess, Pool, RayPool, one_line
 from distsbi.fanout.worker import Job, Shards
 from distsbi.files import is_disk_full
+from distsbi.sampling.run import instruments
 from distsbi.store import Catalog, Output, SourceSpec, layout, open_catalog, open_source, record, schema, source
 
 SHARD_BYTES = 128 * 2**20  # at most this much of draws in a worker's memory
@@ -102,7 +103,8 @@ def sample_catalog(
         address: of a Ray cluster; None: the one in $RAY_ADDRESS, else this machine.
         rows_per_shard: None: by size and number.
         id_column: integers or strings, unique; None: row numbers, and the draws of `sample_batched` over the rows.
-        x_column, x_columns: one list or tensor column, or several scalar columns.
+        x_column, x_columns: one list or tensor column, or several columns that are joined. Default for a run of several instruments: a
+            column of the name of each.
         solver, steps, step_size, rtol, atol: as for `Posterior.sample`.
         draws, thin, quantiles: what is written: draws at all, every thin-th, which quantiles.
         network: for a run of a user's own module, "package.module:function" that makes it, importable on the workers.
@@ -121,7 +123,7 @@ def sample_catalog(
     _check_arguments(nsamples, workers, rows_per_shard, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
     if not address and not Path(run).is_dir():
         raise ValueError(f"there is no run directory at {run}; give the path that the pipeline was saved to.")
-    columns = tuple(x_columns) if x_columns is not None else None
+    columns = tuple(x_columns) if x_columns is not None else instruments(run)
     spec = SourceSpec(str(Path(catalog).absolute()), id_column, x_column, columns)
     given = {"solver": solver, "steps": steps, "step_size": step_size, "rtol": rtol, "atol": atol}
     job = Job(

@@ -164,17 +164,16 @@ class Worker:
         if isinstance(value, str):
             return value
         p = self.posterior
-        if value.ndim == 1 and value.size == p.dim_x * p.ch_x:
+        if value.ndim == 1 and value.size == p.dim_x * p.ch_x:  # packed, or with one axis where there is one channel
             value = value.reshape(p.dim_x, p.ch_x)
         elif value.ndim == 1:
             return (
                 f"x has {value.size} values; this posterior takes {p.dim_x * p.ch_x} (dim_x {p.dim_x}, ch_x {p.ch_x})"
             )
         try:
-            p.check_x(value)
+            return p.check_x(value)
         except ValueError as error:
             return str(error)
-        return value
 
     def _draw_rows(
         self, xs: Sequence[Row], ids: np.ndarray, status: list[str], message: list[str | None]

@@ -5,10 +5,12 @@ from typing import Any
 from flax import nnx
 
 from distsbi.networks.base import Context, Network, NetworkParams, encode, takes_missing
+from distsbi.networks.embedding import CNN, CNNParams, Embedded, PatchEmbedding, PatchEmbeddingParams
 from distsbi.networks.flux1 import Flux1, Flux1Params
 from distsbi.networks.flux1_joint import Flux1Joint, Flux1JointParams
 from distsbi.networks.joint import Conditional, JointNetwork, Unconditional
 from distsbi.networks.mlp import MLP, MLPParams
+from distsbi.networks.observation import Layout
 from distsbi.networks.simformer import Simformer, SimformerParams
 
 NETWORKS: dict[str, tuple[Any, Any]] = {
@@ -36,18 +38,24 @@ def network_name(network: nnx.Module) -> str | None:
 
 
 __all__ = [
+    "CNN",
     "MLP",
     "NETWORKS",
+    "CNNParams",
     "Conditional",
     "Context",
+    "Embedded",
     "Flux1",
     "Flux1Joint",
     "Flux1JointParams",
     "Flux1Params",
     "JointNetwork",
+    "Layout",
     "MLPParams",
     "Network",
     "NetworkParams",
+    "PatchEmbedding",
+    "PatchEmbeddingParams",
     "Simformer",
     "SimformerParams",
     "Unconditional",

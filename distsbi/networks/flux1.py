@@ -42,7 +42,7 @@ from distsbi.networks.flux1_blocks import (
 from distsbi.networks.weights import Maker, timestep_features, weights_of
 
 CONDITIONINGS = ("one_way", "joint")
-ID_STRATEGIES = ("absolute", "pos1d", "rope1d")
+ID_STRATEGIES = ("absolute", "pos1d", "pos2d", "rope1d", "rope2d")
 TIME_FEATURES = 256
 
 
@@ -54,13 +54,15 @@ class Flux1Params(NetworkParams):
         in_channels, dim_obs: channels per parameter, number of parameters.
         context_in_dim, dim_cond: channels per datum, number of data.
         num_heads: attention heads.
-        axes_dim: for "sum", features per head, in two parts: (of the position, of the side); their sum is the head's width. RoPE
-            turns each part with its own coordinate.
+        axes_dim: for "sum", features per head, in parts whose sum is the head's width. RoPE turns each part with its own coordinate:
+            two for "rope1d", (of the position, of the side), three for "rope2d", (of the side, of the row, of the column).
         val_emb_dim, id_emb_dim: for "concat", features per head of the value and of the id.
         mlp_ratio: hidden units of the MLPs over the width.
         depth, depth_single_blocks: double and single blocks, at least one of each.
         qkv_bias: biases of q, k, v in the double blocks.
-        id_embedding_strategy: of (parameters, data): "absolute" (learned), "pos1d" (sine and cosine of the index) or "rope1d".
+        id_embedding_strategy: of (parameters, data): "absolute" (learned), "pos1d" (sine and cosine of the index), "pos2d" (of row and
+            column), "rope1d" or "rope2d".
+        obs_grid, cond_grid: (rows, columns) of the tokens, for the strategies in two dimensions; None: a square.
         id_merge_mode: "sum" or "concat".
         theta: base of RoPE's frequencies; None for 10 (dim_obs + dim_cond).
         conditioning: "one_way" or "joint", see the module.
@@ -94,6 +96,8 @@ class Flux1Params(NetworkParams):
     dtype: str = "float32"
     conditioning: str = "one_way"
     missing: bool = False
+    obs_grid: tuple[int, int] | None = None
+    cond_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -126,23 +130,35 @@ class Flux1Params(NetworkParams):
             _one_of("id_embedding_strategy", strategy, ID_STRATEGIES)
         if self.guidance_embed:
             raise ValueError("Flux1 takes no guidance; set guidance_embed=False.")
+        for name, dim, strategy in zip(
+            ("obs_grid", "cond_grid"), (self.dim_obs, self.dim_cond), self.id_embedding_strategy, strict=True
+        ):
+            put(name, _grid(name, getattr(self, name), dim, strategy.endswith("2d")))
         self._check_width()
 
     def _check_width(self) -> None:
-        rope = "rope1d" in self.id_embedding_strategy
+        ropes = {strategy for strategy in self.id_embedding_strategy if strategy.startswith("rope")}
+        rope = bool(ropes)
         if self.id_merge_mode == "sum":
             if not self.axes_dim or min(self.axes_dim) < 0 or sum(self.axes_dim) < 1:
                 raise ValueError(
                     f'id_merge_mode="sum" needs axes_dim, the features per head, such as (8, 0); got {self.axes_dim}.'
                 )
-            if rope and (len(self.axes_dim) != 2 or any(n % 2 for n in self.axes_dim)):
+            if len(ropes) > 1:
                 raise ValueError(
-                    f'"rope1d" needs two even axes_dim, (of the position, of the side), such as (6, 2); got {self.axes_dim}.'
+                    '"rope1d" and "rope2d" turn heads by other coordinates; use one of them on both sides, or "absolute".'
                 )
+            count, what = (
+                (3, "side, row, column), such as (2, 4, 4")
+                if "rope2d" in ropes
+                else (2, "position, side), such as (6, 2")
+            )
+            if rope and (len(self.axes_dim) != count or any(n % 2 for n in self.axes_dim)):
+                raise ValueError(f"{min(ropes)!r} needs {count} even axes_dim, ({what}); got {self.axes_dim}.")
         else:
             if rope:
                 raise ValueError(
-                    '"rope1d" rotates whole heads and goes with id_merge_mode="sum"; use it, or "absolute" or "pos1d".'
+                    f'{min(ropes)!r} rotates whole heads and goes with id_merge_mode="sum"; use it, or "absolute", "pos1d" or "pos2d".'
                 )
             if not self.val_emb_dim or not self.id_emb_dim or min(self.val_emb_dim, self.id_emb_dim) < 1:
                 given = (self.val_emb_dim, self.id_emb_dim)
@@ -152,6 +168,10 @@ class Flux1Params(NetworkParams):
         if "pos1d" in self.id_embedding_strategy and self.id_width % 2:
             raise ValueError(
                 f'"pos1d" needs an even width of the ids; got {self.id_width}. Change num_heads or the features per head.'
+            )
+        if "pos2d" in self.id_embedding_strategy and self.id_width % 4:
+            raise ValueError(
+                f'"pos2d" needs a width of the ids that 4 divides; got {self.id_width}. Change num_heads or the features per head.'
             )
         if self.mlp_width < 1:
             raise ValueError(f"Flux1Params.mlp_ratio must be at least 1 / hidden_size; got {self.mlp_ratio}.")
@@ -227,7 +247,7 @@ class Flux1(Network):
         normal, dense = make.normal, make.dense
 
         def token_in(channels: int, strategy: str) -> nnx.Dict:
-            size = hidden**-0.5 if p.id_merge_mode == "sum" and strategy != "rope1d" else 1.0
+            size = hidden**-0.5 if p.id_merge_mode == "sum" and not strategy.startswith("rope") else 1.0
             return make.token_in(channels, p.value_width, size)
 
         self.obs_in = token_in(p.in_channels, p.id_embedding_strategy[0])
@@ -386,26 +406,38 @@ class Flux1(Network):
         p = self.params
         h = linear(weights_of(getattr(self, f"{side}_in")), values.astype(jnp.float32))
         strategy = p.id_embedding_strategy[0 if side == "obs" else 1]
-        if strategy == "rope1d":
+        if strategy.startswith("rope"):
             return h
-        n = values.shape[1]
-        table = (
-            weights_of(getattr(self, f"{side}_ids_embedder"))["embedding"]
-            if strategy == "absolute"
-            else _sinusoidal(n, p.id_width)
-        )
+        if strategy == "absolute":
+            table = weights_of(getattr(self, f"{side}_ids_embedder"))["embedding"]
+        elif strategy == "pos1d":
+            table = _sinusoidal(jnp.arange(values.shape[1]), p.id_width)
+        else:
+            table = jnp.concatenate([_sinusoidal(at, p.id_width // 2) for at in self._places(side)], 1)
         ids = table.T[:, :, None, None]
         if p.id_merge_mode == "sum":
             return math.sqrt(p.hidden_size) * h + ids
         return jnp.concatenate([h, jnp.broadcast_to(ids, (p.id_width, *h.shape[1:]))], 0)
 
     def _rotation(self, side: str, n: int) -> Rotation:
-        """RoPE of one side: coordinates (index, side), all 0, the identity, where only the other side asks for it."""
+        """RoPE of one side: coordinates (index, side) or (side, row, column); all 0, the identity, where only the other side asks for it."""
         p, which = self.params, 0 if side == "obs" else 1
-        if "rope1d" not in p.id_embedding_strategy:
+        strategy = p.id_embedding_strategy[which]
+        kind = next((s for s in p.id_embedding_strategy if s.startswith("rope")), None)
+        if kind is None:
             return None
-        positions = jnp.stack([jnp.arange(n), jnp.full(n, which)], 1).astype(jnp.float32)
-        return rotation(positions * (p.id_embedding_strategy[which] == "rope1d"), p.axes_dim or (), float(p.theta or 1))
+        if strategy != kind:
+            positions = jnp.zeros((n, 2 if kind == "rope1d" else 3))
+        elif kind == "rope1d":
+            positions = jnp.stack([jnp.arange(n), jnp.full(n, which)], 1)
+        else:
+            positions = jnp.stack([jnp.full(n, which), *self._places(side)], 1)
+        return rotation(positions.astype(jnp.float32), p.axes_dim or (), float(p.theta or 1))
+
+    def _places(self, side: str) -> tuple[Array, Array]:
+        """Row and column of every token."""
+        rows, columns = self.params.obs_grid if side == "obs" else self.params.cond_grid  # type: ignore[misc]
+        return jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)
 
 
 def _long_axis_last(a: Float[Array, "... batch d"], draws: int) -> Float[Array, "... slots n"]:
@@ -421,9 +453,9 @@ def _again(step: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(step, prevent_cse=False)  # type: ignore[return-value]
 
 
-def _sinusoidal(n: int, width: int) -> Float[Array, "n width"]:
+def _sinusoidal(at: Float[Array, " n"], width: int) -> Float[Array, "n width"]:
     """Vaswani et al. 1706.03762, sec. 3.5, with the sines before the cosines."""
-    angles = jnp.arange(n)[:, None] * 10_000.0 ** (-jnp.arange(width // 2) / (width // 2))
+    angles = at[:, None] * 10_000.0 ** (-jnp.arange(width // 2) / (width // 2))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)
 
 
@@ -433,6 +465,17 @@ def _both(first: Any, second: Any) -> Any:
 
 def _swap(layer: tuple[Weights, Array], h: Tokens) -> tuple[Weights, Tokens, Array]:
     return layer[0], h, layer[1]
+
+
+def _grid(name: str, grid: tuple[int, int] | None, dim: int, wanted: bool) -> tuple[int, int] | None:
+    """Rows and columns of `dim` tokens. Raises ValueError where they do not multiply to it."""
+    if not wanted:
+        return None if grid is None else (int(grid[0]), int(grid[1]))
+    side = math.isqrt(dim)
+    rows, columns = (side, side) if grid is None else map(int, grid)
+    if rows * columns != dim:
+        raise ValueError(f"Flux1Params.{name} must be (rows, columns) of {dim} tokens; got {grid}.")
+    return rows, columns
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

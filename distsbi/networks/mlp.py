@@ -77,8 +77,9 @@ class MLP(Network):
 
         # encode
         self.x_in, self.x_in_bias = weight(n_x, n_x, w), zeros(w)
-        self.x_w1, self.x_bias1 = weight(w, p.embed_depth, w, w), zeros(p.embed_depth, w)
-        self.x_w2, self.x_bias2 = weight(w, p.embed_depth, w, w, scale=0.1), zeros(p.embed_depth, w)
+        if p.embed_depth:  # a run directory holds no arrays of size zero
+            self.x_w1, self.x_bias1 = weight(w, p.embed_depth, w, w), zeros(p.embed_depth, w)
+            self.x_w2, self.x_bias2 = weight(w, p.embed_depth, w, w, scale=0.1), zeros(p.embed_depth, w)
         self.x_out, self.x_out_bias = weight(w, w, p.depth * w), zeros(p.depth, w)
         # time
         self.t_in, self.t_in_bias = weight(p.time_features, p.time_features, 64), zeros(64)

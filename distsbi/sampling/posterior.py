@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from distsbi import keys, mesh as meshes
 from distsbi.methods import Method
 from distsbi.networks.base import Network, takes_missing
+from distsbi.networks.observation import Layout
 from distsbi.sampling import tiles
 from distsbi.sampling.flow import EXACT, Divergence, make_schedule
 from distsbi.sampling.options import SampleOptions
@@ -65,6 +66,7 @@ class Posterior:
         self.method = method
         self.dim_theta, self.ch_theta = network.dim_theta, network.ch_theta
         self.dim_x, self.ch_x = network.dim_x, network.ch_x
+        self.layout: Layout = getattr(network, "layout", None) or Layout(("",), ((self.dim_x, self.ch_x),))
         self.parameter_names = names or tuple(f"theta_{i}" for i in range(self.dim_theta))
         self.default_solver = solver if solver is not None else make_solver(method)
         self.tile = tile or tiles.default_tile(self.mesh.devices.flat[0].platform)
@@ -96,9 +98,27 @@ class Posterior:
 
     # Checks
 
-    def check_x(self, x: Float[Array, "dim_x ch_x"]) -> None:
-        """Raises ValueError unless `x` is one finite observation of shape (dim_x, ch_x)."""
-        self._check_array(x, (self.dim_x, self.ch_x), "x")
+    def check_x(self, x: Any) -> Float[np.ndarray, "dim_x ch_x"]:
+        """One observation without its batch axis, as `draw` takes it. Raises ValueError unless it is finite and has the right shape."""
+        if not self.layout.is_plain:
+            one = (
+                {name: np.asarray(part)[None] for name, part in x.items()}
+                if isinstance(x, Mapping)
+                else np.asarray(x)[None]
+            )
+            x = self.layout.pack(one)[0]
+        return self._check_array(x, (self.dim_x, self.ch_x), "x")
+
+    def _one(self, x_o: Any) -> Float[np.ndarray, "1 dim_x ch_x"]:
+        """An observation with its batch axis, packed and checked."""
+        if self.layout.is_plain:
+            return self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
+        packed = self.layout.pack(x_o, "x_o")
+        if len(packed) != 1:
+            raise ValueError(
+                f"x_o must be one observation, {self.layout.describe()} with n = 1; got {len(packed)}. See sample_batched."
+            )
+        return self._check_array(packed, packed.shape, "x_o")
 
     def _check_array(self, x: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
         try:
@@ -156,6 +176,8 @@ class Posterior:
         return "student" in self.facts
 
     def _check_batch(self, xs: Any) -> np.ndarray:
+        if not self.layout.is_plain:
+            xs = self.layout.pack(xs, "xs")
         shape = np.shape(xs)
         return self._check_array(xs, (shape[0] if len(shape) == 3 else 1, self.dim_x, self.ch_x), "xs")
 
@@ -255,7 +277,7 @@ class Posterior:
         """
         key = one_of("rng", rng, "key", key)
         if x_o is None:
-            raise ValueError(f"x_o is missing: an observation of shape (1, {self.dim_x}, {self.ch_x}).")
+            raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
         count = (
             10_000
             if nsamples is None and num_samples is None
@@ -267,7 +289,7 @@ class Posterior:
         """A function `sampler(key, nsamples=10_000)` for one observation, compiled at its first call and reused after."""
         chosen = SampleOptions.parse(options)
         self._solver(chosen)  # its errors come here, not at the first call
-        x = self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
+        x = self._one(x_o)
         ids = np.asarray([observation_id])
         keys.split_id(ids)
 
@@ -313,7 +335,7 @@ class Posterior:
 
         Raises ValueError for wrong shapes, non-finite values, or a solver that has no density.
         """
-        x = self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
+        x = self._one(x_o)
         shape = np.shape(theta)
         points = self._check_array(theta, (shape[0] if len(shape) == 3 else 1, self.dim_theta, self.ch_theta), "theta")
         return self._log_prob(points[None], x, divergence, probes, key, options)[0]
@@ -373,7 +395,7 @@ class Posterior:
         """Draws and their log p(theta | x_o), in one solve; the solver is that of `log_prob`, so the draws differ from those of
         `sample` within its certificate."""
         key = keys.as_key(one_of("rng", rng, "key", key))
-        x = self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
+        x = self._one(x_o)
         chosen, n = SampleOptions.parse(options), _check_nsamples(nsamples)
         draws, density = np.empty((1, n, self.dim_theta, self.ch_theta), np.float32), np.empty((1, n), np.float32)
         ids = self._ids(x, [observation_id])
@@ -389,7 +411,7 @@ class Posterior:
         It maximises p(theta | x_o) in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
         bijection reaches.
         """
-        x = self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
+        x = self._one(x_o)
         draws, density = self.sample_and_log_prob(key, x, nsamples)
         best = np.argsort(-density)[:starts]
         climb = tiles.climb_program(self.graphdef, self.method, self._density_solver(SampleOptions()), steps)

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.files import full_disk_says, write_json
 from distsbi.methods import METHODS, make_method
-from distsbi.networks import NETWORKS, Conditional, Unconditional, make_network, network_name
+from distsbi.networks import NETWORKS, Conditional, Embedded, Unconditional, make_network, network_name
+from distsbi.networks.embedding import embedded_shape, rebuild
+from distsbi.networks.observation import Layout
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
@@ -53,6 +56,8 @@ def model_spec(posterior: Posterior) -> dict[str, Any]:
     network = posterior.network
     view = next((name for name, cls in VIEWS.items() if type(network) is cls), None)
     inner: Any = network.network if view else network  # type: ignore[attr-defined]
+    embedded = {"embedded": inner.params.to_dict()} if isinstance(inner, Embedded) else {}
+    inner = inner.network if embedded else inner
     name = network_name(inner)
     params = inner.params.to_dict() if name else {}
     method = next(key for key, cls in METHODS.items() if type(posterior.method) is cls)
@@ -61,7 +66,7 @@ def model_spec(posterior: Posterior) -> dict[str, Any]:
     )
     pattern = {"free": list(network.free), "given": list(network.given)} if isinstance(network, Conditional) else None
     return {
-        "network": {"name": name, "params": params, "view": view, "pattern": pattern},
+        "network": {"name": name, "params": params, "view": view, "pattern": pattern, **embedded},
         "sizes": [posterior.dim_theta, posterior.ch_theta, posterior.dim_x, posterior.ch_x],
         "method": {"name": method, "params": posterior.method.to_dict()},
         "standardizer": standardizer.to_dict(),
@@ -152,6 +157,14 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     return spec
 
 
+def instruments(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
+    """The parts that an observation of this run is made of, None where it is one array. Raises ValueError as `read_spec` does."""
+    if not (Path(path) / SPEC).is_file():
+        return None
+    names = read_spec(path)["network"].get("embedded", {}).get("layout", {}).get("names", [""])
+    return None if names == [""] else tuple(names)
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -160,8 +173,8 @@ def load(
 ) -> Posterior:
     """The posterior of a run directory, on any mesh.
 
-    `network`: for a run of a user's own module, the module, a function that makes it, or "package.module:function"; its weights are
-    replaced. Nothing else that a run names is imported or run.
+    `network`: for a run of a user's own module (a network, or an embedding net; a dict of those where several are), the module, a function
+    that makes it, or "package.module:function"; its weights are replaced. Nothing else that a run names is imported or run.
 
     Raises ValueError for a missing, unfinished, damaged or newer run directory.
     """
@@ -204,11 +217,12 @@ def load(
 
 def _rebuild(spec: dict[str, Any], network: Any) -> Any:
     """The module that the weights belong to; a user's own is told the sizes that training gave it."""
+    if "embedded" in spec["network"]:
+        return _embedded(spec, network)
     inner: Any = _inner(spec, network)
     view, sizes = spec["network"]["view"], spec["sizes"]
     if view is None:
-        for size, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), sizes, strict=True):
-            setattr(inner, size, value)
+        _set_sizes(inner, *sizes)
         return inner
     if view == "unconditional":
         return Unconditional(inner)
@@ -216,6 +230,35 @@ def _rebuild(spec: dict[str, Any], network: Any) -> Any:
     if spec["network"]["name"] is None:
         inner.num_tokens, inner.ch_theta = sizes[0] + sizes[2], sizes[1]
     return Conditional(inner, tuple(pattern["free"]), tuple(pattern["given"]))
+
+
+def _embedded(spec: dict[str, Any], given: Any) -> Any:
+    """An `Embedded`, of which the network or some of the nets may be a user's own."""
+    described, (dim_theta, ch_theta, *_) = spec["network"]["embedded"], spec["sizes"]
+    layout, nets = Layout.from_dict(described["layout"]), described["nets"]
+    given = _imported(given) if isinstance(given, str) else given
+    given = given if given is None or isinstance(given, (nnx.Module, Mapping)) else given()
+    if isinstance(given, Embedded):
+        return given
+    own = [name for name, net in (nets or {}).items() if net is None]
+    if own:
+        found = dict(given) if isinstance(given, Mapping) else dict.fromkeys(own, given)
+        if set(found) != set(own) or None in found.values():
+            raise ValueError(
+                f"this run holds a user's own embedding net{'s for ' + str(own) if own != [''] else ''}; load it with "
+                f"load(path, network=<the net{'s in a dict' if len(own) > 1 else ''}, or what makes it>), or --network package.module:function."
+            )
+        given = None
+    made = None if nets is None else {name: found[name] if net is None else rebuild(net) for name, net in nets.items()}
+    inner = _inner(spec, given)
+    if spec["network"]["name"] is None:
+        _set_sizes(inner, dim_theta, ch_theta, *(layout.packed if made is None else embedded_shape(made, layout)))
+    return Embedded(inner, made, layout)
+
+
+def _set_sizes(module: Any, *sizes: int) -> None:
+    for name, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), sizes, strict=True):
+        setattr(module, name, value)
 
 
 def _inner(spec: dict[str, Any], network: Any) -> Any:

@@ -1,6 +1,6 @@
 """The catalog that comes in: rows of (id, x), read a few at a time.
 
-    catalog.parquet, or a folder of Parquet files    id column + one list or tensor column x, or named scalar columns
+    catalog.parquet, or a folder of Parquet files    id column + one list or tensor column x, or named columns
     catalog.npy                                      x alone, (rows, dim_x) or (rows, dim_x, ch_x)
     catalog.npz                                      arrays named like the columns
 
@@ -37,7 +37,7 @@ class SourceSpec:
         path: a Parquet file, a folder of them, .npy or .npz.
         id_column: the column (array of the .npz) with the ids, integers or strings; None: the row number is the id.
         x_column: the column with x, a list or a tensor per row.
-        x_columns: instead, scalar columns that make up x, in this order.
+        x_columns: instead, columns that make up x, in this order: scalars, or lists and tensors, which are flattened and joined.
     """
 
     path: str
@@ -167,7 +167,7 @@ class ParquetSource:
         else:
             ids = _one(table[self.spec.id_column]).cast(self.id_type)
         columns = [_one(table[name]) for name in self.spec.columns]
-        return ids, _stack(columns, self.spec) if self.spec.x_columns else rows_of(columns[0])
+        return ids, _join_columns(columns, self.spec) if self.spec.x_columns else rows_of(columns[0])
 
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
         index = bisect.bisect_right(self._first, start) - 1
@@ -237,7 +237,8 @@ class NumpySource:
         ids = pa.array(np.asarray(rows)) if self._ids is None else self._ids.slice(start, len(rows)).cast(self.id_type)
         x = [np.asarray(part[start:stop]) for part in self._x]
         with np.errstate(over="ignore"):
-            block = (np.stack(x, axis=1) if self.spec.x_columns else x[0]).astype(np.float32)
+            block = np.concatenate([a.reshape(len(rows), -1) for a in x], 1) if self.spec.x_columns else x[0]
+            block = block.astype(np.float32)
         return ids, list(block.reshape(len(rows), 1) if block.ndim == 1 else block)
 
 
@@ -280,6 +281,20 @@ def _join(parts: Sequence[Row]) -> Row:
     return np.stack(parts) if len(lengths) == 1 else f"x is ragged: inner lists of lengths {sorted(lengths)}"  # type: ignore[arg-type]
 
 
+def _join_columns(columns: list[pa.Array], spec: SourceSpec) -> list[Row]:
+    """The columns of each row, flattened and joined; the first reason where one has none."""
+    if not any(_is_list(c.type) or isinstance(c.type, pa.FixedShapeTensorType) for c in columns):
+        return _stack(columns, spec)
+
+    def join(parts: tuple[Row, ...]) -> Row:
+        for name, part in zip(spec.columns, parts, strict=True):
+            if isinstance(part, str):
+                return f"{name}: {part}"
+        return np.concatenate([np.ravel(part) for part in parts])
+
+    return [join(parts) for parts in zip(*map(rows_of, columns), strict=True)]
+
+
 def _stack(columns: list[pa.Array], spec: SourceSpec) -> list[Row]:
     table = np.stack([_floats(column) for column in columns], axis=1)
     null = np.stack([column.is_null().to_numpy(zero_copy_only=False) for column in columns], axis=1)
@@ -319,7 +334,7 @@ def _check_columns(spec: SourceSpec, names: Sequence[str]) -> None:
 
 def _check_numeric(name: str, kind: pa.DataType, spec: SourceSpec) -> None:
     value = kind.value_type if isinstance(kind, (pa.FixedShapeTensorType, pa.DictionaryType)) else kind
-    while _is_list(value) and not spec.x_columns:
+    while _is_list(value):
         value = value.value_type
     numeric = (
         pa.types.is_integer(value)
@@ -328,8 +343,9 @@ def _check_numeric(name: str, kind: pa.DataType, spec: SourceSpec) -> None:
         or pa.types.is_boolean(value)
     )
     if not numeric or math.prod(getattr(kind, "shape", [1])) == 0:
-        wanted = "numbers" if spec.x_columns else "numbers, lists of numbers or tensors"
-        raise ValueError(f"column {name!r} of {spec.path} must hold {wanted}; it has type {kind}.")
+        raise ValueError(
+            f"column {name!r} of {spec.path} must hold numbers, lists of numbers or tensors; it has type {kind}."
+        )
 
 
 def _id_type(kind: Any, spec: SourceSpec) -> pa.DataType:

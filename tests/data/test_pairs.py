@@ -43,7 +43,7 @@ class TestArrays:
         [
             (THETA[:100], X, "theta has 100 rows and x has 103"),
             (THETA[:, 0], X, r"got \[103\]. Add the axis with theta\[:, None\]"),
-            (THETA, X[None], r"x must have shape \[n, dim\] or \[n, dim, channels\]; got \[1, 103, 3, 2\]"),
+            (THETA[None, ..., None], X, r"theta must have shape \[n, dim\] or \[n, dim, channels\]; got \[1, 103, "),
             (THETA[:0], X[:0], "no rows"),
             (THETA[:, :0], X, r"got \[103, 0\]"),
             (THETA.astype(str), X, "theta must hold real numbers"),

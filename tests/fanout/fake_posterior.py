@@ -39,11 +39,12 @@ class FakePosterior:
         self.tile = Tile(2, 4)
         self.mesh = make_mesh({"data": 1})
 
-    def check_x(self, x: np.ndarray) -> None:
+    def check_x(self, x: np.ndarray) -> np.ndarray:
         if x.shape != (3, 1):
             raise ValueError(f"x must have shape (3, 1); got {x.shape}")
         if not np.isfinite(x).all():
             raise ValueError("x has values that are NaN or infinite")
+        return x
 
     def draw(
         self, key: Any, xs: np.ndarray, nsamples: int, *, observation_ids: np.ndarray, **options: Any

@@ -14,7 +14,18 @@ from distsbi.networks.flux1 import Flux1, Flux1Params
 from distsbi.networks.gensbi import from_gensbi, gensbi_paths, to_gensbi
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_flux1.npz"
-CASES = ("absolute", "concat", "concat_pos1d", "pos1d", "rope1d", "absolute_rope1d")
+CASES = (
+    "absolute",
+    "concat",
+    "concat_pos1d",
+    "pos1d",
+    "rope1d",
+    "absolute_rope1d",
+    "absolute_rope2d",
+    "rope2d",
+    "pos2d",
+)
+GRIDS = {"rope2d": {"obs_grid": (3, 1)}}
 SMALL = Flux1Params(
     in_channels=1,
     context_in_dim=2,
@@ -71,7 +82,7 @@ def gensbi_case(name: str) -> tuple[dict, dict, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_joint_equals_gensbi(name):
     fields, tree, arrays = gensbi_case(name)
-    network = from_gensbi(Flux1(Flux1Params.from_dict(fields | {"conditioning": "joint"})), tree)
+    network = from_gensbi(Flux1(Flux1Params.from_dict(fields | {"conditioning": "joint"} | GRIDS.get(name, {}))), tree)
     with jax.default_matmul_precision("highest"):
         velocity = network(
             jnp.asarray(arrays["t"]), jnp.asarray(arrays["theta"])[:, None], network.encode(jnp.asarray(arrays["x"]))
@@ -221,10 +232,16 @@ def test_params_round_trip():
     [
         (dict(depth=0), "depth must be at least 1; got 0"),
         (dict(conditioning="both"), "'one_way', 'joint'; got 'both'"),
-        (dict(id_embedding_strategy=("absolute", "rope2d")), "'absolute', 'pos1d', 'rope1d'; got 'rope2d'"),
+        (dict(id_embedding_strategy=("absolute", "rope3d")), "'rope1d', 'rope2d'; got 'rope3d'"),
+        (dict(id_embedding_strategy=("absolute", "rope2d")), "3 even axes_dim, .side, row, column"),
+        (
+            dict(id_embedding_strategy=("absolute", "pos2d"), cond_grid=(3, 2)),
+            "cond_grid must be .rows, columns. of 4 tokens",
+        ),
+        (dict(id_embedding_strategy=("rope1d", "rope2d"), obs_grid=(3, 1)), "use one of them on both sides"),
         (dict(id_embedding_strategy=("absolute",)), "is a pair"),
         (dict(axes_dim=None), "needs axes_dim"),
-        (dict(axes_dim=(6,), id_embedding_strategy=("rope1d", "absolute")), "two even axes_dim"),
+        (dict(axes_dim=(6,), id_embedding_strategy=("rope1d", "absolute")), "2 even axes_dim"),
         (dict(id_merge_mode="concat"), "needs val_emb_dim and id_emb_dim"),
         (
             dict(id_merge_mode="concat", val_emb_dim=2, id_emb_dim=2, id_embedding_strategy=("rope1d", "absolute")),
