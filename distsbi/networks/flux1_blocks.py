@@ -32,7 +32,7 @@ NORM_EPS = 1e-6
 NO_KEY = -1e30  # the logit of a key that is not there
 # Above these sizes attention is two batched matrix products; below, a sum of element-wise products. XLA's CPU backend runs
 # a product of 128 x 8 x 8 batches of [2, 8] @ [8, 2] as a scalar loop: 3.9 ms where the element-wise form takes 0.5 ms.
-ELEMENTWISE_KEYS = 8
+ELEMENTWISE_KEYS = 16
 ELEMENTWISE_HEAD_DIM = 32
 
 
@@ -108,18 +108,17 @@ def attention(q: Heads, sources: Sequence[Source], dtype: str) -> Tokens:
     sources = [source for source in sources if source[0].shape[2]]
     lengths = [k.shape[2] for k, _, _ in sources]
     elementwise = q.shape[1] <= ELEMENTWISE_HEAD_DIM and sum(lengths) <= ELEMENTWISE_KEYS
-    logits = jnp.concatenate(
-        [_masked(_scores(q, k, dtype, elementwise), mask) for k, _, mask in sources], 2
-    )  # [heads, queries, keys, batch, draws]
-    weights = jax.nn.softmax(logits, axis=2)
+    scores, mix, axis = (_few_scores, _few_mix, 2) if elementwise else (_many_scores, _many_mix, 4)
+    logits = jnp.concatenate([scores(q, k, mask, dtype) for k, _, mask in sources], axis)
+    weights = jax.nn.softmax(logits, axis=axis)
     if any(mask is not None for _, _, mask in sources):
         weights = jnp.where(logits > NO_KEY / 2, weights, 0.0)
-    parts = jnp.split(weights, np.cumsum(lengths)[:-1].tolist(), axis=2)
-    mixed = _total(_mix(part, v, dtype, elementwise) for part, (_, v, _) in zip(parts, sources, strict=True))
+    parts = jnp.split(weights, np.cumsum(lengths)[:-1].tolist(), axis=axis)
+    mixed = _total(mix(part, v, dtype) for part, (_, v, _) in zip(parts, sources, strict=True))
     return mixed.reshape(-1, *q.shape[2:])
 
 
-def _masked(logits: Float[Array, "heads queries keys batch draws"], mask: Array | None) -> Array:
+def _masked(logits: Array, mask: Array | None) -> Array:
     return logits if mask is None else jnp.where(mask, logits, NO_KEY)
 
 
@@ -175,20 +174,31 @@ def _rms_norm(x: Heads, scale: Float[Array, " head_dim"]) -> Heads:
     return x * jax.lax.rsqrt(mean_square + NORM_EPS)[:, None] * scale[:, None, None, None]
 
 
-def _scores(q: Heads, k: Heads, dtype: str, elementwise: bool) -> Float[Array, "heads queries keys batch draws"]:
-    if elementwise:
-        return _total(a[:, :, None] * b[:, None] for a, b in zip(_pieces(q, 1), _pieces(k, 1), strict=True))
-    shared = k.shape[-1] == 1
-    product = "heibd,hejb->hijbd" if shared else "heibd,hejbd->hijbd"
-    return _einsum(product, q, k[..., 0] if shared else k, dtype)
+def _few_scores(q: Heads, k: Heads, mask: Array | None, dtype: str) -> Float[Array, "heads queries keys batch draws"]:
+    logits = _total(a[:, :, None] * b[:, None] for a, b in zip(_pieces(q, 1), _pieces(k, 1), strict=True))
+    return _masked(logits, mask)
 
 
-def _mix(weights: Float[Array, "heads queries keys batch draws"], v: Heads, dtype: str, elementwise: bool) -> Heads:
-    if elementwise:
-        return _total(a[:, None] * b[:, :, None] for a, b in zip(_pieces(weights, 2), _pieces(v, 2), strict=True))
-    shared = v.shape[-1] == 1
-    product = "hijbd,hejb->heibd" if shared else "hijbd,hejbd->heibd"
-    return _einsum(product, weights, v[..., 0] if shared else v, dtype)
+def _few_mix(weights: Float[Array, "heads queries keys batch draws"], v: Heads, dtype: str) -> Heads:
+    return _total(a[:, None] * b[:, :, None] for a, b in zip(_pieces(weights, 2), _pieces(v, 2), strict=True))
+
+
+# Keys come last where they are many: softmax and products then run along them, and only tokens are transposed, never logits.
+
+
+def _many_scores(q: Heads, k: Heads, mask: Array | None, dtype: str) -> Float[Array, "heads batch draws queries keys"]:
+    shared = k.shape[-1] == 1 and q.shape[-1] > 1
+    product = "hbdie,hbej->hbdij" if shared else "hbdie,hbdej->hbdij"
+    keys = jnp.transpose(k[..., 0], (0, 3, 1, 2)) if shared else jnp.transpose(k, (0, 3, 4, 1, 2))
+    logits = _einsum(product, jnp.transpose(q, (0, 3, 4, 2, 1)), keys, dtype)
+    return _masked(logits, None if mask is None else jnp.transpose(mask, (1, 2, 0))[:, :, None])
+
+
+def _many_mix(weights: Float[Array, "heads batch draws queries keys"], v: Heads, dtype: str) -> Heads:
+    shared = v.shape[-1] == 1 and weights.shape[2] > 1
+    product = "hbdij,hbje->hbdie" if shared else "hbdij,hbdje->hbdie"
+    values = jnp.transpose(v[..., 0], (0, 3, 2, 1)) if shared else jnp.transpose(v, (0, 3, 4, 2, 1))
+    return jnp.transpose(_einsum(product, weights, values, dtype), (0, 4, 3, 1, 2))
 
 
 def _einsum(product: str, a: Array, b: Array, dtype: str) -> Array:

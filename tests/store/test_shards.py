@@ -65,7 +65,7 @@ def test_other_readers_read_it(out, reader):
     rows = (
         module.read_parquet(glob).height
         if reader == "polars"
-        else module.sql(f"select count(*) from '{glob}'").fetchone()[0]
+        else module.sql(f"select count(*) from '{glob}'").fetchall()[0][0]
     )
     assert rows == 12
 
