@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo
-# Two processes; tests that start Ray or time themselves keep to one of them.
+# Two processes; the tests of a file, and all that start Ray, keep to one of them (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: venv demo test test-full test-short lint format clean

@@ -3,11 +3,14 @@
     python benchmarks/c2st_sbibm.py train two_moons MLP --nsims 30000 --seeds 1 2 3
     python benchmarks/c2st_sbibm.py train slcp SimformerDiffusion --nsims 10000 --seeds 1 2 3
     python benchmarks/c2st_sbibm.py score
+    python benchmarks/c2st_sbibm.py queue benchmarks/methods.txt
     python benchmarks/c2st_sbibm.py table
 
-A cell is (task, pipeline, nsims, seed, label); a pipeline without a method is flow matching. `train` simulates its pairs, trains, measures draws/s and draws 10,000
+A cell is (task, pipeline, nsims, seed, label); a pipeline without a method is flow matching, one that ends in VE is score matching of that
+kind (SM: VP). `train` simulates its pairs, trains, measures draws/s and draws 10,000
 for each of sbibm's ten observations into benchmarks/.draws/<cell>.npz. `score` compares each observation's draws with
-sbibm's reference and appends one JSON line to the results file; `--forest` adds the score of a random forest. Both skip what is there, so either can be stopped and
+sbibm's reference and appends one JSON line to the results file; `--forest` adds the score of a random forest. `queue` trains and scores
+(with a random forest too) the cells of a file, one a line in the words of `train`, each in a process of its own. All skip what is there, so any can be stopped and
 started again.
 """
 
@@ -29,7 +32,7 @@ import numpy as np
 HERE = Path(__file__).parent
 REFERENCES, DRAWS, RUNS = HERE / ".references", HERE / ".draws", HERE / ".runs"
 RESULTS = HERE / "results" / "c2st_sbibm.jsonl"
-NSAMPLES = 10_000
+NSAMPLES, OBSERVATIONS = 10_000, 10
 DEVICES = (1, 2)
 RATE_SECONDS, RATE_REPEATS = 3.0, 3
 
@@ -74,7 +77,8 @@ def train(arguments: argparse.Namespace) -> None:
             print(f"{path} is there already", flush=True)
             continue
         keep = RUNS / path.stem if arguments.keep else None
-        draws, facts = train_cell(cell, known["observations"], json.loads(arguments.training), keep)
+        options = json.loads(arguments.training), json.loads(arguments.model)
+        draws, facts = train_cell(cell, known["observations"], *options, keep)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         np.savez(temporary, draws=draws, facts=json.dumps({**cell, **facts}))
@@ -83,7 +87,11 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def train_cell(
-    cell: dict[str, Any], observations: np.ndarray, training: dict[str, Any], keep: Path | None = None
+    cell: dict[str, Any],
+    observations: np.ndarray,
+    training: dict[str, Any],
+    model: dict[str, Any],
+    keep: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Draws [10, NSAMPLES, dim_theta] and what is to be said about them."""
     import jax
@@ -95,13 +103,16 @@ def train_cell(
     task = distsbi.get_task(cell["task"])
     data_key, draw_key, rate_key = jax.random.split(jax.random.key(cell["seed"]), 3)
     pairs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(data_key, cell["nsims"]))
-    name = cell["pipeline"]
+    name, options = cell["pipeline"], {}
+    if name.endswith("VE"):
+        name, options = f"{name.removesuffix('VE')}SM", {"sde_type": "VE"}
     pipeline = PIPELINES[name if name in PIPELINES else f"{name}Flow"](
-        pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior
-    )
-    load_before, start = os.getloadavg()[0], time.perf_counter()
+        pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior,
+        **({"params": model} if model else {}), **options,
+    )  # fmt: skip
+    load_before, start, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
     losses, val_losses = pipeline.train(nnx.Rngs(cell["seed"]))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     start = time.perf_counter()
     draws = pipeline.sample_batched(draw_key, observations[..., None], NSAMPLES)[..., 0].swapaxes(0, 1)
     drawing = time.perf_counter() - start
@@ -110,7 +121,11 @@ def train_cell(
         pipeline.save(str(keep))
     facts = {
         "training": training,
+        "model": model,
+        "updates": pipeline.posterior.facts["training"].get("steps"),
         "seconds_training": round(seconds, 1),  # with compilation and the choice of the grid
+        "cpu_seconds_training": round(cpu, 1),
+        "evaluations": posterior.default_solver.evaluations,
         "seconds_drawing": round(drawing, 1),
         "load_before": round(load_before, 2),
         "load_after": round(os.getloadavg()[0], 2),
@@ -189,6 +204,39 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text().splitlines())
 
 
+# Queue
+
+
+def queue(arguments: argparse.Namespace) -> None:
+    parser = argparse.ArgumentParser()
+    words_of_train(parser)
+    failed = []
+    for line in arguments.file.read_text().splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        cell = parser.parse_args(words)
+        names = [f"{cell.task}-{cell.pipeline}-{cell.nsims}-{seed}-{cell.label}" for seed in cell.seeds]
+        done = {identity(found) for found in read_results(arguments.results)}
+        wanted = {
+            (cell.task, cell.pipeline, cell.nsims, seed, cell.label, i + 1)
+            for seed in cell.seeds
+            for i in range(OBSERVATIONS)
+        }
+        if wanted <= done:
+            continue
+        me = [sys.executable, __file__]
+        ran = subprocess.run([*me, "train", *words], check=False).returncode
+        for name in names if not ran else ():
+            ran |= subprocess.run(
+                [*me, "score", "--forest", "--cells", name, "--results", arguments.results], check=False
+            ).returncode
+        if ran:
+            failed.append(line)
+    if failed:
+        sys.exit("failed:\n" + "\n".join(failed))
+
+
 # Table
 
 
@@ -213,24 +261,35 @@ def table(arguments: argparse.Namespace) -> None:
         print(f"| {' | '.join(map(str, columns))} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("train", help="simulate, train, measure and draw")
+def words_of_train(one: argparse.ArgumentParser) -> None:
     one.add_argument("task", choices=["two_moons", "gaussian_linear", "slcp"])
-    one.add_argument("pipeline", help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion or SM")
+    one.add_argument(
+        "pipeline", help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion, SM or VE"
+    )
     one.add_argument("--keep", action="store_true", help="keep the run directory, in benchmarks/.runs/")
     one.add_argument("--nsims", type=int, default=30_000, help="simulations in all; validation is held out of them")
     one.add_argument("--seeds", type=int, nargs="+", default=[1], help="each seeds its pairs, training noise and draws")
     one.add_argument("--training", default="{}", help="training options, JSON; default: the pipeline's own")
-    one.add_argument("--label", default="default", help="name of a cell with other training options")
+    one.add_argument(
+        "--model", default="{}", help="fields of the network's parameters, JSON; default: the pipeline's own"
+    )
+    one.add_argument("--label", default="default", help="name of a cell with other options")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("train", help="simulate, train, measure and draw")
+    words_of_train(one)
     one.set_defaults(run=train)
     two = commands.add_parser("score", help="C2ST of the draws that have none yet")
     two.add_argument("--cells", default="*", help="pattern of cells, such as 'two_moons-MLP-*'")
     two.add_argument("--jobs", type=int, default=2, help="folds scored at once")
     two.add_argument("--forest", action="store_true", help="score with a random forest too")
+    four = commands.add_parser("queue", help="train and score the cells of a file")
+    four.add_argument("file", type=Path, help="one cell a line, in the words of train")
     three = commands.add_parser("table", help="a line of Markdown per cell")
-    for command, run in ((two, score), (three, table)):
+    for command, run in ((two, score), (three, table), (four, queue)):
         command.add_argument("--results", type=Path, default=RESULTS)
         command.set_defaults(run=run)
     arguments = parser.parse_args()

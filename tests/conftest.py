@@ -40,3 +40,10 @@ def run_dir(tmp_path: Path) -> Path:
 def repo() -> Path:
     """The root of the repository."""
     return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests keep to one process, where its fixtures and programs are made once; groups named by a mark stay."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))

@@ -15,7 +15,19 @@ from flax import nnx
 from distsbi import load
 from distsbi.data.standardise import Standardizer, Support
 from distsbi.methods import METHODS
-from distsbi.networks import NETWORKS, Flux1JointParams, Flux1Params, JointNetwork, MLPParams, SimformerParams
+from distsbi.networks import (
+    MLP,
+    NETWORKS,
+    Embedded,
+    Flux1JointParams,
+    Flux1Params,
+    JointNetwork,
+    Layout,
+    MLPParams,
+    PatchEmbedding,
+    PatchEmbeddingParams,
+    SimformerParams,
+)
 from distsbi.sampling import JointPosterior, Posterior, Tile
 from distsbi.solvers import RULES
 from distsbi.training import TrainingConfig
@@ -29,6 +41,10 @@ NETWORK_ROWS = {
     "Flux1Joint": Flux1JointParams(in_channels=1, dim_joint=5, num_heads=2, depth_single_blocks=1, val_emb_dim=4),
     "Simformer": SimformerParams(
         in_channels=1, dim_joint=5, val_emb_dim=4, id_emb_dim=2, cond_emb_dim=2, num_heads=2, depth=1, fourier_features=8
+    ),
+    "Embedded": lambda rngs: Embedded(
+        MLP(MLPParams(2, 2, ch_x=4, width=8, depth=1, embed_depth=1), rngs),
+        {"": PatchEmbedding(PatchEmbeddingParams((3, 1), (2,), 4), rngs)}, Layout.of(3),
     ),
 }  # fmt: skip
 SOLVER_ROWS = [*RULES, "tsit5", "dopri5", "dopri8"]
@@ -61,8 +77,8 @@ CASES = [
 
 def make_network(name):
     """With weights that all matter."""
-    _, make = NETWORKS[name]
-    graphdef, state = nnx.split(make(NETWORK_ROWS[name], nnx.Rngs(0)))
+    row = NETWORK_ROWS[name]
+    graphdef, state = nnx.split(row(nnx.Rngs(0)) if callable(row) else NETWORKS[name][1](row, nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return nnx.merge(
