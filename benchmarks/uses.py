@@ -3,10 +3,12 @@
     python benchmarks/c2st_sbibm.py train two_moons MLP --seeds 1 --keep
     python benchmarks/uses.py log_prob --cell two_moons-MLP-30000-1-default
     python benchmarks/uses.py student --cell two_moons-MLP-30000-1-default
+    python benchmarks/uses.py conditioning
 
 `log_prob`: points/s on two virtual devices, best of three, and the mean absolute difference from a tight adaptive solve at 1,000 draws
 of each of three observations. `student`: two segments distilled from the run; draws/s on two virtual devices, best of three, and C2ST
-against sbibm's references beside the teacher's. Each prints one JSON line and appends it to benchmarks/results/uses.jsonl.
+against sbibm's references beside the teacher's. `conditioning`: draws/s of the default Flux1 with 10 parameters and 100 data (weights at random, 16
+evaluations), one-way and joint, interleaved, best of three. Each prints one JSON line and appends it to benchmarks/results/uses.jsonl.
 """
 
 import argparse
@@ -80,16 +82,49 @@ def student(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def conditioning(arguments: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    from flax import nnx
+
+    from distsbi.data.standardise import Standardizer
+    from distsbi.methods import FlowMatching
+    from distsbi.networks import Flux1, Flux1Params
+    from distsbi.sampling import Posterior
+
+    params, counts = Flux1Params.default(10, 100), {"one_way": 16_384, "joint": 4_096}
+    made = {
+        kind: Posterior(
+            Flux1(dataclasses.replace(params, conditioning=kind), nnx.Rngs(0)), FlowMatching(), Standardizer.identity(10, 100),
+            mesh={"data": DEVICES},
+        )
+        for kind in counts
+    }  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(1, 100, 1)).astype(np.float32)
+    rates: dict[str, list[float]] = {kind: [] for kind in made}
+    for repeat in range(REPEATS + 1):
+        for kind, posterior in made.items():
+            start = time.perf_counter()
+            posterior.sample(0, x, counts[kind], steps=8)
+            if repeat:
+                rates[kind].append(counts[kind] / (time.perf_counter() - start))
+    best = {kind: round(max(found), 1) for kind, found in rates.items()}
+    return {"draws_per_second": best, "ratio": round(best["one_way"] / best["joint"], 2)}
+
+
+USES = {"log_prob": log_prob, "student": student, "conditioning": conditioning}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("use", choices=["log_prob", "student"])
-    parser.add_argument("--cell", required=True, help="a run that c2st_sbibm.py train --keep left in benchmarks/.runs/")
+    parser.add_argument("use", choices=list(USES))
+    parser.add_argument("--cell", default="", help="a run that c2st_sbibm.py train --keep left in benchmarks/.runs/")
     parser.add_argument("--distill", default="{}", help="options of DistillConfig, JSON")
     parser.add_argument("--observations", type=int, default=10, help="how many of sbibm's observations are scored")
     arguments = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     load = round(os.getloadavg()[0], 2)
-    found = {"log_prob": log_prob, "student": student}[arguments.use](arguments)
+    found = USES[arguments.use](arguments)
     line = {
         "use": arguments.use, "cell": arguments.cell, **found, "load_before": load, "hardware": hardware(), "commit": commit(),
         "command": shlex.join(["python", *sys.argv]),

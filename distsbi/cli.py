@@ -91,6 +91,12 @@ def simulate(task: str, n: int, seed: int, out: Path) -> None:
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML file; the options override it.")
 @click.option("--task", help="Train on this task: two_moons, gaussian_linear, slcp.")
 @click.option("--data", type=click.Path(path_type=Path), help="Train on the pairs in this Parquet folder.")
+@click.option(
+    "--prior",
+    multiple=True,
+    metavar="NAME=DISTRIBUTION",
+    help="Prior of each parameter of --data in order, e.g. --prior 'mass=LogNormal(0, 0.5)': names it, and keeps draws inside.",
+)
 @click.option("-n", "--n", type=click.IntRange(min=1), help="Pairs to simulate. Default: new ones at every step.")
 @click.option("--network", help="mlp, flux1, flux1joint or simformer. Default: mlp.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory.")
@@ -306,6 +312,9 @@ def _override(config: "RunConfig", **flags: Any) -> "RunConfig":
     for name in ("mesh", "seed"):
         if flags[name] is not None:
             content[name] = flags[name]
+    if flags["prior"]:
+        parts = [part.partition("=") for part in flags["prior"]]
+        content["prior"] = {name.strip(): text for name, _, text in parts}
     return parse_config(content)
 
 
@@ -328,6 +337,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
     from flax import nnx
 
     from distsbi.data.pairs import open_pairs
+    from distsbi.data.prior import parse_prior
     from distsbi.pipelines import PIPELINES
     from distsbi.tasks import TASKS, get_task
 
@@ -338,6 +348,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         dataset: Any = config.data.path
         source = folder.source.get("task")
         prior = get_task(source).prior if source in TASKS else None
+        prior = parse_prior(config.prior) if config.prior else prior
     else:
         task = get_task(config.data.task or "")
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1

@@ -7,6 +7,7 @@ The sections are GenSBI's, so that its files are read as they are, plus `data` (
     model:     {width: 128, depth: 4}            # parameters of the network: fields of MLPParams or Flux1Params
     optimizer: {max_lr: 1.0e-3, warmup_steps: 500}
     training:  {nsteps: 8000, batch_size: 512}
+    prior:     {mass: "LogNormal(0, 0.5)"}       # of each parameter, for data of your own; numpyro's names
     path:      {tilt: 4}                         # options of the method: fields of FlowMatching, EDM, ScoreMatchingVP or -VE
     mesh:      {data: 2}
     seed:      0
@@ -101,6 +102,7 @@ class RunConfig:
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     path: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prior: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mesh: Mapping[str, int] | None = None
     seed: int = 0
 
@@ -131,7 +133,10 @@ class RunConfig:
         sections = {
             "strategy": {key: value for key, value in dataclasses.asdict(self.strategy).items() if value is not None},
             "data": {key: value for key, value in dataclasses.asdict(self.data).items() if value is not None},
-            **{name: dict(getattr(self, name) or {}) for name in ("model", "optimizer", "training", "path", "mesh")},
+            **{
+                name: dict(getattr(self, name) or {})
+                for name in ("model", "optimizer", "training", "path", "prior", "mesh")
+            },
         }
         return {name: _plain(section) for name, section in sections.items() if section} | {"seed": self.seed}
 
@@ -205,6 +210,7 @@ def parse_config(content: Any) -> RunConfig:
         optimizer=_section("optimizer", TrainingConfig, given, optimizer_keys),
         training=_section("training", TrainingConfig, given, training_keys),
         path=path,
+        prior=_prior(given.get("prior") or {}, data),
         mesh=_mesh(given.get("mesh")),
         seed=seed,
     )
@@ -267,6 +273,17 @@ def _typed(where: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"]
         raise ValueError(f"{where}: {reason[0].lower()}{reason[1:]}; got {value!r}.") from error
+
+
+def _prior(parts: dict[str, Any], data: Data) -> dict[str, str]:
+    """Section `prior`, checked: a distribution for each parameter, in order."""
+    from distsbi.data.prior import parse_prior
+
+    if parts and data.task is not None:
+        raise ValueError(f"task {data.task!r} has a prior of its own; leave out section 'prior'.")
+    if parts:
+        parse_prior(parts)
+    return {name: str(text) for name, text in parts.items()}
 
 
 def _mesh(sizes: dict[str, Any] | None) -> dict[str, int] | None:

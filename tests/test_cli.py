@@ -138,6 +138,14 @@ def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     code, _, err = distsbi("sample", run, "--x", "0,0", "--nsamples", 500, "--out", draws)
     assert code == 0, err
     assert np.abs(np.load(draws)).max() <= 1.0  # the prior, known from what the folder of pairs says of its task
+    priors = ("--prior", "up=Uniform(-1, 1)", "--prior", "down=Uniform(-2, 2)")
+    code, out, err = distsbi(
+        "train", "--config", config, "--data", pairs, "--nsteps", 10, *priors, "--out", tmp_path / "own"
+    )
+    assert code == 0, err
+    spec = json.loads((tmp_path / "own" / "spec.json").read_text())
+    assert spec["parameter_names"] == ["up", "down"]
+    assert spec["standardizer"]["high"] == [[1.0], [2.0]]
 
 
 def test_devices_makes_virtual_ones() -> None:

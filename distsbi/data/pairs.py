@@ -18,6 +18,7 @@ from jaxtyping import Float
 from distsbi.data.parquet import read_file, read_footer, write_file
 from distsbi.data.prior import check_names
 
+UNFINISHED = "_unfinished"  # is there while a folder is being simulated
 _STALE_SECONDS = 3600
 _SHOWN = 5
 
@@ -128,6 +129,11 @@ def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of pairs; make one with write_pairs or `distsbi simulate`.")
     files = _files(folder)
+    if (folder / UNFINISHED).exists():
+        raise ValueError(
+            f"the simulation into {folder} was cut off before its {(folder / UNFINISHED).read_text().strip()} pairs; give the same command again "
+            f"to finish it, or remove {folder / UNFINISHED} to do with the pairs that are there."
+        )
     if not files:
         raise ValueError(f"{folder} holds no Parquet file; make pairs with write_pairs or `distsbi simulate`.")
     footers = [read_footer(file) for file in files]
@@ -240,6 +246,7 @@ def simulate_pairs(
     for file in folder.glob(".pairs-*.parquet.*"):  # left by a killed writer
         if time.time() - file.stat().st_mtime > _STALE_SECONDS:
             file.unlink(missing_ok=True)
+    (folder / UNFINISHED).write_text(f"{n}\n")
     draw = jax.jit(lambda k: task.pairs(k, batch))
     with tqdm(total=n, desc=f"simulating {task.name}", unit=" pairs", unit_scale=True, disable=not progress) as bar:
         for shard, start in enumerate(range(0, n, rows_per_file)):
@@ -250,6 +257,7 @@ def simulate_pairs(
                 theta, x = (np.concatenate(column)[:rows] for column in zip(*chunks, strict=True))
                 write_file(folder / _file_name(shard), *as_pairs(theta, x, task.parameter_names), source)
             bar.update(rows)
+    (folder / UNFINISHED).unlink()
     return open_pairs(folder)
 
 

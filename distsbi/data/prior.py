@@ -15,8 +15,9 @@ line or the real line for each parameter. An object of another library may give 
 numbers or arrays, infinite where open.
 """
 
+import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +108,39 @@ class Prior:
 
     def __repr__(self) -> str:
         return f"Prior({', '.join(f'{name}={type(part).__name__}' for name, part in self.parts.items())})"
+
+
+def parse_prior(parts: Mapping[str, str]) -> Prior:
+    """A `Prior` from text: names of parameters, each with a numpyro distribution of numbers. Nothing of the text is executed.
+
+    >>> parse_prior({"mass": "LogNormal(0, 0.5)", "spin": "Uniform(low=-1, high=1)"})
+    Prior(mass=LogNormal, spin=Uniform)
+
+    Raises ValueError for anything else.
+    """
+    return Prior(**{name: _parse_part(name, text) for name, text in parts.items()})
+
+
+def _parse_part(name: str, text: str) -> Any:
+    import numpyro.distributions as dist
+
+    refusal = f"the prior of {name!r} must read like Uniform(-1, 1) or Normal(loc=0, scale=2), a numpyro distribution of numbers; got {text!r}."
+    try:
+        call = ast.parse(str(text).strip(), mode="eval").body
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        numbers = [float(ast.literal_eval(a)) for a in call.args]
+        named = {str(k.arg): float(ast.literal_eval(k.value)) for k in call.keywords}
+    except (SyntaxError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(refusal) from error
+    made = getattr(dist, call.func.id, None)
+    if not (isinstance(made, type) and issubclass(made, dist.Distribution)):
+        raise ValueError(f"{refusal} numpyro has no distribution {call.func.id!r}.")
+    try:
+        part = made(*numbers, **named, validate_args=True)
+        supports(Prior(**{name: part}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{refusal} {type(error).__name__}: {error}") from error
+    return part
 
 
 def parameter_names(prior: Any, dim: int) -> tuple[str, ...]:

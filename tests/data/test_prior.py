@@ -6,7 +6,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
-from distsbi.data.prior import Prior, check_theta, parameter_names, supports
+from distsbi.data.prior import Prior, check_theta, parameter_names, parse_prior, supports
 from distsbi.data.standardise import Support
 
 KEY = jax.random.key(0)
@@ -162,3 +162,28 @@ def test_bad_names(names):
     Named.names = names
     with pytest.raises(ValueError, match="parameter names"):
         parameter_names(Named(), 2)
+
+
+class TestParsed:
+    def test_text_is_a_prior(self):
+        prior = parse_prior({"mass": "LogNormal(0, 0.5)", "spin": "Uniform(low=-1, high=1.0)"})
+        assert prior.names == ("mass", "spin")
+        assert supports(prior) == [Support(0.0, np.inf), Support(-1.0, 1.0)]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("Uniform(-1, 1", "must read like Uniform"),
+            ("__import__('os').system('true')", "must read like Uniform"),
+            ("Uniform(open('x'), 1)", "must read like Uniform"),
+            ("Unifrom(-1, 1)", "no distribution 'Unifrom'"),
+            ("constraints(1)", "no distribution 'constraints'"),
+            ("Uniform(1, -1)", "support needs low < high"),
+            ("Normal(0, 1, 2, 3, 4)", "TypeError"),
+            ("Poisson(3)", "is discrete"),
+            ("", "must read like Uniform"),
+        ],
+    )
+    def test_other_text_is_refused(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            parse_prior({"a": text})
