@@ -8,8 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo
-# Two processes; the tests of a file, and all that start Ray, keep to one of them (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two processes; the tests of a file keep to one of them, where its fixtures and programs are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv demo test test-full test-short lint format clean
 
@@ -30,8 +30,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
+# Everything, and programs compiled as users compile them.
 test-full: $(STAMP)
-	$(PYTEST)
+	DISTSBI_TEST_OPTIMISED=1 $(PYTEST)
 
 # Imports, command line, numerics and files, without long trainings: what a second Python is checked with.
 SHORT := $(addprefix tests/test_,cli.py config.py imports.py keys.py mesh.py) tests/methods tests/solvers tests/data tests/store distsbi

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -9,8 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Before JAX is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if version("jaxlib").startswith("0.10.") and "DISTSBI_TEST_OPTIMISED" not in os.environ:
+    # Tests compile more than they compute, and XLA's older emitters compile in two thirds of the time; tests of bits across processes set
+    # flags of their own.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for processes that tests start
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -20,14 +25,16 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Compiled programs of a finished file are let go: thousands of them cost gigabytes and slow every garbage collection."""
-    yield
-    import sys
+def _programs(request: pytest.FixtureRequest):
+    """Programs of a file marked `lightly_compiled` skip most of XLA's optimisations, unless DISTSBI_TEST_OPTIMISED is set. What was compiled
+    is let go after a file: thousands of programs cost gigabytes and slow every garbage collection."""
+    import jax
 
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
+    lightly = request.node.get_closest_marker("lightly_compiled") and "DISTSBI_TEST_OPTIMISED" not in os.environ
+    jax.config.update("jax_disable_most_optimizations", bool(lightly))
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
@@ -42,8 +49,9 @@ def repo() -> Path:
     return ROOT
 
 
+LONGEST = ("test_readme.py", "test_training.py", "test_joint.py", "test_matrix.py", "test_kill.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests keep to one process, where its fixtures and programs are made once; groups named by a mark stay."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+    """Files that take minutes come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -16,8 +16,6 @@ import pytest
 from distsbi import open_catalog
 from distsbi.cli import cli, main
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 COMMANDS = ("simulate", "train", "sample", "catalog", "info", "demo")
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -9,8 +9,6 @@ import pytest
 
 from distsbi import demo
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     out = demo._fresh(tmp_path / "a" / "demo")

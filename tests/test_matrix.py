@@ -105,7 +105,7 @@ def drawer():
     ray = pytest.importorskip("ray")
     if ray.is_initialized():  # by the tests of the fan-out, in the same process
         ray.shutdown()
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
 
     @ray.remote
     class Drawer:
@@ -117,7 +117,6 @@ def drawer():
     ray.shutdown()
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize(("method", "network", "solver", "place"), CASES)
 def test_contract(method, network, solver, place, request, tmp_path):
     """Shapes, dtypes, support, save and load; the draws are those of two devices, whatever the place; one compilation."""

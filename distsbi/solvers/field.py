@@ -59,9 +59,10 @@ class Moment:
 
 
 def known(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` makes of concrete arrays, as numpy arrays, also while something is being traced."""
+    """What `function` makes of concrete arrays, as numpy arrays, also while something is being traced. One program: its dozens of
+    operations one by one would each be compiled."""
     with jax.ensure_compile_time_eval():
-        return jax.tree.map(np.asarray, function(*(jnp.asarray(a, jnp.float32) for a in arguments)))
+        return jax.tree.map(np.asarray, jax.jit(function)(*(np.asarray(a, np.float32) for a in arguments)))
 
 
 @dataclasses.dataclass(frozen=True)

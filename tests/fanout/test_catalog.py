@@ -21,8 +21,6 @@ from distsbi.fanout.pool import InProcess
 from distsbi.keys import hash_id
 from distsbi.store import layout
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
 
 

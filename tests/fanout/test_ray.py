@@ -14,8 +14,6 @@ from distsbi.fanout import catalog as catalog_module, sample_catalog
 from distsbi.fanout.cluster import worker_environment
 from distsbi.store import layout
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 ON_RAY = {"nsamples": 9, "workers": 2, "rows_per_shard": 3, "show_progress": False}
 ONE = {**ON_RAY, "workers": 1}
 

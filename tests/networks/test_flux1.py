@@ -13,6 +13,8 @@ from flax import nnx
 from distsbi.networks.flux1 import Flux1, Flux1Params
 from distsbi.networks.gensbi import from_gensbi, gensbi_paths, to_gensbi
 
+pytestmark = pytest.mark.lightly_compiled
+
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_flux1.npz"
 CASES = (
     "absolute",

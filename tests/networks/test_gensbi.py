@@ -15,6 +15,8 @@ from distsbi.networks import Conditional, Flux1
 from distsbi.networks.gensbi import GenSBIModel, read_safetensors, to_gensbi
 from distsbi.pipelines import ConditionalPipeline
 
+pytestmark = pytest.mark.lightly_compiled
+
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_joint.npz"
 CASES = ("flux1joint_sum", "flux1joint_concat", "simformer")
 PARAMS = {"Flux1Joint": Flux1JointParams, "Simformer": SimformerParams}

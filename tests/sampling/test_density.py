@@ -14,6 +14,8 @@ from distsbi.sampling.flow import Divergence, log_density
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
 from tests.solvers.test_solvers import MEAN, SD, gaussian_field
 
+pytestmark = pytest.mark.lightly_compiled
+
 X = np.asarray([[[0.4], [-1.0]]], np.float32)
 
 
@@ -157,7 +159,7 @@ def test_trajectories_and_the_check_at_run_time():
     xs = np.random.default_rng(0).normal(size=(2, 3, 1)).astype("f4")
     path = posterior.sample(0, xs[:1], 300, steps=5, return_trajectory=True)
     assert path.shape == (6, 300, 2, 1)
-    np.testing.assert_array_equal(path[-1], posterior.sample(0, xs[:1], 300, steps=5))
+    np.testing.assert_allclose(path[-1], posterior.sample(0, xs[:1], 300, steps=5), atol=1e-5)  # two programs
     assert posterior.sample_batched(0, xs, 7, steps=5, return_trajectory=True).shape == (6, 7, 2, 2, 1)
     with pytest.raises(ValueError, match="fixed grid"):
         posterior.sample(0, xs[:1], 5, solver="tsit5", return_trajectory=True)

@@ -11,7 +11,6 @@ from flax import nnx
 
 from distsbi import (
     ConditionalPipeline,
-    Flux1FlowPipeline,
     MLPFlowPipeline,
     Prior,
     SimformerFlowPipeline,
@@ -26,6 +25,7 @@ PRIOR = Prior(row=dist.Uniform(0.0, 1.0), column=dist.Uniform(0.0, 1.0))
 QUICK = {"nsteps": 30, "batch_size": 64, "val_every": 15, "calibrate": False, "show_progress": False}
 SMALL = {"width": 16, "depth": 1, "embed_depth": 0}
 KEY = jax.random.key(7)
+TWO = {"data": 2}
 SIDE = 8
 
 
@@ -46,7 +46,14 @@ def images(tmp_path_factory):
     theta, image, _ = simulate(600)
     folder = tmp_path_factory.mktemp("images")
     pipeline = MLPFlowPipeline(
-        (theta, image), None, 2, (SIDE, SIDE), params=SMALL, prior=PRIOR, training_config={**QUICK, "nsteps": 150}
+        (theta, image),
+        None,
+        2,
+        (SIDE, SIDE),
+        params=SMALL,
+        prior=PRIOR,
+        mesh=TWO,
+        training_config={**QUICK, "nsteps": 150},
     )
     pipeline.train(nnx.Rngs(0))
     pipeline.save(folder / "run")
@@ -65,6 +72,7 @@ def instruments(tmp_path_factory):
         {"image": (SIDE, SIDE), "spectrum": 3},
         params=SMALL,
         prior=PRIOR,
+        mesh=TWO,
         training_config=QUICK,
         missing=True,
     )
@@ -158,9 +166,9 @@ class Summary(nnx.Module):
 
 def test_a_users_own_embedding_net_is_trained_and_needed_to_load(tmp_path):
     theta, image, _ = simulate(200)
-    pipeline = Flux1FlowPipeline(
-        (theta, image), None, 2, (SIDE, SIDE), prior=PRIOR, training_config=QUICK, embedding=Summary(),
-        params={"num_heads": 2, "axes_dim": (4, 0), "depth": 1, "depth_single_blocks": 1},
+    pipeline = MLPFlowPipeline(
+        (theta, image), None, 2, (SIDE, SIDE), params=SMALL, prior=PRIOR, mesh=TWO, training_config=QUICK,
+        embedding=Summary(),
     )  # fmt: skip
     before = np.asarray(Summary().linear.kernel[...])
     pipeline.train(nnx.Rngs(0))
@@ -192,7 +200,7 @@ def test_a_users_own_network_sees_the_instruments(tmp_path):
     theta, image, spectrum = simulate(200)
     pipeline = ConditionalPipeline(
         OwnNetwork(), (theta, {"image": image, "spectrum": spectrum}), None, 2, {"image": (SIDE, SIDE), "spectrum": 3},
-        prior=PRIOR, training_config=QUICK,
+        prior=PRIOR, mesh=TWO, training_config=QUICK,
     )  # fmt: skip
     pipeline.train(nnx.Rngs(0))
     pipeline.save(tmp_path / "run")
@@ -212,8 +220,9 @@ def test_augment_sees_images_and_parquet_folders_hold_them(tmp_path):
         return theta, x + 0.1 * jax.random.normal(key, x.shape)
 
     pipeline = MLPFlowPipeline(
-        tmp_path / "pairs", None, 2, (SIDE, SIDE), params=SMALL, prior=PRIOR, training_config=QUICK, augment=augment
-    )
+        tmp_path / "pairs", None, 2, (SIDE, SIDE), params=SMALL, prior=PRIOR, mesh=TWO, training_config=QUICK,
+        augment=augment,
+    )  # fmt: skip
     _, val_losses = pipeline.train(nnx.Rngs(0))
     assert np.isfinite(val_losses).all()
     assert set(seen) == {(SIDE, SIDE, 1)}
