@@ -17,7 +17,6 @@ started again.
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -28,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import HERE, append, busy_cores, provenance
 
-HERE = Path(__file__).parent
 REFERENCES, DRAWS, RUNS = HERE / ".references", HERE / ".draws", HERE / ".runs"
 RESULTS = HERE / "results" / "c2st_sbibm.jsonl"
 NSAMPLES, OBSERVATIONS = 10_000, 10
@@ -43,23 +42,6 @@ def reference(task: str) -> dict[str, np.ndarray]:
         sys.exit(f"{path} is missing; export it with benchmarks/export_references.py (see benchmarks/README.md).")
     with np.load(path) as file:
         return dict(file)
-
-
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "amx": any(" amx_bf16" in line for line in lines),
-        "python": platform.python_version(),
-    }
-
-
-def commit() -> str:
-    """The commit that ran, "+" if files differ from it, or "" outside a checkout."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 # Train
@@ -110,7 +92,7 @@ def train_cell(
         pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior,
         **({"params": model} if model else {}), **options,
     )  # fmt: skip
-    load_before, start, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+    busy_before, start, cpu = busy_cores(), time.perf_counter(), time.process_time()
     losses, val_losses = pipeline.train(nnx.Rngs(cell["seed"]))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     start = time.perf_counter()
@@ -127,17 +109,13 @@ def train_cell(
         "cpu_seconds_training": round(cpu, 1),
         "evaluations": posterior.default_solver.evaluations,
         "seconds_drawing": round(drawing, 1),
-        "load_before": round(load_before, 2),
-        "load_after": round(os.getloadavg()[0], 2),
+        "busy_before": busy_before,
         "loss": losses[-1],
         "val_loss": min(val_losses),
         "draws_per_second": rates(pipeline, observations[0][None, :, None], rate_key),
         "solver": str(posterior.default_solver),
         "tile": str(posterior.tile),
-        "hardware": hardware(),
-        "versions": posterior.spec["versions"],
-        "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(),
     }
     return draws, facts
 
@@ -189,9 +167,7 @@ def score(arguments: argparse.Namespace) -> None:
                     c2st(draws[i], samples[i], classifier="random_forest", n_jobs=arguments.jobs), 4
                 )
             line["seconds_scoring"] = round(time.perf_counter() - start, 1)
-            arguments.results.parent.mkdir(parents=True, exist_ok=True)
-            with open(arguments.results, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(arguments.results, line)
             print(f"{path.stem} observation {i + 1}: {line['c2st']:.4f} ({line['seconds_scoring']} s)", flush=True)
 
 

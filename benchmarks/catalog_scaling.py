@@ -1,23 +1,17 @@
 """Rate of a catalog on one and on two Ray workers of one core each, and the ratio.
 
-    python benchmarks/catalog_scaling.py --rows 600 --nsamples 1000 --repeats 3 --out
-    benchmarks/results/catalog_scaling.jsonl
+    python benchmarks/catalog_scaling.py --rows 600 --nsamples 10000 --repeats 3
 
 The posterior is `--run`, or the default MLP of two_moons with initial weights (a draw costs the same). Every repeat
-runs each number of workers once, in turn, into a folder of its own. The rate is taken from the journal, from when every
-worker
+runs each number of workers once, in turn, into a folder of its own. The rate is taken from the journal, from when every worker
 has finished its first shard to the last shard: start-up and compilation are left out. The rate of the whole call, Ray's
 start included, is printed beside it. Workers 0 is this process without Ray, on all its cores. All draws must be the
-same.
+same. The result is appended to benchmarks/results/catalog_scaling.jsonl.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
@@ -28,8 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import HERE, append, busy_cores, provenance
 
-PACKAGES = ("distsbi", "jax", "jaxlib", "flax", "ray", "pyarrow", "numpy")
+RESULTS = HERE / "results" / "catalog_scaling.jsonl"
 
 
 def make_run(path: Path) -> None:
@@ -90,10 +85,10 @@ def main() -> None:
     parser.add_argument("--rows-per-shard", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON-lines file that the result is added to")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON-lines file that the result is added to")
     options = parser.parse_args()
 
-    measured = []
+    measured, busy_before = [], busy_cores()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         run = options.run or folder / "run"
@@ -118,43 +113,15 @@ def main() -> None:
     low, high = options.workers[0], options.workers[-1]
     result = {
         "benchmark": "catalog_scaling",
-        "command": shlex.join(["python", *sys.argv]),
         "steady_draws_per_second": medians,
         "ratio": medians[high] / medians[low],
         "same_draws": len({m["sha256"] for m in measured}) == 1,
         "measured": measured,
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "processor": processor(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "busy_before": busy_before,
+        **provenance(),
     }
     print(f"{low} -> {high} workers: {result['ratio']:.2f}x; same draws: {result['same_draws']}")
-    print(
-        f"on {result['cores']} cores of {result['processor']}, load {result['load']:.1f}, Python {result['python']}, "
-        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.out, "a") as file:
-            file.write(json.dumps(result) + "\n")
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
+    append(options.out, result)
 
 
 if __name__ == "__main__":

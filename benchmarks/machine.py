@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from c2st_sbibm import commit, hardware
+from common import append, busy_cores, provenance
 
 RESULTS = Path(__file__).parent / "results" / "machine.jsonl"
 DEVICES = (1, 2)
@@ -178,16 +177,11 @@ def main() -> None:
             arguments.run = Path(scratch) / "run"
             subprocess.run([sys.executable, "-c", f"import machine; machine.make_run({str(arguments.run)!r})"],
                            cwd=Path(__file__).parent, check=True)  # fmt: skip
-        load = os.getloadavg()[0]
+        busy_before = busy_cores()
         found = {"memory": memory, "devices": devices, "updates": updates}[arguments.what](arguments)
-    line = {
-        "benchmark": arguments.what, **found, "load_before": round(load, 2), "hardware": hardware(), "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    line = {"benchmark": arguments.what, **found, "busy_before": busy_before, **provenance()}
     print(json.dumps(line))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(RESULTS, line)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ evaluations), one-way and joint, interleaved, best of three. Each prints one JSO
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from c2st_sbibm import RUNS, commit, hardware, reference
+from c2st_sbibm import RUNS, reference
+from common import append, busy_cores, provenance
 
 RESULTS = Path(__file__).parent / "results" / "uses.jsonl"
 DEVICES, REPEATS = 2, 3
@@ -123,15 +122,10 @@ def main() -> None:
     parser.add_argument("--observations", type=int, default=10, help="how many of sbibm's observations are scored")
     arguments = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    load = round(os.getloadavg()[0], 2)
+    busy_before = busy_cores()
     found = USES[arguments.use](arguments)
-    line = {
-        "use": arguments.use, "cell": arguments.cell, **found, "load_before": load, "hardware": hardware(), "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]),
-    }  # fmt: skip
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    line = {"use": arguments.use, "cell": arguments.cell, **found, "busy_before": busy_before, **provenance()}
+    append(RESULTS, line)
     print(json.dumps(line))
 
 

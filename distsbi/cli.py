@@ -7,9 +7,11 @@ Exit codes: 0 done; 1 failed; 2 the user's to mend (options, files, values); 130
 """
 
 import json
+import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from distsbi.config import RunConfig
+
+
+RESUMES = {"simulate", "train", "catalog"}  # commands that go on where they stopped
 
 
 class Axes(click.ParamType):
@@ -111,6 +116,8 @@ def train(config_path: Path | None, out: Path, devices: int | None, resume: bool
     from distsbi.config import RunConfig, read_config
 
     config = _override(read_config(config_path) if config_path else RunConfig(), **flags)
+    if out.exists() and not out.is_dir():
+        raise click.UsageError(f"--out {out} is a file; give a folder for the run.")
     if (config.data.task is None) == (config.data.path is None):
         raise click.UsageError("give either --task or --data (or section 'data' of the configuration).")
     if not resume and out.exists() and any(out.iterdir()):
@@ -180,7 +187,9 @@ def sample(
     "--workers", type=int, help="Worker processes; 0: none, without Ray. Default: as many as there is room for."
 )
 @click.option("--address", help="Address of a Ray cluster, or auto. Default: $RAY_ADDRESS, else this machine.")
-@click.option("--id-column", default="id", show_default=True, help="Column of unique ids; '' for row numbers.")
+@click.option(
+    "--id-column", default="id", show_default=True, help="Column of unique ids; '' for row numbers, as a .npy has them."
+)
 @click.option("--x-column", default="x", show_default=True, help="Column with a list or tensor of data in each row.")
 @click.option("--x-columns", help="Scalar columns that make up the data instead, as a,b,c.")
 @click.option("--rows-per-shard", type=int, help="Rows in each output file. Default: by size.")
@@ -230,11 +239,22 @@ def info(run: Path, as_json: bool) -> None:
         ("parameters", f"({dim_theta}, {ch_theta}): {', '.join(spec['parameter_names'])}"),
         ("data", f"({dim_x}, {ch_x})"),
         ("solver", json.dumps(spec["solver"])),
+        ("certificate", _certificate(spec["facts"].get("certificate"))),
         ("versions", ", ".join(f"{name} {version}" for name, version in spec["versions"].items())),
         ("fingerprint", spec["fingerprint"][:16]),
     ]
     for name, value in rows:
         click.echo(f"{name:<12} {value}")
+
+
+def _certificate(found: dict[str, Any] | None) -> str:
+    """What the choice of the grid says of its error."""
+    if not found or "chosen" not in found:
+        return "none: the grid was not chosen by measurement"
+    verdict = "under tolerance" if found["met"] else "NOT under tolerance"
+    return (
+        f"{verdict}: 95 % of draws within {found['chosen']['q95']:.2g} of the posterior's local scale of a tight solve"
+    )
 
 
 @cli.command()
@@ -258,6 +278,11 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if (
+        not debug
+    ):  # threads of orbax tell the errors that are told below, with pages of traceback, until the process ends
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        threading.excepthook = lambda _: None
     # Ray and others start processes from this one, which JAX warns of; they exec at once, so nothing can lock.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     try:
@@ -266,8 +291,10 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         code = 2
     except (click.Abort, KeyboardInterrupt) as error:
-        so_far = str(error) or "what is finished is kept; give the same command again to go on."
-        click.echo(f"\nInterrupted: {so_far}", err=True)
+        so_far = str(error.__cause__ or error)  # click's Abort has its reason behind it
+        if not so_far and RESUMES & set(arguments):
+            so_far = "what is finished is kept; give the same command again to go on."
+        click.echo(f"\nInterrupted{f': {so_far}' if so_far else '.'}", err=True)
         code = 130
     except ValueError as error:
         _complain(f"Error: {error}", debug)
@@ -418,8 +445,9 @@ def _write_draws(out: Path, draws: "np.ndarray", names: tuple[str, ...]) -> None
     from distsbi.files import write_whole
 
     def write(file: Any) -> None:
-        if out.suffix == ".npy":
-            np.save(file, draws)
+        if out.suffix == ".npy":  # not np.save, whose error on a full disk says nothing
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(draws))
+            file.write(np.ascontiguousarray(draws).data)
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -430,7 +458,7 @@ def _write_draws(out: Path, draws: "np.ndarray", names: tuple[str, ...]) -> None
         write_whole(out, write)
     except OSError as error:
         raise OSError(
-            error.errno, f"{out} could not be written ({error.strerror}); free space or give another --out"
+            error.errno, f"{out} could not be written ({error.strerror or error}); free space or give another --out"
         ) from error
 
 

@@ -276,13 +276,13 @@ def _typed(where: str, hint: Any, value: Any) -> Any:
 
 
 def _prior(parts: dict[str, Any], data: Data) -> dict[str, str]:
-    """Section `prior`, checked: a distribution for each parameter, in order."""
-    from distsbi.data.prior import parse_prior
+    """Section `prior`, read: a distribution for each parameter, in order. They are made later, for that starts JAX."""
+    from distsbi.data.prior import read_part
 
     if parts and data.task is not None:
         raise ValueError(f"task {data.task!r} has a prior of its own; leave out section 'prior'.")
-    if parts:
-        parse_prior(parts)
+    for name, text in parts.items():
+        read_part(name, text)
     return {name: str(text) for name, text in parts.items()}
 
 

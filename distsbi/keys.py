@@ -7,6 +7,12 @@ A draw's noise depends on (seed, observation id, draw index) and on nothing else
 The seed key is always threefry2x32: its bits are the same on every device and in every program, whatever
 `jax_default_prng_impl` says and whatever key type came in. An observation id is a 64-bit unsigned integer and is
 folded in as two 32-bit words, because `jax.random.fold_in` truncates wider integers silently.
+
+Training folds a tag of its purpose in first, so that no update has the key of an epoch:
+
+    seed key --fold_in(UPDATES)--fold_in(step)--> split: data, augmentation, times, noise, pose
+    seed key --fold_in(EPOCHS)--fold_in(epoch)--> shuffle
+    key 0 --fold_in(VALIDATION)--fold_in(batch)--> split: times, noise, pose
 """
 
 import hashlib
@@ -19,17 +25,23 @@ from jaxtyping import Array, Float, Key, UInt32
 
 IMPL = "threefry2x32"
 MAX_DRAWS = 2**32
+UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epoc", "vali"
 
 
 def as_key(rng: object) -> Key[Array, ""]:
     """One threefry key from a typed key, a legacy `jax.random.PRNGKey` array or an integer seed.
 
-    Keys of another generator (rbg, ...) are mapped to threefry through their own bits, deterministically.
+    Keys of another generator (rbg, ...) are mapped to threefry through their own bits, deterministically. Of a seed from 2**32 on
+    the high word is folded in: `jax.random.key` would drop it.
 
-    Raises ValueError if `rng` is none of these, or holds more than one key.
+    Raises ValueError if `rng` is none of these, holds more than one key, or is a seed outside 0 to 2**64 - 1.
     """
     if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
-        return jax.random.key(int(rng), impl=IMPL)
+        seed = int(rng)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"an integer seed is expected to lie from 0 to 2**64 - 1; got {seed}.")
+        key = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl=IMPL)
+        return key if seed < 2**32 else jax.random.fold_in(key, np.uint32(seed >> 32))
     dtype = getattr(rng, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if rng.shape != ():  # type: ignore[attr-defined]
@@ -124,11 +136,16 @@ def step_noise(
     return jax.vmap(lambda i: jax.random.normal(fold(i), shape, jnp.float32))(indices)
 
 
-def training_keys(key: Key[Array, ""], step: Array) -> Key[Array, "4"]:
-    """The four keys of a training update: data, augmentation, times, noise."""
-    return jax.random.split(jax.random.fold_in(key, step), 4)
+def training_keys(key: Key[Array, ""], step: Array) -> Key[Array, "5"]:
+    """The five keys of a training update: data, augmentation, times, noise, pose."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, UPDATES), step), 5)
 
 
 def epoch_key(key: Key[Array, ""], epoch: Array) -> Key[Array, ""]:
     """The key of an epoch's shuffle."""
-    return jax.random.fold_in(jax.random.fold_in(key, 0x5EED), epoch)
+    return jax.random.fold_in(jax.random.fold_in(key, EPOCHS), epoch)
+
+
+def validation_keys(batch: Array) -> Key[Array, "3"]:
+    """The three keys of a validation batch, the same in every validation of every run: times, noise, pose."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(as_key(0), VALIDATION), batch), 3)

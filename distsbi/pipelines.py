@@ -5,10 +5,12 @@ A named pipeline is a declaration of its network and method; everything else is 
 """
 
 import dataclasses
+import difflib
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -40,9 +42,10 @@ from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.joint import JointPosterior, pattern_key
 from distsbi.sampling.posterior import one_of
-from distsbi.sampling.run import versions
+from distsbi.sampling.run import load, model_spec, versions
 from distsbi.solvers import Solver
 from distsbi.training import ConditionMasks, Trained, TrainingConfig, train
+from distsbi.training.loop import run_root
 from distsbi.training.update import MASK_SHARES, Pose, conditional
 
 
@@ -160,7 +163,8 @@ class ConditionalPipeline:
         """Trains, or goes on training from the present weights; returns (training losses, validation losses), one per validation.
 
         With `checkpoint_dir` in the training configuration the run directory is written while training; a killed run started
-        again resumes from its last checkpoint and ends with the same bits. `overrides`: training options for this call.
+        again resumes from its last checkpoint and ends with the same bits. A directory holds one training: to go on from a finished
+        one, also with more simulations, `restore` it and give another `checkpoint_dir`. `overrides`: training options for this call.
 
         Raises ValueError without a training set, or where `checkpoint_dir` holds another training.
         """
@@ -207,23 +211,55 @@ class ConditionalPipeline:
         assert self._source is not None
         facts = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
-        solver = None
-        if config.calibrate:
-            raw = self._make_posterior(trained.params, standardizer, None, facts)
-            solver, facts["certificate"] = calibrate(raw, xs)
-        self._posterior = self._make_posterior(trained.params, standardizer, solver, facts)
+        self._posterior = self._make_posterior(trained.params, standardizer, None, facts)
         nnx.update(self.model, trained.params)
-        if config.checkpoint_dir is not None:
-            from distsbi.training.loop import run_root
+        root = run_root(config)
+        if config.calibrate:
+            if root is not None:  # what was learned is on the disk before anything else can fail
+                self._posterior.save(root)
+            solver, certificate = calibrate(self._posterior, xs)
+            if not certificate["met"]:
+                warnings.warn(
+                    f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
+                    f"posterior's local scale (tolerance {certificate['tolerance']['q95']}); the velocity may be rough, so train longer, or sample with "
+                    f'solver="tsit5".',
+                    stacklevel=3,
+                )
+            facts = {**facts, "certificate": certificate}
+            self._posterior = self._make_posterior(trained.params, standardizer, solver, facts)
+        if root is not None:
+            self._posterior.save(root)
 
-            self._posterior.save(run_root(config) or config.checkpoint_dir)
+    def restore(self, path: str | os.PathLike[str]) -> Self:
+        """Takes up a saved run of the same network and method: its weights, scales and sampling grid, to sample from or to go on training
+        from. Returns the pipeline.
+
+        Raises ValueError for a run of another network or method, and as `distsbi.load` does.
+        """
+        inner = getattr(self.model, "network", self.model)
+        own = self.model if network_name(self.model) is None and network_name(inner) is None else None
+        found = load(path, mesh=self.mesh, network=own)
+        scales = found.joint_standardizer if isinstance(found, JointPosterior) else found.weights.standardizer
+        made = self._make_posterior(nnx.state(self.model, nnx.Param), jax.tree.map(np.asarray, scales), None, {})
+        here, there = model_spec(made), model_spec(found)
+        differing = [name for name in ("network", "sizes", "method") if here[name] != there[name]]
+        if differing:
+            raise ValueError(
+                f"{path} holds a run of another {' and '.join(differing)} than this pipeline; make the pipeline that it was trained with, or "
+                f"distsbi.load it."
+            )
+        weights = found.joint if isinstance(found, JointPosterior) else found.network
+        nnx.update(self.model, nnx.state(weights, nnx.Param))
+        self._standardizer, self._posterior, self._last = jax.tree.map(np.asarray, scales), found, None
+        self.parameter_names = found.parameter_names
+        return self
 
     @property
     def posterior(self) -> Posterior:
         """The trained posterior. Raises ValueError before training."""
         if self._posterior is None:
             raise ValueError(
-                "this pipeline is not trained yet: call pipeline.train(nnx.Rngs(0)), or distsbi.load a saved run."
+                "this pipeline is not trained yet: call pipeline.train(nnx.Rngs(0)), or pipeline.restore(run) a saved one."
             )
         return self._posterior
 
@@ -250,11 +286,9 @@ class ConditionalPipeline:
         """Draws from p(theta | x_o); `rng=` or `key=`. See `Posterior.sample`."""
         return self._chosen(use_ema).sample(key, x_o, nsamples, rng=rng, **options)
 
-    def get_sampler(
-        self, x_o: Any = None, *args: Any, use_ema: bool = True, **options: Any
-    ) -> Callable[..., np.ndarray]:
+    def get_sampler(self, x_o: Any, *, use_ema: bool = True, **options: Any) -> Callable[..., np.ndarray]:
         """A function `sampler(key, nsamples)` for one observation, compiled once. See `Posterior.get_sampler`."""
-        return self._chosen(use_ema).get_sampler(x_o, *args, **options)
+        return self._chosen(use_ema).get_sampler(x_o, **options)
 
     def sample_batched(
         self,
@@ -445,7 +479,7 @@ class _Named:
         if params is None or isinstance(params, dict):
             tokens, features = layout.packed if nets is None else embedded_shape(nets, layout)
             default = self.make_params.default(dim_obs, tokens, ch_obs, features)
-            params = dataclasses.replace(default, **(params or {}))
+            params = _with_fields(default, params or {})
         if missing is not None and isinstance(params, self.make_params):
             if not hasattr(params, "missing"):
                 raise ValueError(
@@ -502,6 +536,22 @@ Flux1JointFlowPipeline, Flux1JointDiffusionPipeline, Flux1JointSMPipeline = (
 SimformerFlowPipeline, SimformerDiffusionPipeline, SimformerSMPipeline = (
     PIPELINES[f"Simformer{kind}"] for kind in _KINDS
 )
+
+
+def _with_fields(default: Any, given: dict[str, Any]) -> Any:
+    """`default` with these fields. Raises ValueError naming an unknown one and the nearest known, or one of a wrong type."""
+    known = [field.name for field in dataclasses.fields(default)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"{type(default).__name__} has no field {name!r};{hint} The fields are {', '.join(known)}."
+            )
+    try:
+        return dataclasses.replace(default, **given)
+    except TypeError as error:
+        raise ValueError(f"a field of {type(default).__name__} has a wrong type: {error}; got {given}.") from error
 
 
 def _nets(layout: Layout, embedding: Any) -> dict[str, Any] | None:

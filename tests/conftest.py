@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +49,33 @@ def run_dir(tmp_path: Path) -> Path:
 def repo() -> Path:
     """The root of the repository."""
     return ROOT
+
+
+class SmallDisk:
+    """A file system of half a megabyte."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir()
+        self._mount("size=512k")
+
+    def grow(self) -> None:
+        self._mount("remount,size=16m")
+
+    def _mount(self, options: str) -> None:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)], check=True, capture_output=True
+        )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    try:
+        disk = SmallDisk(tmp_path / "disk")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a full disk needs a small file system, and mounting one is not permitted here ({error})")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk.path)], check=True)
 
 
 LONGEST = ("test_readme.py", "test_training.py", "test_joint.py", "test_matrix.py", "test_kill.py")

@@ -1,12 +1,15 @@
 """Every command: its help, what it writes, and its exit code with one sentence for what cannot be."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,8 @@ import pytest
 
 from distsbi import open_catalog
 from distsbi.cli import cli, main
+from distsbi.data import write_pairs
+from distsbi.sampling.run import FORMAT
 
 COMMANDS = ("simulate", "train", "sample", "catalog", "info", "demo")
 Cli = Callable[..., tuple[int, str, str]]
@@ -24,6 +29,8 @@ Cli = Callable[..., tuple[int, str, str]]
 def distsbi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Runs the command line in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # what --devices writes is undone afterwards
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(logging.getLogger("absl"), "level", logging.getLogger("absl").level)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
@@ -224,11 +231,15 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
         ),
         (["demo", "--out", "{tmp}"], "not only an earlier demo; give another --out"),
         (["info", "{tmp}/none"], "no such folder"),
+        (["info", "{tmp}/damaged"], "spec.json is damaged: it has no network; restore it from a copy"),
+        (["train", "--task", "slcp", "--out", "{tmp}/there.npy"], "there.npy is a file; give a folder"),
         (["fit"], "No such command 'fit'"),
     ],
 )
 def test_user_errors(distsbi: Cli, untrained: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "there.npy").write_bytes(b"not an array")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "spec.json").write_text(f'{{"format": {FORMAT}}}')
     code, _, err = distsbi(*(argument.format(tmp=tmp_path, run=untrained) for argument in arguments))
     assert code == 2
     assert message in err
@@ -251,23 +262,68 @@ def test_failures_exit_with_1(distsbi: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_interrupt_exits_with_130(distsbi: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(name: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("distsbi.tasks.get_task", interrupt)
     code, _, err = distsbi("simulate", "two_moons", "--out", "nowhere")
     assert code == 130
-    assert "give the same command again" in err
+    assert "Interrupted: what is finished is kept; give the same command again to go on." in err
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt("stopped, 2 of 6 shards are finished in out; the same call goes on from there.")
+
+    monkeypatch.setattr("distsbi.fanout.sample_catalog", stopped)
+    code, _, err = distsbi("catalog", "run", "catalog.parquet", "out")
+    assert code == 130
+    assert err.strip() == "Interrupted: stopped, 2 of 6 shards are finished in out; the same call goes on from there."
+    monkeypatch.setattr("distsbi.sampling.load", interrupt)
+    code, _, err = distsbi("sample", "run", "--x", "0,0", "--out", "d.npy")  # of which nothing is kept
+    assert code == 130
+    assert err.strip() == "Interrupted."
 
 
-def test_a_full_disk_leaves_nothing_half_written(
-    distsbi: Cli, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_leaves_nothing_half_written(distsbi: Cli, untrained: Path, small_disk: Any) -> None:
+    for name in ("draws.npy", "draws.parquet"):
+        out = small_disk.path / name
+        code, _, err = distsbi("sample", untrained, "--x", "0,0", "--nsamples", 100_000, "--out", out)
+        assert code == 1
+        assert f"{name} could not be written (No space left on device); free space or give another --out" in err
+        assert list(small_disk.path.iterdir()) == []
 
-    monkeypatch.setattr(np, "save", full)
-    code, _, err = distsbi("sample", untrained, "--x", "0,0", "--nsamples", 10, "--out", tmp_path / "draws.npy")
-    assert code == 1
-    assert "draws.npy could not be written (No space left on device); free space or give another --out" in err
-    assert list(tmp_path.iterdir()) == []
+
+def test_a_disk_that_fills_while_training_is_told_in_one_sentence(small_disk: Any) -> None:
+    """In a process of its own, for the tracebacks of orbax's threads go past what a test captures."""
+    command = [sys.executable, "-m", "distsbi.cli", "train", "--task", "two_moons", "--nsteps", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(small_disk.path / "run")], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert "is full; free some space and run the same training again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+
+
+def test_virtual_devices_come_before_a_prior_that_starts_jax(tmp_path: Path) -> None:
+    """A HalfNormal holds arrays, so making it starts JAX; in a process of its own, which has one device unless told."""
+    theta = np.abs(np.random.default_rng(0).normal(size=(40, 1)))
+    write_pairs(tmp_path / "pairs", theta, theta)
+    command = [
+        sys.executable,
+        "-m",
+        "distsbi.cli",
+        "train",
+        "--data",
+        str(tmp_path / "pairs"),
+        "--prior",
+        "a=HalfNormal(1)",
+    ]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [*command, "--devices", "2", "--nsteps", "1", "--out", str(tmp_path / "run")],
+        env=env, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spec = json.loads((tmp_path / "run" / "spec.json").read_text())
+    assert spec["facts"]["training"]["devices"] == 2
+    assert spec["parameter_names"] == ["a"]

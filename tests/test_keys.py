@@ -20,6 +20,31 @@ def test_bad_keys(bad):
         keys.as_key(bad)
 
 
+def test_seeds_past_32_bits_differ():
+    seeds = (5, 2**31 + 5, 2**32 + 5, 2**33 + 5, 2**63 + 5, 2**64 - 1)
+    assert len({keys.key_words(seed) for seed in seeds}) == len(seeds)
+    assert keys.key_words(2**32 - 1) == (0, 2**32 - 1)  # small seeds keep their keys
+    assert keys.key_words(np.uint64(2**63 + 5)) == keys.key_words(2**63 + 5)
+
+
+@pytest.mark.parametrize("bad", [-1, np.int64(-1), 2**64])
+def test_seeds_out_of_range(bad):
+    with pytest.raises(ValueError, match=r"from 0 to 2\*\*64 - 1; got"):
+        keys.as_key(bad)
+
+
+def test_every_purpose_has_a_key_of_its_own():
+    """Also apart from what a user's `augment` makes of its own key."""
+    key, steps = keys.as_key(0), (0, 1, 0x5EED)
+    updates = [k for step in steps for k in keys.training_keys(key, step)]
+    augments = [k for step in steps for k in jax.random.split(keys.training_keys(key, step)[1], 5)]
+    epochs = [keys.epoch_key(key, epoch) for epoch in range(5)]
+    validation = [k for batch in (0, 1) for k in keys.validation_keys(batch)]
+    users = [key, *jax.random.split(key, 5)]
+    found = [keys.key_words(k) for k in (*updates, *augments, *epochs, *validation, *users)]
+    assert len(set(found)) == len(found)
+
+
 def test_ids_past_32_bits_differ():
     low, high = keys.split_id(np.asarray([5, 5 + 2**32], np.uint64))
     assert low.tolist() == [0, 5]

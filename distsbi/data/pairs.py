@@ -5,6 +5,7 @@ A folder holds complete files `pairs-00000.parquet`, `pairs-00001.parquet`, ... 
     simulate_pairs / write_pairs  ->  folder  ->  read_pairs (into memory) or iter_pairs (streamed, shuffled, resumable)
 """
 
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from distsbi.data.parquet import read_file, read_footer, write_file
 from distsbi.data.prior import check_names
 
-UNFINISHED = "_unfinished"  # is there while a folder is being simulated
+UNFINISHED = "_unfinished"  # is there while a folder is being simulated or written
 _STALE_SECONDS = 3600
 _SHOWN = 5
 
@@ -104,18 +105,32 @@ def write_pairs(
     rows_per_file: int = 65_536,
     source: dict[str, Any] | None = None,
 ) -> PairsFolder:
-    """Write checked pairs to an empty or new folder. `source` is any JSON-able note on where they came from.
+    """Write checked pairs to an empty or new folder; where it was cut off, the same call finishes it. `source` is any JSON-able note on
+    where they came from.
 
-    Raises ValueError for bad pairs (see `as_pairs`) and for a folder that holds pairs already.
+    Raises ValueError for bad pairs (see `as_pairs`), for a folder that holds pairs already, and for one whose pairs so far are others.
     """
     pairs, folder = as_pairs(theta, x, names), Path(path)
     _require_positive(rows_per_file=rows_per_file)
-    if folder.exists() and _files(folder):
+    n, note = len(pairs.theta), json.loads(json.dumps(source or {}))  # as it is read back
+    starts = range(0, n, rows_per_file)
+    parts = {
+        _file_name(shard): (pairs.theta[at : at + rows_per_file], pairs.x[at : at + rows_per_file], pairs.names, note)
+        for shard, at in enumerate(starts)
+    }
+    done = {file.name for file in _files(folder)} if folder.exists() else set()
+    if done and not (folder / UNFINISHED).exists():
         raise ValueError(f"{folder} holds pairs already; give a new folder, or remove it first.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for shard, start in enumerate(range(0, len(pairs.theta), rows_per_file)):
-        part = slice(start, start + rows_per_file)
-        write_file(folder / _file_name(shard), pairs.theta[part], pairs.x[part], pairs.names, source or {})
+    if done and (_marked(folder) != f"{n}" or not all(f in parts and _holds(folder / f, *parts[f]) for f in done)):
+        raise ValueError(
+            f"{folder} was cut off while other pairs were written than these, or with another rows_per_file; give a new folder, or "
+            f"remove it first."
+        )
+    _begin(folder, n)
+    for name, part in parts.items():
+        if name not in done:
+            write_file(folder / name, *part)
+    (folder / UNFINISHED).unlink()
     return open_pairs(folder)
 
 
@@ -131,7 +146,7 @@ def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
     files = _files(folder)
     if (folder / UNFINISHED).exists():
         raise ValueError(
-            f"the simulation into {folder} was cut off before its {(folder / UNFINISHED).read_text().strip()} pairs; give the same command again "
+            f"the writing of {folder} was cut off before its {_marked(folder)} pairs; give the same command again "
             f"to finish it, or remove {folder / UNFINISHED} to do with the pairs that are there."
         )
     if not files:
@@ -222,10 +237,10 @@ def simulate_pairs(
     *,
     batch: int = 8_192,
     rows_per_file: int = 65_536,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> PairsFolder:
     """Draw n pairs of a `Task` on the devices into a folder. Complete files are kept: a killed run goes on, a larger n
-    extends the pairs.
+    extends the pairs. `progress`: a bar; None: on a terminal.
 
     Pair i depends on (key, i, batch, rows_per_file) alone. The simulator is always called on `batch` rows, and compiled
     once.
@@ -242,13 +257,10 @@ def simulate_pairs(
     key, folder = as_key(key), Path(path)
     source = {"task": task.name, "seed": list(key_words(key)), "batch": batch, "rows_per_file": rows_per_file}
     done = _rows_done(folder, source, n)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob(".pairs-*.parquet.*"):  # left by a killed writer
-        if time.time() - file.stat().st_mtime > _STALE_SECONDS:
-            file.unlink(missing_ok=True)
-    (folder / UNFINISHED).write_text(f"{n}\n")
+    _begin(folder, n)
     draw = jax.jit(lambda k: task.pairs(k, batch))
-    with tqdm(total=n, desc=f"simulating {task.name}", unit=" pairs", unit_scale=True, disable=not progress) as bar:
+    hidden = None if progress is None else not progress
+    with tqdm(total=n, desc=f"simulating {task.name}", unit=" pairs", unit_scale=True, disable=hidden) as bar:
         for shard, start in enumerate(range(0, n, rows_per_file)):
             rows = min(rows_per_file, n - start)
             if done.get(_file_name(shard)) != rows:
@@ -259,6 +271,30 @@ def simulate_pairs(
             bar.update(rows)
     (folder / UNFINISHED).unlink()
     return open_pairs(folder)
+
+
+def _begin(folder: Path, n: int) -> None:
+    """Makes the folder, marks it as unfinished until it holds n pairs, and removes what a killed writer left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob(".pairs-*.parquet.*"):
+        if time.time() - file.stat().st_mtime > _STALE_SECONDS:
+            file.unlink(missing_ok=True)
+    if not (folder / UNFINISHED).exists() or _marked(folder) != f"{n}":
+        (folder / UNFINISHED).write_text(f"{n}\n")
+
+
+def _marked(folder: Path) -> str:
+    """How many pairs an unfinished folder is to hold."""
+    return (folder / UNFINISHED).read_text().strip()
+
+
+def _holds(path: Path, theta: np.ndarray, x: np.ndarray, names: tuple[str, ...], source: dict[str, Any]) -> bool:
+    """Whether a file is the one that `write_file` makes of these."""
+    footer = read_footer(path)
+    if footer != (len(theta), names, theta.shape[1:], x.shape[1:], source):
+        return False
+    found = read_file(path, footer.theta_shape, footer.x_shape)
+    return np.array_equal(found[0], theta) and np.array_equal(found[1], x)
 
 
 def _read(path: Path, folder: PairsFolder, missing: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -71,15 +71,33 @@ def _row_shape(path: Path, schema: pa.Schema, name: str) -> Any:
     """[dim, channels] of a column, more axes for images: a fixed-shape tensor, or a fixed-size list (one channel)."""
     index = schema.get_field_index(name)
     kind: Any = schema.field(index).type if index >= 0 else None
-    if isinstance(kind, pa.FixedShapeTensorType) and (len(kind.shape) in (1, 2) or name == "x"):
-        return tuple(kind.shape) if len(kind.shape) > 1 else (kind.shape[0], 1)
-    if isinstance(kind, pa.FixedSizeListType):
-        return (kind.list_size, 1)
+    if isinstance(kind, (pa.FixedShapeTensorType, pa.FixedSizeListType)) and _is_number(kind.value_type):
+        if isinstance(kind, pa.FixedSizeListType):
+            return (kind.list_size, 1)
+        if len(kind.shape) in (1, 2) or name == "x":
+            axes = _axes(kind)
+            if axes != np.argsort(axes).tolist():
+                # The format says logical[i] = stored[permutation[i]], pyarrow writes the inverse and reads neither (26.0).
+                raise ValueError(
+                    f"{path} has {name} of type {kind}, whose permutation of three or more axes is read differently by different programs; "
+                    f"write it from np.ascontiguousarray({name})."
+                )
+            shape = tuple(kind.shape[axis] for axis in axes)
+            return shape if len(shape) > 1 else (*shape, 1)
     found = f"{name} of type {kind}" if kind is not None else f"only {', '.join(schema.names)}"
     raise ValueError(
         f"{path} must have columns theta and x of a fixed shape per row (arrow.fixed_shape_tensor or a fixed-size list "
         f"of float32); it has {found}. Write it with distsbi.data.write_pairs."
     )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean))
+
+
+def _axes(kind: Any) -> list[int]:
+    """The stored axes of a tensor in the order of the logical ones."""
+    return list(kind.permutation or range(len(kind.shape)))
 
 
 def read_file(path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +113,10 @@ def read_file(path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...]
         values = storage.flatten()
         if storage.null_count or values.null_count:
             raise ValueError(f"{path} has nulls in column {name}; drop those rows.")
-        arrays.append(np.asarray(values, np.float32).reshape(-1, *shape))
+        rows = np.asarray(values, np.float32)
+        if isinstance(column.type, pa.FixedShapeTensorType):
+            rows = rows.reshape(-1, *column.type.shape).transpose(0, *(1 + axis for axis in _axes(column.type)))
+        arrays.append(rows.reshape(-1, *shape))
     return arrays[0], arrays[1]
 
 

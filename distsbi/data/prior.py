@@ -110,6 +110,9 @@ class Prior:
         return f"Prior({', '.join(f'{name}={type(part).__name__}' for name, part in self.parts.items())})"
 
 
+MADE_BY_FUNCTIONS = ("TruncatedNormal", "TruncatedCauchy")  # distributions that numpyro has as functions
+
+
 def parse_prior(parts: Mapping[str, str]) -> Prior:
     """A `Prior` from text: names of parameters, each with a numpyro distribution of numbers. Nothing of the text is executed.
 
@@ -118,13 +121,30 @@ def parse_prior(parts: Mapping[str, str]) -> Prior:
 
     Raises ValueError for anything else.
     """
-    return Prior(**{name: _parse_part(name, text) for name, text in parts.items()})
+    made = {}
+    for name, text in parts.items():
+        make, numbers, named = read_part(name, text)
+        try:
+            made[name] = make(*numbers, **named, validate_args=True)
+            supports(Prior(**{name: made[name]}))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{_refusal(name, text)} {type(error).__name__}: {error}") from error
+    return Prior(**made)
 
 
-def _parse_part(name: str, text: str) -> Any:
+def _refusal(name: str, text: str) -> str:
+    return f"the prior of {name!r} must read like Uniform(-1, 1) or Normal(loc=0, scale=2), a numpyro distribution of numbers; got {text!r}."
+
+
+def read_part(name: str, text: str) -> tuple[Any, list[float], dict[str, float]]:
+    """What one part of `parse_prior` says: a numpyro distribution (or one of its functions that make one) and its numbers. Nothing is
+    made, so no device is touched.
+
+    Raises ValueError for what does not read so.
+    """
     import numpyro.distributions as dist
 
-    refusal = f"the prior of {name!r} must read like Uniform(-1, 1) or Normal(loc=0, scale=2), a numpyro distribution of numbers; got {text!r}."
+    refusal = _refusal(name, text)
     try:
         call = ast.parse(str(text).strip(), mode="eval").body
         assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
@@ -133,14 +153,10 @@ def _parse_part(name: str, text: str) -> Any:
     except (SyntaxError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(refusal) from error
     made = getattr(dist, call.func.id, None)
-    if not (isinstance(made, type) and issubclass(made, dist.Distribution)):
+    is_class = isinstance(made, type) and issubclass(made, dist.Distribution)
+    if not is_class and call.func.id not in MADE_BY_FUNCTIONS:
         raise ValueError(f"{refusal} numpyro has no distribution {call.func.id!r}.")
-    try:
-        part = made(*numbers, **named, validate_args=True)
-        supports(Prior(**{name: part}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{refusal} {type(error).__name__}: {error}") from error
-    return part
+    return made, numbers, named
 
 
 def parameter_names(prior: Any, dim: int) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 arrays (theta, x)     on the devices, shuffled and indexed inside the training step
 Task                  simulated on the devices inside the step: no finite set at all
 Parquet folder        read into arrays where it fits, else streamed in shuffled row groups
-iterable of batches   streamed; anything that yields (theta, x), grain included
+iterable of batches   streamed, cut and joined to the batch size; anything that yields (theta, x), grain included
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from distsbi.tasks.base import Task
 IN_MEMORY_BYTES = 2 * 2**30
 FIT_PAIRS = 50_000  # pairs that scales are fitted on where the set is not in memory
 VALIDATION_PAIRS = 4_096  # and validated on
+FIT_BYTES = 256 * 2**20  # most of either, where rows are large
 
 Pairs = tuple[Float[np.ndarray, "n dim_theta ch_theta"], Float[np.ndarray, "n dim_x ch_x"]]
 
@@ -37,7 +38,7 @@ class Source:
     size: pairs in the set, or None where it is endless or unknown.
     arrays: the pairs, where they are in memory.
     draw: `draw(key, index [b], data) -> (theta, x)`, traceable; None where batches are streamed.
-    batches: `batches(step, batch_size) -> iterator` over host batches from update `step` on, for streams.
+    batches: `batches(step, batch_size) -> iterator` over host batches of that size from update `step` on, for streams.
     fit: pairs to fit the scales on.
     fingerprint: a digest of the data, for resuming.
     hold_out: `hold_out(fraction) -> (source of the rest, validation pairs)`, where nothing was given to validate on.
@@ -128,10 +129,10 @@ def _from_task(task: Task, shapes: Shapes, prior: Any = None) -> Source:
         )
 
     def fit() -> Pairs:
-        return some(0, FIT_PAIRS // 5)
+        return some(0, _most(FIT_PAIRS // 5, shapes))
 
     def split(fraction: float) -> tuple[Source, Pairs]:
-        return source, some(1, VALIDATION_PAIRS)
+        return source, some(1, _most(VALIDATION_PAIRS, shapes))
 
     source = Source(
         size=None,
@@ -173,89 +174,127 @@ def _streamed(folder: PairsFolder, shapes: Shapes, prior: Any) -> Source:
             _streamed(dataclasses.replace(folder, files=folder.files[part], rows=folder.rows[part]), shapes, prior)
             for part in (slice(None, -count), slice(-count, None))
         )
-        theta, x = held.fit()
-        return rest, (theta[:VALIDATION_PAIRS], x[:VALIDATION_PAIRS])
+        return rest, _first(held.fit(), _most(VALIDATION_PAIRS, shapes))
 
     digest = hashlib.sha256(
         repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode()
     )
     return Source(
-        size=len(folder), fit=lambda: some(FIT_PAIRS), fingerprint=digest.hexdigest(), batches=batches, hold_out=split
+        size=len(folder),
+        fit=lambda: some(_most(FIT_PAIRS, shapes)),
+        fingerprint=digest.hexdigest(),
+        batches=batches,
+        hold_out=split,
     )
 
 
 def _from_iterable(data: Iterable[Any], shapes: Shapes, prior: Any = None) -> Source:
-    """Batches as they come, all of the size of the first: longer ones are cut, shorter ones left out. What can be iterated again
-    starts again at its end; an iterator is used once.
+    """Batches of any sizes, joined and cut to the batch size of the training: what is left over at the end of a pass begins the next.
+    What can be iterated again starts again at its end; an iterator is used once, and training ends with it.
 
     The pairs that the scales are fitted on are kept and are the first to be trained on. Where no validation set is given, the
-    first batches are held out of every pass, which needs a fixed order. A killed run resumes at the same batch number: to the
-    same bits only if the iterable yields the same batches again.
+    first batches are held out of every pass, which needs a fixed order. A killed run resumes at the same row: to the same bits
+    only if the iterable yields the same batches again.
     """
     once = iter(data) is data
     supply = iter(data)
     head: list[Pairs] = []
-    held: list[int] = [0]  # batches at the start that are validated on, in every pass
+    held = 0  # batches at the start that are validated on, in every pass
+    begun = False
 
     def checked(batch: Any) -> Pairs:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"every batch must be a pair (theta, x); got {type(batch).__name__}.")
         return _checked(batch, shapes, prior)
 
-    def equal(batches: Iterable[Any]) -> Iterator[Pairs]:
-        size = len(head[0][0])
-        for theta, x in map(checked, batches):
-            if len(theta) >= size:
-                yield theta[:size], x[:size]
+    def read_head() -> None:
+        rows = 0
+        for batch in supply if not head else ():
+            head.append(checked(batch))
+            rows += len(head[-1][0])
+            if len(head) > 1 and rows >= _most(FIT_PAIRS // 10, shapes):
+                break
+        if not head:
+            raise ValueError("the training iterable is empty.")
+
+    def fit() -> Pairs:
+        read_head()
+        return _first(_joined(head[held:]), _most(FIT_PAIRS, shapes))
+
+    def split(fraction: float) -> tuple[Source, Pairs]:
+        nonlocal held
+        read_head()
+        if len(head) < 2:
+            raise ValueError("one batch is too little to hold some out; give val_dataset, or smaller batches.")
+        held = min(len(head) - 1, max(1, round(fraction * len(head))))
+        return source, _first(_joined(head[:held]), _most(VALIDATION_PAIRS, shapes))
 
     def again() -> Iterator[Pairs]:
         """A new pass, without the batches that are held out."""
-        stream = equal(data)
-        for number in range(held[0]):
-            if not np.array_equal(next(stream)[0], head[number][0]):
+        stream, empty = map(checked, data), True
+        for number in range(held):
+            found = next(stream, None)
+            if found is None:
+                break
+            if not np.array_equal(found[0], head[number][0]):
                 raise ValueError(
                     "the training iterable changes its order between passes, so that no batch can be held out of it: "
                     "give val_dataset."
                 )
-        return stream
-
-    def read_head() -> None:
-        if not head:
-            head.extend(checked(batch) for batch in itertools.islice(supply, 1))
-            if not head:
-                raise ValueError("the training iterable is empty.")
-            head.extend(equal(itertools.islice(supply, max(1, FIT_PAIRS // 10 // len(head[0][0]) - 1))))
-
-    def fit() -> Pairs:
-        read_head()
-        return _joined(head[held[0] :])
-
-    def split(fraction: float) -> tuple[Source, Pairs]:
-        read_head()
-        if len(head) < 2:
-            raise ValueError("one batch is too little to hold some out; give val_dataset, or smaller batches.")
-        held[0] = min(len(head) - 1, max(1, round(fraction * len(head))))
-        return source, _joined(head[: held[0]])
+        for pairs in stream:
+            empty = False
+            yield pairs
+        if empty:
+            raise ValueError(
+                "the training iterable yields nothing when it is iterated again; give one that starts anew, such as a list, or "
+                "an iterator, which is used once."
+            )
 
     def passes() -> Iterator[Pairs]:
-        yield from head[held[0] :]
-        yield from equal(supply)
+        nonlocal begun
+        if once or not begun:
+            begun = True
+            yield from head[held:]
+            yield from map(checked, supply)
         while not once:
             yield from again()
-        raise ValueError(
-            "the training iterable has ended before nsteps; give one that can be iterated again, or fewer nsteps."
-        )
 
     def batches(step: int, batch_size: int) -> Iterator[Pairs]:
         read_head()
-        return itertools.islice(passes(), step, None)
+        return itertools.islice(_cut(passes(), batch_size), step, None)
 
     source = Source(size=None, fit=fit, fingerprint="iterable", batches=batches, hold_out=split)
     return source
 
 
+def _cut(stream: Iterable[Pairs], size: int) -> Iterator[Pairs]:
+    """Batches of `size` rows from batches of any; rows short of the last one are left out."""
+    parts: list[Pairs] = []
+    needed = size
+    for theta, x in stream:
+        start = 0
+        while start < len(theta):
+            part = slice(start, start + needed)
+            parts.append((theta[part], x[part]))
+            start, needed = part.stop, needed - len(parts[-1][0])
+            if not needed:
+                yield _joined(parts)
+                parts, needed = [], size
+
+
 def _joined(batches: list[Pairs]) -> Pairs:
+    if len(batches) == 1:
+        return batches[0]
     return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # type: ignore[return-value]
+
+
+def _first(pairs: Pairs, rows: int) -> Pairs:
+    return pairs[0][:rows], pairs[1][:rows]
+
+
+def _most(rows: int, shapes: Shapes) -> int:
+    """So many rows, or as many as FIT_BYTES hold."""
+    return max(1, min(rows, FIT_BYTES // (4 * sum(math.prod(shape) for shape in shapes[:2]))))
 
 
 def hold_out(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:

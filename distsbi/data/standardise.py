@@ -3,11 +3,12 @@
 Parameters go through an elementwise bijection of the prior's support to the real line, then z-scoring:
 
     interval (low, high)    u = probit((theta - low) / (high - low))
-    theta > low             u = log(theta - low)
-    theta < high            u = -log(high - theta)
+    theta > low             u = log(max(theta - low, floor))
+    theta < high            u = -log(max(high - theta, floor))
     real                    u = theta
 
-so that no draw leaves the prior, and log|du/dtheta| enters the log-density. Under the probit a uniform prior is a standard
+so that no draw leaves the prior or lies on a bound of it, and log|du/dtheta| enters the log-density. The floor, a small part of the
+median distance, keeps a theta that is the bound from setting the scale of all. Under the probit a uniform prior is a standard
 normal, the very distribution that the path starts from. What x says linearly is then taken out in closed form,
 
     y = S^(-1/2) (u - A x),    A: least squares of u on x,    S: covariance of what is left
@@ -17,7 +18,7 @@ posterior of a linear-Gaussian problem is the very noise that the path starts fr
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -33,6 +34,9 @@ _ROWS_PER_COLUMN = 10  # pairs for each column of x below which least squares wo
 _MOST_COLUMNS = 2_048
 _SMALLEST = 1e-3  # of the scales S^(1/2): a parameter that x fixes linearly keeps a scale
 _RIDGE = 1e-6
+_FLOOR = 1e-6  # of the median distance of theta from the bound of its half line
+_TINY = float(np.finfo(np.float32).tiny)  # smaller numbers are 0 on most devices
+_BLOCK_BYTES = 16 * 2**20  # of float64 rows that scales are summed over at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Standardizer:
     x_kinds: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     x_low: Float[Array, "dim_x 1"] | None = None
     x_high: Float[Array, "dim_x 1"] | None = None
+    # the smallest distance from the bound of a half line; None, in runs of before: the smallest float
+    floor: Float[Array, "dim_theta 1"] | None = None
+    x_floor: Float[Array, "dim_x 1"] | None = None
 
     @classmethod
     def fit(
@@ -94,20 +101,20 @@ class Standardizer:
         high = np.asarray([[s.high if np.isfinite(s.high) else 0.0] for s in supports], np.float32)
         kinds = tuple(s.kind for s in supports)
         zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
-        x64 = np.asarray(x, np.float64)
-        x_mean, x_std = _mean(x64), _scale(x64)
+        theta, x = np.asarray(theta, np.float32), np.asarray(x)
+        x_mean, x_std = _scales(x)
         if pool is not None:
             x_mean, x_std = pool(x_mean, x_std)
         eye = np.eye(zero.size, dtype=np.float32)
-        flat = np.zeros((x64[0].size, zero.size), np.float32)
-        bare = cls(kinds, low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)  # type: ignore[arg-type]
-        u = np.asarray(bare.unbound(jnp.asarray(theta, jnp.float32)), np.float64)
-        mean, std = u.mean(0), _scale(u)
+        flat = np.zeros((x_mean.size, zero.size), np.float32)
+        fields: Any = (low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)
+        floor: Any = _floors(theta, kinds, low, high)
+        bare = cls(kinds, *fields, floor=floor)
+        u = np.concatenate([bare.unbound(jnp.asarray(theta[part])) for part in _parts(theta)])
+        mean, std = _scales(u)
         slope, root, inverse_root = flat, eye, eye
         if linear:
-            slope, root, inverse_root = _least_squares(
-                ((u - mean) / std).reshape(len(u), -1), np.nan_to_num((x64 - x_mean) / x_std).reshape(len(u), -1)
-            )
+            slope, root, inverse_root = _least_squares(u, (mean, std), x, (x_mean, x_std))
         return dataclasses.replace(
             bare,
             theta_mean=mean.astype(np.float32), theta_std=std.astype(np.float32),
@@ -134,6 +141,7 @@ class Standardizer:
         channels = self.theta_mean.shape[1]
         n_free, n_given = len(f) * channels, len(g) * channels
         part = lambda array, rows: np.asarray(array)[rows]  # noqa: E731
+        floors = {} if self.floor is None else {"floor": part(self.floor, f), "x_floor": part(self.floor, g)}
         eye = np.eye(n_free, dtype=np.float32)
         return dataclasses.replace(
             self,
@@ -141,12 +149,12 @@ class Standardizer:
             theta_mean=part(self.theta_mean, f), theta_std=part(self.theta_std, f),
             x_mean=part(self.theta_mean, g), x_std=part(self.theta_std, g),
             slope=np.zeros((n_given, n_free), np.float32), root=eye, inverse_root=eye,
-            x_kinds=tuple(self.kinds[i] for i in g), x_low=part(self.low, g), x_high=part(self.high, g),
+            x_kinds=tuple(self.kinds[i] for i in g), x_low=part(self.low, g), x_high=part(self.high, g), **floors,
         )  # fmt: skip
 
     def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
         """theta on the real line, before z-scoring."""
-        return _unbound(theta, self.kinds, self.low, self.high)
+        return _unbound(theta, self.kinds, self.low, self.high, self.floor)
 
     def centre(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_theta ch_theta"]:
         """A x: where least squares puts the z-scored theta of each observation, a missing x (NaN) being at its mean. Once per
@@ -168,13 +176,17 @@ class Standardizer:
         u = self._unmixed(y, centre)
         theta = u
         if INTERVAL in self.kinds:
-            inside = jnp.clip(self.low + self._width() * ndtr(u), self.low, self.high)
-            theta = jnp.where(self._is(INTERVAL), inside, theta)
+            theta = jnp.where(self._is(INTERVAL), self.low + self._width() * ndtr(u), theta)
         if ABOVE in self.kinds:
             theta = jnp.where(self._is(ABOVE), self.low + jnp.exp(jnp.clip(u, -_LOG_RANGE, _LOG_RANGE)), theta)
         if BELOW in self.kinds:
             theta = jnp.where(self._is(BELOW), self.high - jnp.exp(jnp.clip(-u, -_LOG_RANGE, _LOG_RANGE)), theta)
-        return theta
+        if set(self.kinds) <= {REAL}:
+            return theta
+        # at least one float inside: rounding ends on bounds, which an open interval has not
+        least = jnp.where(self._is(INTERVAL, ABOVE), _next(self.low, 1.0), -jnp.inf)
+        most = jnp.where(self._is(INTERVAL, BELOW), _next(self.high, -1.0), jnp.inf)
+        return jnp.clip(theta, least, most)
 
     def log_det(
         self, y: Float[Array, "... dim_theta ch_theta"], centre: Float[Array, "... dim_theta ch_theta"]
@@ -203,7 +215,7 @@ class Standardizer:
     def forward_x(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_x ch_x"]:
         """x as the network sees it."""
         if self.x_low is not None and self.x_high is not None:
-            x = _unbound(x, self.x_kinds, self.x_low, self.x_high)
+            x = _unbound(x, self.x_kinds, self.x_low, self.x_high, self.x_floor)
         return (x - self.x_mean) / self.x_std
 
     def _is(self, *kinds: str) -> np.ndarray:
@@ -237,18 +249,24 @@ def _is(kinds: tuple[str, ...], *wanted: str) -> np.ndarray:
     return np.asarray([[k in wanted] for k in kinds]).reshape(-1, 1)
 
 
-def _unbound(theta: Array, kinds: tuple[str, ...], low: Array, high: Array) -> Array:
+def _next(bound: Array, direction: float) -> Array:
+    """The next float32 in a direction, past 0 the next that no device takes for 0."""
+    near = jnp.nextafter(bound, jnp.full_like(bound, direction * jnp.inf))
+    return jnp.where(jnp.abs(near) < _TINY, direction * _TINY, near)
+
+
+def _unbound(theta: Array, kinds: tuple[str, ...], low: Array, high: Array, floor: Array | None) -> Array:
     """theta on the real line."""
     u = theta
     if INTERVAL in kinds:
         width = jnp.where(_is(kinds, INTERVAL), high - low, 1.0)
         p = jnp.clip((theta - low) / width, _EDGE, 1 - _EDGE)
         u = jnp.where(_is(kinds, INTERVAL), ndtri(p), u)
-    tiny = np.finfo(np.float32).tiny
+    least = _TINY if floor is None else floor
     if ABOVE in kinds:
-        u = jnp.where(_is(kinds, ABOVE), jnp.log(jnp.maximum(theta - low, tiny)), u)
+        u = jnp.where(_is(kinds, ABOVE), jnp.log(jnp.maximum(theta - low, least)), u)
     if BELOW in kinds:
-        u = jnp.where(_is(kinds, BELOW), -jnp.log(jnp.maximum(high - theta, tiny)), u)
+        u = jnp.where(_is(kinds, BELOW), -jnp.log(jnp.maximum(high - theta, least)), u)
     return u
 
 
@@ -262,15 +280,46 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _least_squares(u: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(A', S^(1/2), S^(-1/2)) of u [n, n_theta] on x [n, n_x]; no slope where there are too few rows for the columns."""
-    n, columns = x.shape
-    slope = np.zeros((columns, u.shape[1]))
+def _floors(
+    theta: np.ndarray, kinds: tuple[str, ...], low: np.ndarray, high: np.ndarray
+) -> Float[np.ndarray, "dim_theta 1"]:
+    """The smallest distance from the bound of each half line: a small part of the median, and less where the distances are spread
+    wider than that (about ten standard deviations of their logarithm)."""
+    floors = np.full((len(kinds), 1), _TINY, np.float32)
+    for i, kind in enumerate(kinds):
+        if kind in (ABOVE, BELOW):
+            distance = theta[:, i] - low[i] if kind == ABOVE else high[i] - theta[:, i]
+            away = distance[distance > 0].astype(np.float64)
+            if away.size:
+                quartile, median = np.quantile(away, (0.25, 0.5))
+                floors[i] = max(_TINY, median * min(_FLOOR, (quartile / median) ** 15))
+    return floors
+
+
+def _least_squares(
+    u: np.ndarray, u_scales: tuple[np.ndarray, np.ndarray], x: np.ndarray, x_scales: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(A', S^(1/2), S^(-1/2)) of u [n, ...] on x [n, ...], z-scored with (means, standard deviations) and flattened; no slope where there
+    are too few rows for the columns."""
+    n, columns, wanted = len(u), x[:1].size, u[:1].size
+    slope = np.zeros((columns, wanted))
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in _parts(u, x):
+            yield _scored(u[part], *u_scales), _scored(x[part], *x_scales)
+
     if columns <= min(_MOST_COLUMNS, n // _ROWS_PER_COLUMN):
-        gram = x.T @ x / n
-        slope = np.linalg.solve(gram + _RIDGE * np.eye(columns), x.T @ u / n)
-    rest = u - x @ slope
-    covariance = np.atleast_2d(np.cov(rest.T, bias=True))
+        gram, cross = np.zeros((columns, columns)), np.zeros((columns, wanted))
+        for u_block, x_block in blocks():
+            gram += x_block.T @ x_block
+            cross += x_block.T @ u_block
+        slope = np.linalg.solve(gram / n + _RIDGE * np.eye(columns), cross / n)
+    total, squares = np.zeros(wanted), np.zeros((wanted, wanted))
+    for u_block, x_block in blocks():
+        rest = u_block - x_block @ slope
+        total += rest.sum(0)
+        squares += rest.T @ rest
+    covariance = squares / n - np.outer(total / n, total / n)
     if n < _ROWS_PER_COLUMN * len(covariance):
         covariance = np.diag(np.diag(covariance))
     values, vectors = np.linalg.eigh(covariance)
@@ -278,17 +327,30 @@ def _least_squares(u: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return slope, (vectors * scales) @ vectors.T, (vectors / scales) @ vectors.T
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Without what is missing (NaN); 0 where all is."""
-    there = ~np.isnan(values)
-    return np.where(there, values, 0.0).sum(0) / np.maximum(there.sum(0), 1)
+def _scored(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Float[np.ndarray, "rows columns"]:
+    """z-scored in float64; what is missing (NaN) is at the mean."""
+    return np.nan_to_num((np.asarray(values, np.float64) - mean) / std).reshape(len(values), -1)
 
 
-def _scale(values: np.ndarray) -> np.ndarray:
-    """Standard deviations without what is missing; 1 for a constant column."""
-    there = ~np.isnan(values)
-    squares = np.where(there, values - _mean(values), 0.0) ** 2
-    std = np.sqrt(squares.sum(0) / np.maximum(there.sum(0), 1))
-    largest = np.where(there, np.abs(values), 0.0).max(0, initial=0.0)
+def _scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(means, standard deviations) over the rows without what is missing (NaN), float64: mean 0 where all is, deviation 1 for a constant
+    column."""
+    count, total, largest, squares = (np.zeros(values.shape[1:]) for _ in range(4))
+    for part in _parts(values):
+        block = np.asarray(values[part], np.float64)
+        there = ~np.isnan(block)
+        count += there.sum(0)
+        total += np.where(there, block, 0.0).sum(0)
+        largest = np.maximum(largest, np.where(there, np.abs(block), 0.0).max(0))
+    mean = total / np.maximum(count, 1)
+    for part in _parts(values):
+        squares += np.sum(np.nan_to_num(np.asarray(values[part], np.float64) - mean) ** 2, 0)
+    std = np.sqrt(squares / np.maximum(count, 1))
     constant = std <= 1e-7 * largest  # relative: a column of 1e-21 is data too
-    return np.where(constant, 1.0, std)
+    return mean, np.where(constant, 1.0, std)
+
+
+def _parts(*arrays: np.ndarray) -> list[slice]:
+    """Blocks of rows that are small in float64: of all rows at once the copies would be many times the data."""
+    rows = max(1, _BLOCK_BYTES // max(1, 8 * sum(array[:1].size for array in arrays)))
+    return [slice(start, start + rows) for start in range(0, len(arrays[0]), rows)]

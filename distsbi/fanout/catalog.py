@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import distsbi
@@ -29,7 +30,7 @@ from distsbi.store import Catalog, Output, SourceSpec, layout, open_catalog, ope
 
 SHARD_BYTES = 128 * 2**20  # at most this much of draws in a worker's memory
 SHARD_DRAWS = 32_768  # at least this many draws, that the work outweighs the file
-SHARD_COUNT = 256  # and about this many shards otherwise
+SHARD_COUNT = 1024  # and about this many shards otherwise
 
 LOADER = "distsbi.sampling:load"
 
@@ -95,14 +96,15 @@ def sample_catalog(
 
     Args:
         run: the run directory; with a cluster, one that all its machines see.
-        catalog: a Parquet file or folder, .npy or .npz (see `distsbi.store.source`).
-        out: the output folder; made if missing.
+        catalog: a Parquet file or folder, .npy or .npz (see `distsbi.store.source`). It must stay as it is meanwhile.
+        out: the output folder; made if missing. Not inside the catalog's.
         nsamples: draws per row.
         seed, rng: an integer seed, or instead a jax key.
         workers: processes; None: as many as the cluster or this machine has room for; 0: this process, without Ray.
         address: of a Ray cluster; None: the one in $RAY_ADDRESS, else this machine.
         rows_per_shard: None: by size and number.
-        id_column: integers or strings, unique; None: row numbers, and the draws of `sample_batched` over the rows.
+        id_column: integers or strings, unique; None: row numbers, and the draws of `sample_batched` over the rows. A .npy can hold no
+            ids: with the default it has row numbers.
         x_column, x_columns: one list or tensor column, or several columns that are joined. Default for a run of several instruments: a
             column of the name of each.
         solver, steps, step_size, rtol, atol: as for `Posterior.sample`.
@@ -120,24 +122,29 @@ def sample_catalog(
         KeyboardInterrupt: says how far it came.
     """
     began = time.monotonic()
+    nsamples, workers, rows_per_shard, steps, thin, cpus_per_worker, max_failures = map(
+        _plain, (nsamples, workers, rows_per_shard, steps, thin, cpus_per_worker, max_failures)
+    )
     _check_arguments(nsamples, workers, rows_per_shard, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
     if not address and not Path(run).is_dir():
         raise ValueError(f"there is no run directory at {run}; give the path that the pipeline was saved to.")
+    _check_out(Path(catalog).resolve(), Path(out).resolve())
     columns = tuple(x_columns) if x_columns is not None else instruments(run)
     spec = SourceSpec(str(Path(catalog).absolute()), id_column, x_column, columns)
     given = {"solver": solver, "steps": steps, "step_size": step_size, "rtol": rtol, "atol": atol}
+    opened = open_source(spec)
     job = Job(
         run=str(Path(run).absolute()),
         source=spec,
+        glance=source.glance(spec),
         out=str(Path(out).absolute()),
         nsamples=nsamples,
         seed=_seed(seed, rng),
-        options={name: value for name, value in given.items() if value is not None},
-        output=Output(draws, thin, tuple(quantiles)),
+        options={name: _plain(value) for name, value in given.items() if value is not None},
+        output=Output(draws, thin, tuple(map(_plain, quantiles))),
         loader=LOADER,
         network=network,
     )
-    opened = open_source(spec)
     source.check_ids(opened, spec)
     n_rows, digest = opened.n_rows, source.fingerprint(spec)
     del opened
@@ -150,9 +157,7 @@ def sample_catalog(
                 pool: Pool = InProcess(job)
             else:
                 cpus, gpus = cpus_per_worker, num_gpus_per_worker
-                stack.enter_context(
-                    cluster.connected(address, (workers or cluster.own_cpus() // cpus or 1) * cpus, gpus)
-                )
+                stack.enter_context(cluster.connected(address, workers, cpus, gpus))
                 count = min(workers or cluster.cluster_workers(cpus, gpus), n_rows)
                 environment = cluster.worker_environment(cpus, gpus)
                 pool = RayPool(job, count, environment, cpus, gpus, time_limit, max_failures)
@@ -167,8 +172,8 @@ def sample_catalog(
                 "nsamples": nsamples,
                 "n_rows": n_rows,
                 "rows_per_shard": rows_per_shard,
-                "catalog": {"content": digest, "id_column": id_column, "x": list(spec.columns)},
-                "output": {"draws": draws, "thin": thin if draws else 1, "quantiles": list(quantiles)},
+                "catalog": {"content": digest, "id_column": spec.id_column, "x": list(spec.columns)},
+                "output": {"draws": draws, "thin": thin if draws else 1, "quantiles": list(job.output.quantiles)},
             }
             record.begin(folder, definition, _about(job, told))
             layout.remove_partial(folder)
@@ -293,6 +298,23 @@ def _so_far(folder: Path) -> str:
         return ""
     count = -(-found["definition"]["n_rows"] // found["definition"]["rows_per_shard"])
     return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's: they are counted, compared and written as JSON."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_out(catalog: Path, out: Path) -> None:
+    """Raises ValueError if `out` is no folder, or one that is read as part of the catalog."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out must be a folder; {there} is a file. Give another path.")
+    if catalog.is_dir() and out.is_relative_to(catalog):
+        raise ValueError(
+            f"out {out} lies in the catalog's folder {catalog}, whose Parquet files are all read; give a folder "
+            "outside the catalog's."
+        )
 
 
 def _check_arguments(

@@ -103,7 +103,7 @@ class RayPool:
         environment: of their processes.
         cpus, gpus: that Ray sets aside for each.
         time_limit: seconds for one shard, after which its worker is killed; None: no limit.
-        max_failures: workers that may die in a row while starting.
+        max_failures: workers in a row that may fail to start.
     """
 
     def __init__(
@@ -218,24 +218,27 @@ class RayPool:
         self._members.append(_Member(actor, actor.ready.remote(own_process=True)))
 
     def _greet(self, timeout: float) -> None:
-        """Takes in workers that have come up.
+        """Takes in workers that have come up, and replaces those that did not.
 
-        Raises what a worker raised in starting; RuntimeError if workers die in starting; ValueError if one loaded
-        another run.
+        Raises what a worker raised in starting, if none was up before or `max_failures` in a row failed: with one up the
+        arguments are known to be good, and the others' trouble (a disk that is away, a full GPU) may pass; RuntimeError
+        if as many died; ValueError if one loaded another run.
         """
         starting = {m.starting: m for m in self._members if m.starting is not None}
         for ref in self._ray.wait(list(starting), num_returns=1, timeout=timeout)[0] if starting else []:
             member = starting[ref]
             try:
                 told = self._ray.get(ref)
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause from None
             except self._ray.exceptions.RayError as error:
+                raised = isinstance(error, self._ray.exceptions.RayTaskError)
                 self._deaths += 1
+                if raised and (self._told is None or self._deaths >= self._max_failures):
+                    raise error.cause from None
                 if self._deaths >= self._max_failures:
                     raise RuntimeError(
                         f"{self._deaths} workers in a row died while starting: {one_line(error)}"
                     ) from error
+                log.warning("a worker did not start: %s", one_line(error.cause if raised else error))
                 self._bury(member, error)
                 continue
             self._deaths = 0

@@ -19,7 +19,8 @@ import numpy as np
 
 from distsbi.files import write_whole
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
-from distsbi.store.source import Row
+from distsbi.store.rows import Row
+from distsbi.store.source import glance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Job:
     Args:
         run: the run directory.
         source: the catalog.
+        glance: what `distsbi.store.source.glance` gave of it where it was checked.
         out: the output folder.
         nsamples: draws per row.
         seed: the words of the seed key, or an integer seed.
@@ -40,6 +42,7 @@ class Job:
 
     run: str
     source: SourceSpec
+    glance: str
     out: str
     nsamples: int
     seed: int | tuple[int, int]
@@ -76,7 +79,8 @@ class Worker:
 
         `own_process`: the process is this worker's alone, so its environment and jax's settings are ours to choose.
 
-        Raises ValueError for a run, catalog or option that cannot be used.
+        Raises ValueError for a run, catalog or option that cannot be used, and for a catalog that is not the one that
+        was checked.
         """
         if own_process:
             if "XLA_CLIENT_MEM_FRACTION" in os.environ:  # jax refuses to have both names
@@ -90,10 +94,16 @@ class Worker:
         own = {} if job.network is None else {"network": job.network}
         self.posterior = getattr(importlib.import_module(module), name)(job.run, **own)
         self.source = open_source(job.source)
+        if glance(job.source) != job.glance:
+            raise ValueError(
+                f"on {socket.gethostname()} {job.source.path} is not the catalog that was checked: another copy, or "
+                "changed since; give a path that all machines share, or the same copy everywhere, and leave it alone "
+                "while it is sampled."
+            )
         self.key = keys.as_key(job.seed) if isinstance(job.seed, int) else keys.from_words(job.seed)
         options = SampleOptions.parse(job.options)
         solver = options.make_solver(self.posterior.method, self.posterior.default_solver)
-        tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples)
+        tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples, self.posterior.most_slots)
         p = self.posterior
         with contextlib.suppress(RuntimeError):  # compiles; zeros may be no x that a solver converges on
             self._draw(
@@ -172,31 +182,35 @@ class Worker:
             )
         try:
             return p.check_x(value)
-        except ValueError as error:
-            return str(error)
+        except ValueError as error:  # a null came as NaN
+            return str(error).replace("NaN", "NaN (or null)", 1) if np.isnan(value).any() else str(error)
 
     def _draw_rows(
         self, xs: Sequence[Row], ids: np.ndarray, status: list[str], message: list[str | None]
     ) -> np.ndarray:
-        """Draws of the rows that are "ok"; a row whose sampling raises becomes "failed", alone."""
+        """Draws of the rows that are "ok", in their order; a row whose sampling raises becomes "failed", alone.
+
+        Rows that raise together are halved until the guilty are alone: 2 log2(n) calls for one among n.
+        """
         from jax.errors import JaxRuntimeError
 
         p, n = self.posterior, self.job.nsamples
-        good = [i for i, s in enumerate(status) if s == schema.OK]
-        if not good:
-            return np.empty((0, n, p.dim_theta, p.ch_theta), np.float32)
-        try:
-            return self._draw(np.stack([xs[i] for i in good]), ids[good], n)  # type: ignore[arg-type]
-        except Exception:  # which row it was shows below
-            parts = []
-            for i in good:
-                try:
-                    parts.append(self._draw(np.stack([xs[i]]), ids[i : i + 1], n))  # type: ignore[arg-type]
-                except (JaxRuntimeError, MemoryError):  # the device's fault, not the row's
+
+        def draw(some: list[int]) -> list[np.ndarray]:
+            try:
+                return [self._draw(np.stack([xs[i] for i in some]), ids[some], n)]  # type: ignore[arg-type]
+            except Exception as error:
+                if len(some) > 1:
+                    half = len(some) // 2
+                    return draw(some[:half]) + draw(some[half:])
+                if isinstance(error, (JaxRuntimeError, MemoryError)):  # the device's fault, not the row's
                     raise
-                except Exception as error:
-                    status[i], message[i] = schema.FAILED, f"{type(error).__name__}: {error}"[:1000]
-            return np.concatenate(parts) if parts else np.empty((0, n, p.dim_theta, p.ch_theta), np.float32)
+                status[some[0]], message[some[0]] = schema.FAILED, f"{type(error).__name__}: {error}"[:1000]
+                return []
+
+        good = [i for i, s in enumerate(status) if s == schema.OK]
+        parts = draw(good) if good else []
+        return np.concatenate(parts) if parts else np.empty((0, n, p.dim_theta, p.ch_theta), np.float32)
 
     def _draw(self, xs: np.ndarray, ids: np.ndarray, nsamples: int) -> np.ndarray:
         return self.posterior.draw(self.key, xs, nsamples, observation_ids=ids, show_progress=False, **self.job.options)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from distsbi.methods.base import Method
+from distsbi.methods.base import Method, Moment
 from distsbi.methods.edm import EDM
 from distsbi.methods.flow import FlowMatching
 from distsbi.methods.score import ScoreMatchingVE, ScoreMatchingVP
@@ -25,4 +25,4 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name].from_dict(options)
 
 
-__all__ = ["EDM", "METHODS", "FlowMatching", "Method", "ScoreMatchingVE", "ScoreMatchingVP", "make_method"]
+__all__ = ["EDM", "METHODS", "FlowMatching", "Method", "Moment", "ScoreMatchingVE", "ScoreMatchingVP", "make_method"]

@@ -13,6 +13,7 @@ import dataclasses
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
@@ -54,8 +55,11 @@ class Method:
 
     @abstractmethod
     def time_at(self, tau: Time) -> Time:
-        """The time t where alpha / (alpha + sigma) = tau: the inverse of `straight`."""
+        """The time t where alpha / (alpha + sigma) = tau: every path, divided by alpha + sigma, is the straight one,
+        tau x + (1 - tau) z."""
 
+    # Whether the network predicts the velocity itself: alpha' = a and sigma' = b.
+    predicts_velocity: ClassVar[bool] = False
     # Whether noise is left at t = 1, where sigma(1) > 0 keeps the score finite, and E[x | x_1] takes it out.
     denoises: ClassVar[bool] = False
 
@@ -79,10 +83,16 @@ class Method:
 
     # Shared, written once.
 
-    def straight(self, t: Time) -> Time:
-        """tau = alpha / (alpha + sigma): every path, divided by alpha + sigma, is the straight one, tau x + (1 - tau) z."""
-        alpha = self.alpha(t)
-        return alpha / (alpha + self.sigma(t))
+    def moment(self, t: Time) -> "Moment":
+        """All that solvers ask of time: the inverse of [[alpha, sigma], [a, b]], and the velocity that follows from it."""
+        a, b = self.target(t)
+        alpha, sigma, d_alpha, d_sigma = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
+        determinant = alpha * b - sigma * a
+        x_y, x_f, z_y, z_f = b / determinant, -sigma / determinant, -a / determinant, alpha / determinant
+        v_y, v_f = d_alpha * x_y + d_sigma * z_y, d_alpha * x_f + d_sigma * z_f
+        if self.predicts_velocity:  # without rounding
+            v_y, v_f = jnp.zeros_like(t), jnp.ones_like(t)
+        return Moment(t, self.c_time(t), self.c_in(t), alpha, sigma, x_y, x_f, z_y, z_f, v_y, v_f)
 
     def perturb(self, t: Time, x: Array, z: Array) -> Array:
         """x_t. `t` broadcasts against x and z."""
@@ -92,22 +102,6 @@ class Method:
         """What the network should predict at (t, x, z)."""
         a, b = self.target(t)
         return a * x + b * z
-
-    def split(self, t: Time, x_t: Array, f: Array) -> tuple[Array, Array]:
-        """(E[x | x_t], E[z | x_t]) from a prediction f: the inverse of [[alpha, sigma], [a, b]]."""
-        a, b = self.target(t)
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        determinant = alpha * b - sigma * a
-        return (b * x_t - sigma * f) / determinant, (alpha * f - a * x_t) / determinant
-
-    def velocity(self, t: Time, x_t: Array, f: Array) -> Array:
-        """Right-hand side of the probability-flow ODE."""
-        x, z = self.split(t, x_t, f)
-        return self.d_alpha(t) * x + self.d_sigma(t) * z
-
-    def score(self, t: Time, x_t: Array, f: Array) -> Array:
-        """Gradient of log p_t at x_t."""
-        return -self.split(t, x_t, f)[1] / self.sigma(t)
 
     def initial(self, z: Array) -> Array:
         """The state at t = 0 from standard normal noise."""
@@ -125,6 +119,30 @@ class Method:
         if unknown:
             raise ValueError(f"{cls.__name__} has no options {unknown}; it has {sorted(known)}.")
         return cls(**options)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A time t, and what a method makes of it: v = v_y y + v_f f, E[x] = x_y y + x_f f, E[z] = z_y y + z_f f at the state y with
+    the prediction f; the score is -E[z] / sigma."""
+
+    t: Array
+    c_time: Array
+    c_in: Array
+    alpha: Array
+    sigma: Array
+    x_y: Array
+    x_f: Array
+    z_y: Array
+    z_f: Array
+    v_y: Array
+    v_f: Array
+
+    @property
+    def scale(self) -> Array:
+        """alpha + sigma: y = scale Y in the straight frame."""
+        return self.alpha + self.sigma
 
 
 def karras_ratios(first: float, last: float, steps: int, rho: float = 7.0) -> np.ndarray:

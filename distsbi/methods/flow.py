@@ -9,6 +9,7 @@ trains early times (one in 3,000 below t = 0.2 at tilt 4), where the width of a 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,8 @@ class FlowMatching(Method):
     logit_mean: float = 0.0
     logit_std: float = 1.0
     scale_input: bool = True
+
+    predicts_velocity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.times not in TIMES:
@@ -86,7 +89,3 @@ class FlowMatching(Method):
 
     def grid(self, steps: int) -> tuple[float, ...]:
         return tuple(1.0 - (1.0 - i / steps) ** self.power for i in range(steps + 1))
-
-    def velocity(self, t: Time, x_t: Array, f: Array) -> Array:
-        """The prediction itself: alpha' = a and sigma' = b, so the general formula reduces to f without rounding."""
-        return f

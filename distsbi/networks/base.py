@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 Context = Any
 DTYPES = ("float32", "bfloat16")
+CONDITIONINGS = ("one_way", "joint")  # of transformers: whether given tokens attend to noised ones
 
 
 class Network(nnx.Module):

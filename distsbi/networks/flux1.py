@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from distsbi.networks.base import DTYPES, Context, Network, NetworkParams, broadcast_time
+from distsbi.networks.base import CONDITIONINGS, DTYPES, Context, Network, NetworkParams, broadcast_time
 from distsbi.networks.flux1_blocks import (
     Rotation,
     Tokens,
@@ -39,11 +39,9 @@ from distsbi.networks.flux1_blocks import (
     single_block,
     stream,
 )
-from distsbi.networks.weights import Maker, timestep_features, weights_of
+from distsbi.networks.weights import TIME_FEATURES, Maker, long_axis_last, timestep_features, weights_of
 
-CONDITIONINGS = ("one_way", "joint")
 ID_STRATEGIES = ("absolute", "pos1d", "pos2d", "rope1d", "rope2d")
-TIME_FEATURES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,23 +323,23 @@ class Flux1(Network):
                 f"theta_t must have shape (batch, draws, {p.dim_obs}, {p.in_channels}); got {theta_t.shape}."
             )
         draws = theta_t.shape[1]
-        vec = self._time(_long_axis_last(broadcast_time(t), draws))
-        h = self._tokens("obs", _long_axis_last(jnp.transpose(theta_t, (3, 2, 0, 1)), draws))
+        vec = self._time(long_axis_last(broadcast_time(t), draws))
+        h = self._tokens("obs", long_axis_last(jnp.transpose(theta_t, (3, 2, 0, 1)), draws))
         run = self._joint if p.conditioning == "joint" else self._one_way
         h = run(h, vec, context, draws)
         final = weights_of(self.final_layer)
         shift, scale = linear(final["adaLN_modulation"], jax.nn.silu(vec)).reshape(2, p.hidden_size, 1, *vec.shape[1:])
         f = linear(final["linear"], modulate(h, shift, scale))
-        return jnp.transpose(_long_axis_last(f, draws), (2, 3, 1, 0))
+        return jnp.transpose(long_axis_last(f, draws), (2, 3, 1, 0))
 
     def _one_way(self, h: Tokens, vec: Float[Array, "hidden b d"], context: Context, draws: int) -> Tokens:
         """The parameters' stream, given the data's keys and values."""
         p = self.params
         turn = self._rotation("obs", p.dim_obs)
         double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
-        keys = _long_axis_last(jnp.transpose(context["mask"])[..., None], draws) if p.missing else None
+        keys = long_axis_last(jnp.transpose(context["mask"])[..., None], draws) if p.missing else None
         of_x = {name: context[name] for name in ("double", "single")}
-        shared = jax.tree.map(lambda a: _long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), of_x)
+        shared = jax.tree.map(lambda a: long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), of_x)
 
         def double_step(h: Tokens, layer: Any) -> Any:
             block, parts, of_data = layer
@@ -368,10 +366,10 @@ class Flux1(Network):
         double, single = weights_of(self.double_blocks), weights_of(self.single_blocks)
         keys = None
         if p.missing:
-            there = _long_axis_last(jnp.transpose(context["mask"])[..., None], draws)
+            there = long_axis_last(jnp.transpose(context["mask"])[..., None], draws)
             keys = jnp.concatenate([there, jnp.ones((p.dim_obs, *there.shape[1:]), bool)])
         tokens = context["tokens"] if p.missing else context
-        data = _long_axis_last(jnp.transpose(tokens, (2, 1, 0))[..., None], draws)
+        data = long_axis_last(jnp.transpose(tokens, (2, 1, 0))[..., None], draws)
         data = jnp.broadcast_to(data, (*data.shape[:2], *h.shape[2:]))
 
         def double_step(streams: tuple[Tokens, Tokens], layer: Any) -> Any:
@@ -438,14 +436,6 @@ class Flux1(Network):
         """Row and column of every token."""
         rows, columns = self.params.obs_grid if side == "obs" else self.params.cond_grid  # type: ignore[misc]
         return jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)
-
-
-def _long_axis_last(a: Float[Array, "... batch d"], draws: int) -> Float[Array, "... slots n"]:
-    """[..., batch, draws], but [..., 1, batch] for a single draw, as in training. Its own inverse.
-
-    XLA's CPU backend hands sums to a library that vectorises the last axis, even when its length is 1: 30 times slower.
-    """
-    return jnp.swapaxes(a, -1, -2) if draws == 1 else a
 
 
 def _again(step: Callable[..., Any]) -> Callable[..., Any]:

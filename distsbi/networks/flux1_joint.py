@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distsbi.networks.base import DTYPES, NetworkParams
+from distsbi.networks.base import CONDITIONINGS, DTYPES, NetworkParams
 from distsbi.networks.flux1_blocks import (
     Heads,
     Source,
@@ -25,10 +25,8 @@ from distsbi.networks.flux1_blocks import (
     modulation,
     single_block,
 )
-from distsbi.networks.joint import CONDITIONINGS, JointNetwork
-from distsbi.networks.weights import Maker, timestep_features, weights_of
-
-TIME_FEATURES = 256
+from distsbi.networks.joint import JointNetwork
+from distsbi.networks.weights import TIME_FEATURES, Maker, timestep_features, weights_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from distsbi.networks.base import Context, Network, broadcast_time
 from distsbi.networks.flux1_blocks import Heads, Source, Tokens
-
-CONDITIONINGS = ("one_way", "joint")
+from distsbi.networks.weights import long_axis_last
 
 
 class JointNetwork(Network):
@@ -98,23 +97,23 @@ class JointNetwork(Network):
         """The prediction for the tokens `ids` (None: all, of which the context's mask says which are given)."""
         numbers = self._ids(v_t, ids, 2)
         draws = v_t.shape[1]
-        vec = self.embed_time(_long_axis_last(broadcast_time(t), draws))
+        vec = self.embed_time(long_axis_last(broadcast_time(t), draws))
         mask = context.get("mask")
-        given = None if mask is None else _long_axis_last(jnp.transpose(mask)[..., None], draws)
-        flat = _long_axis_last(jnp.transpose(v_t, (3, 2, 0, 1)), draws)
+        given = None if mask is None else long_axis_last(jnp.transpose(mask)[..., None], draws)
+        flat = long_axis_last(jnp.transpose(v_t, (3, 2, 0, 1)), draws)
         h = self.tokens(flat, numbers, None)
         own, count = None, h.shape[1]
         shared: Any = None
         if not context:  # nothing is given
             pass
         elif self.conditioning == "joint":
-            held = _long_axis_last(jnp.transpose(context["tokens"], (2, 1, 0))[..., None], draws)
+            held = long_axis_last(jnp.transpose(context["tokens"], (2, 1, 0))[..., None], draws)
             held = jnp.broadcast_to(held, (*held.shape[:2], *h.shape[2:]))
             # the same tokens on both sides (training), or the given ones beside the free ones
             h = jnp.where(given, held, h) if given is not None else jnp.concatenate([h, held], 1)
         else:
             shared = jax.tree.map(
-                lambda a: _long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), context["kv"]
+                lambda a: long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), context["kv"]
             )
             own = None if given is None else ~given
 
@@ -125,7 +124,7 @@ class JointNetwork(Network):
 
         h, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), h, (self.layers(vec), shared))  # type: ignore[arg-type]
         f = self.readout(h[:, :count], vec)
-        return jnp.transpose(_long_axis_last(f, draws), (2, 3, 1, 0))
+        return jnp.transpose(long_axis_last(f, draws), (2, 3, 1, 0))
 
     def _ids(self, values: Array, ids: tuple[int, ...] | None, axis: int) -> tuple[int, ...]:
         numbers = tuple(range(self.num_tokens)) if ids is None else ids
@@ -188,8 +187,3 @@ class Unconditional(Network):
         self, t: Float[Array, "..."], theta_t: Float[Array, "batch draws tokens ch"], context: Context
     ) -> Float[Array, "batch draws tokens ch"]:
         return self.network(t, theta_t, context)
-
-
-def _long_axis_last(a: Float[Array, "... batch d"], draws: int) -> Float[Array, "... slots n"]:
-    """[..., batch, draws], but [..., 1, batch] for a single draw, as in training. Its own inverse. (See `flux1`.)"""
-    return jnp.swapaxes(a, -1, -2) if draws == 1 else a

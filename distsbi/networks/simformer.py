@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distsbi.networks.base import DTYPES, NetworkParams, precision
+from distsbi.networks.base import CONDITIONINGS, DTYPES, NetworkParams, precision
 from distsbi.networks.flux1_blocks import Heads, Source, Tokens, attention, linear
 from distsbi.networks.flux1_joint import check_channels
-from distsbi.networks.joint import CONDITIONINGS, JointNetwork
+from distsbi.networks.joint import JointNetwork
 from distsbi.networks.weights import Maker, weights_of
 
 SKIP = 0.01  # initial share of the raw value in its embedding, and size of the mark of a given token

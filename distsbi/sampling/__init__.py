@@ -4,7 +4,7 @@ from distsbi.sampling.distill import DistillConfig, distill
 from distsbi.sampling.gensbi import import_gensbi
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.options import SampleOptions
-from distsbi.sampling.posterior import Posterior
+from distsbi.sampling.posterior import Posterior, SolveError
 from distsbi.sampling.run import load, save
 from distsbi.sampling.tiles import Tile
 
@@ -13,6 +13,7 @@ __all__ = [
     "JointPosterior",
     "Posterior",
     "SampleOptions",
+    "SolveError",
     "Tile",
     "distill",
     "import_gensbi",

@@ -80,6 +80,6 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
     certificate = {
         "met": bool(good), "tolerance": {"median": TOLERANCE, "q95": TOLERANCE_Q95},
         "reference": {"solver": "rk4", "steps": REFERENCE_STEPS, "median": floor[0], "q95": floor[1]},
-        "observations": len(xs), "draws": DRAWS, "candidates": rows,
+        "observations": len(xs), "draws": DRAWS, "candidates": rows, "chosen": best,
     }  # fmt: skip
     return FixedGrid(best["solver"], method.grid(best["steps"])), certificate

@@ -28,7 +28,7 @@ from distsbi.networks.base import encode
 from distsbi.sampling.flow import denoise, make_field
 from distsbi.sampling.posterior import Posterior
 from distsbi.solvers import FixedGrid
-from distsbi.solvers.field import Moment, known
+from distsbi.solvers.field import known
 from distsbi.training import TrainingConfig
 from distsbi.training.update import make_optimizer
 
@@ -158,7 +158,7 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
         return tuple(np.unique(times).tolist())
 
     scale = lambda t: float(known(method.alpha, t) + known(method.sigma, t))  # noqa: E731
-    begin = [known(lambda t: Moment.at(flow, t), t) for t in grid[:-1]]
+    begin = [known(flow.moment, t) for t in grid[:-1]]
     segments = [FixedGrid("multistep", segment_times(k)) for k in range(len(grid) - 1)]
 
     def teacher_segment(field: Any, k: int, Y: Array, context: Any) -> Array:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from distsbi.data.standardise import Standardizer
-from distsbi.methods import Method
+from distsbi.methods import Method, Moment
 from distsbi.networks.base import Context
 from distsbi.solvers import Field, Solver
-from distsbi.solvers.field import Moment, known
+from distsbi.solvers.field import known
 from distsbi.solvers.fixed import Noise
 
 Encoded = tuple[Context, Float[Array, "batch dim_theta ch_theta"]]  # the network's context, the standardizer's centre
@@ -61,12 +61,12 @@ class Schedule:
 @functools.lru_cache(maxsize=64)
 def make_schedule(solver: Solver, method: Method, reverse: bool = False) -> Schedule:
     """The schedule of a solver and a method, numpy arrays."""
-    return Schedule(solver.schedule(method, reverse=reverse), known(lambda t: Moment.at(method, t), 1.0))
+    return Schedule(solver.schedule(method, reverse=reverse), known(method.moment, 1.0))
 
 
 def denoise(field: Field, y: Tiled, context: Context, last: Moment | None = None) -> Tiled:
     """E[x | x_1], what is left to do at t = 1 by a method that `denoises`."""
-    return field.parts(known(field.moment, 1.0) if last is None else last, y, context)[0]
+    return field.parts(known(field.method.moment, 1.0) if last is None else last, y, context)[0]
 
 
 def draw_tile(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -54,9 +55,18 @@ class SampleOptions:
             if name_here in renamed:
                 raise ValueError(f"{name!r} and {name_here!r} mean the same; give one of them.")
             renamed[name_here] = value
-        if not 0 <= renamed.get("check", 0.0) <= 1:
-            raise ValueError(f"check is a share of the draws, between 0 and 1; got {renamed['check']!r}.")
         return cls(**renamed)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.check, numbers.Real) or not 0 <= self.check <= 1:
+            raise ValueError(f"check is a share of the draws, between 0 and 1; got {self.check!r}.")
+        size = self.chunk_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1):
+            raise ValueError(f"chunk_size must be a positive integer; got {size!r}.")
+        if self.tile is not None and not isinstance(self.tile, Tile):
+            raise ValueError(
+                f"tile must be a distsbi.sampling.Tile, such as Tile(slots=8, draws=256); got {self.tile!r}."
+            )
 
     def make_solver(self, method: Method, default: Solver) -> Solver:
         """The solver these options describe."""
@@ -70,8 +80,6 @@ class SampleOptions:
         tile = self.tile or default
         if self.chunk_size is None:
             return tile
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be positive; got {self.chunk_size}.")
         if self.chunk_size >= tile.rows:
             return tile
         return Tile(max(1, self.chunk_size // tile.draws), min(tile.draws, self.chunk_size))

@@ -4,8 +4,7 @@ Every way to draw is one call of `Posterior.draw`: it streams tiles (stream.py) 
 """
 
 import dataclasses
-import hashlib
-import json
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from distsbi.methods import Method
 from distsbi.networks.base import Network, takes_missing
 from distsbi.networks.observation import Layout
 from distsbi.sampling import tiles
-from distsbi.sampling.flow import EXACT, Divergence, make_schedule
+from distsbi.sampling.flow import BASIS_AT_ONCE, EXACT, Divergence, make_schedule
 from distsbi.sampling.options import SampleOptions
 from distsbi.sampling.stream import stream
 from distsbi.sampling.tiles import Tile, Weights
@@ -69,25 +68,36 @@ class Posterior:
         self.layout: Layout = getattr(network, "layout", None) or Layout(("",), ((self.dim_x, self.ch_x),))
         self.parameter_names = names or tuple(f"theta_{i}" for i in range(self.dim_theta))
         self.default_solver = solver if solver is not None else make_solver(method)
-        self.tile = tile or tiles.default_tile(self.mesh.devices.flat[0].platform)
         self.facts = dict(facts or {})
         self.last_check: dict[str, float] | None = None  # of the last draw with `check=`
         self.missing = takes_missing(network)
         self.graphdef, params = nnx.split(network)
         self.weights = jax.device_put(Weights(params, standardizer), meshes.replicated(self.mesh))
+        self.tile = tile or tiles.kind_of(self.mesh).tile.within(self._most_rows)
 
     @property
     def network(self) -> Network:
         """The network with its weights."""
         return nnx.merge(self.graphdef, self.weights.params)
 
+    @functools.cached_property
+    def _most_rows(self) -> float:
+        """Rows whose largest arrays fit into this kind of device's share for them."""
+        each = tiles.LIVE * tiles.bytes_per_row(self.network, self.weights.standardizer)
+        return tiles.kind_of(self.mesh).step_bytes / each if each > 0 else math.inf
+
+    @functools.cached_property
+    def most_slots(self) -> int:
+        """Slots whose encoded observations fit into this kind of device's share for them."""
+        each = tiles.bytes_per_context(self.network, self.weights.standardizer)
+        return max(1, tiles.kind_of(self.mesh).context_bytes // max(each, 1))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that defines p(theta | x): network, method, standardisation, weights. Hexadecimal."""
-        from distsbi.sampling.run import model_spec, weights_digest
+        from distsbi.sampling.run import fingerprint, model_spec, weights_digest
 
-        text = json.dumps({**model_spec(self), "weights_sha256": weights_digest(self.weights.params)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint(model_spec(self), weights_digest(self.weights.params))
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -122,9 +132,15 @@ class Posterior:
 
     def _check_array(self, x: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
         try:
-            array = np.asarray(x, np.float32)
+            array = np.asarray(x)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must be an array of numbers of shape {shape}; got {type(x).__name__}.") from error
+        if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+            raise ValueError(
+                f"{name} must be an array of real numbers of shape {shape}; got {type(x).__name__} of dtype {array.dtype}."
+            )
+        with np.errstate(over="ignore"):  # beyond float32 becomes inf, which is refused below
+            array = array.astype(np.float32, copy=False)
         if array.shape != shape:
             raise ValueError(
                 f"{name} must have shape {shape} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape)}"
@@ -154,8 +170,8 @@ class Posterior:
         `observation_ids`: 64-bit unsigned integers that name the observations for the random numbers; default 0, 1, 2, ...
         `options`: see `SampleOptions`. With `return_trajectory` the draws have a leading axis of times, from noise to data.
 
-        Raises ValueError for a wrong shape, NaN or inf in xs, nsamples <= 0 or an unknown keyword; RuntimeError if a solve
-        did not end in finite numbers.
+        Raises ValueError for a wrong shape, NaN or inf in xs, nsamples <= 0 or an unknown keyword; `SolveError` if a solve
+        did not end in finite numbers, when all others are done.
         """
         chosen = SampleOptions.parse(options)
         xs = self._check_batch(xs)
@@ -163,6 +179,10 @@ class Posterior:
 
     def _solver(self, chosen: SampleOptions) -> Solver:
         solver = chosen.make_solver(self.method, self.default_solver)
+        if chosen.check and solver.stochastic:
+            raise ValueError(
+                f"check compares a solve with one of half the steps, whose noise would be another: leave it out with {chosen.solver!r}."
+            )
         if self.is_student and (solver != self.default_solver or chosen.check):
             raise ValueError(
                 f"this run is a student, made to draw in {len(self.default_solver.times) - 1} steps of its own; leave out solver, steps and "  # type: ignore[union-attr]
@@ -182,7 +202,8 @@ class Posterior:
         return self._check_array(xs, (shape[0] if len(shape) == 3 else 1, self.dim_x, self.ch_x), "xs")
 
     def _ids(self, xs: np.ndarray, observation_ids: Any) -> np.ndarray:
-        ids = np.arange(len(xs)) if observation_ids is None else np.asarray(observation_ids)
+        ids = np.arange(len(xs)) if observation_ids is None else observation_ids
+        ids = ids if hasattr(ids, "dtype") else np.asarray(ids, object)  # numpy would make floats of ids beyond int64
         if ids.shape != (len(xs),):
             raise ValueError(f"observation_ids must have shape ({len(xs)},), one per observation; got {ids.shape}.")
         return ids
@@ -219,7 +240,10 @@ class Posterior:
     ) -> None:
         """Streams tiles into arrays [batch, nsamples, ...]; `theta` [batch, nsamples, ...] is what a density is asked of."""
         nsamples = out[0].shape[1]
-        tile = chosen.make_tile(self.tile).for_draws(nsamples)
+        tile = chosen.make_tile(self.tile)
+        if chosen.tile is None and make in (tiles.DENSITY, tiles.DRAWS_AND_DENSITY):  # tangents beside the state
+            tile = tile.within(self._most_rows / (1 + min(self.dim_theta * self.ch_theta, BASIS_AT_ONCE)))
+        tile = tile.for_draws(nsamples, self.most_slots)
         encode = tiles.encode_program(self.graphdef, self.mesh)
         program = tiles.tile_program(
             self.graphdef, self.method, solver, tile, (self.dim_theta, self.ch_theta), self.mesh, make, divergence
@@ -233,9 +257,11 @@ class Posterior:
             return theta[observation[:, None], rows]
 
         unit = "points" if make == tiles.DENSITY else "draws"
+        failed: dict[int, int] = {}
         with _progress(len(xs) * nsamples, unit, chosen.show_progress) as bar:
             for observation, start, made in stream(
                 encode,
+                tiles.join_program(self.mesh),
                 program,
                 self.weights,
                 schedule,
@@ -253,9 +279,13 @@ class Posterior:
                     if wanted <= 0:
                         continue
                     for array, part in zip(out, made, strict=True):
-                        _check_solved(part[slot][:wanted], make, f"observation {o} (id {ids[o]})")
                         array[o, s : s + wanted] = part[slot][:wanted]
+                        bad = _unsolved(part[slot][:wanted], make)
+                        if bad:
+                            failed[o] = failed.get(o, 0) + bad
                     bar.update(wanted)
+        if failed:
+            raise SolveError(failed, ids, unit, out[0])
 
     def sample(
         self,
@@ -290,7 +320,7 @@ class Posterior:
         chosen = SampleOptions.parse(options)
         self._solver(chosen)  # its errors come here, not at the first call
         x = self._one(x_o)
-        ids = np.asarray([observation_id])
+        ids = self._ids(x, [observation_id])
         keys.split_id(ids)
 
         def sampler(key: Any = None, nsamples: int = 10_000, *, rng: Any = None) -> np.ndarray:
@@ -364,7 +394,7 @@ class Posterior:
         out = np.empty(theta.shape[:2], np.float32)
         if out.size:
             solver = self._density_solver(chosen)
-            asked = _divergence(divergence, probes)
+            asked = _divergence(divergence, probes, solver)
             self._fill((out,), tiles.DENSITY, keys.as_key(key), xs, np.arange(len(xs)), solver, chosen, asked, theta)
         return out
 
@@ -399,7 +429,8 @@ class Posterior:
         chosen, n = SampleOptions.parse(options), _check_nsamples(nsamples)
         draws, density = np.empty((1, n, self.dim_theta, self.ch_theta), np.float32), np.empty((1, n), np.float32)
         ids = self._ids(x, [observation_id])
-        solver, asked = self._density_solver(chosen), _divergence(divergence, probes)
+        solver = self._density_solver(chosen)
+        asked = _divergence(divergence, probes, solver)
         self._fill((draws, density), tiles.DRAWS_AND_DENSITY, key, x, ids, solver, chosen, asked)
         return draws[0], density[0]
 
@@ -411,6 +442,9 @@ class Posterior:
         It maximises p(theta | x_o) in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
         bijection reaches.
         """
+        for name, value in {"starts": starts, "steps": steps}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}.")
         x = self._one(x_o)
         draws, density = self.sample_and_log_prob(key, x, nsamples)
         best = np.argsort(-density)[:starts]
@@ -435,20 +469,35 @@ def one_of(first: str, a: Any, second: str, b: Any) -> Any:
     return a if a is not None else b
 
 
-def _check_solved(part: np.ndarray, make: str, where: str) -> None:
-    """Raises RuntimeError for NaN, and for infinite draws (a log p may be -inf)."""
-    bad = np.isnan(part) if make in (tiles.DENSITY, tiles.DRAWS_AND_DENSITY) else ~np.isfinite(part)
-    if bad.any():
-        count = int(bad.reshape(len(bad), -1).any(axis=1).sum())
-        raise RuntimeError(
-            f"{count} draws of {where} are not finite: the solver did not converge there. "
-            f"The observation may lie far outside the training data; or loosen rtol and atol, or use more steps."
+class SolveError(RuntimeError):
+    """The solver did not end in finite numbers for some observations. All others are done.
+
+    `made`: what was asked for, [batch, nsamples, ...], not finite where it failed; `failed`: rows of the batch that did.
+    """
+
+    def __init__(self, failed: dict[int, int], ids: np.ndarray, unit: str, made: np.ndarray):
+        self.failed, self.made = sorted(failed), made
+        row = self.failed[0]
+        more = f", and of {len(failed) - 1} more of {len(made)} observations" if len(failed) > 1 else ""
+        done = " What was made is in this error's `made`." if len(made) > len(failed) else ""
+        super().__init__(
+            f"{failed[row]} {unit} of observation {row} (id {ids[row]}){more} are not finite: the solver did not converge there. "
+            f"The observation may lie far outside the training data; or loosen rtol and atol, or use more steps.{done}"
         )
 
 
-def _divergence(name: str, probes: int) -> Divergence:
+def _unsolved(part: np.ndarray, make: str) -> int:
+    """How many are NaN, or infinite draws (a log p may be -inf)."""
+    bad = np.isnan(part) if make in (tiles.DENSITY, tiles.DRAWS_AND_DENSITY) else ~np.isfinite(part)
+    return int(bad.reshape(len(bad), -1).any(axis=1).sum()) if bad.any() else 0
+
+
+def _divergence(name: str, probes: int, solver: Solver) -> Divergence:
     if name == "exact":
         return EXACT
+    if name == "hutchinson" and not isinstance(solver, FixedGrid):
+        able = [rule_name for rule_name, rule in RULES.items() if rule.of_velocity]
+        raise ValueError(f'divergence="hutchinson" needs a fixed grid ({", ".join(able)}); got {solver.name!r}.')
     if name != "hutchinson" or isinstance(probes, bool) or int(probes) != probes or probes < 1:
         raise ValueError(f'divergence must be "exact" or "hutchinson" with probes >= 1; got {name!r} with {probes!r}.')
     return Divergence(int(probes))

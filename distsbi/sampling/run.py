@@ -1,7 +1,7 @@
 """The run directory: what a trained posterior is on disk.
 
-    run/  spec.json        all that rebuilds the posterior
-          weights/         averaged weights (orbax), restorable to any mesh
+    run/  spec.json        all that rebuilds the posterior, and which folder of weights/ it belongs to
+          weights/<digest>/ averaged weights (orbax), restorable to any mesh
           checkpoints/     full training state, written while training
           metrics.jsonl    one line per validation
 
@@ -11,6 +11,7 @@ Nothing in it is pickled, and loading it runs no code from it.
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -34,9 +35,11 @@ from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import solver_from_dict
 
-FORMAT = 3
+FORMAT = 4
 VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditional}  # of a joint network
 SPEC, WEIGHTS = "spec.json", "weights"
+REQUIRED = ("network", "sizes", "method", "standardizer", "parameter_names", "solver", "tile", "weights",
+            "weights_sha256", "fingerprint", "versions", "facts")  # fmt: skip
 PACKAGES = ("distsbi", "jax", "flax", "optax", "diffrax", "orbax-checkpoint")
 
 
@@ -74,15 +77,22 @@ def model_spec(posterior: Posterior) -> dict[str, Any]:
     }
 
 
+def fingerprint(model: dict[str, Any], weights_sha256: str) -> str:
+    """SHA-256 of a `model_spec` and its weights. Hexadecimal."""
+    text = json.dumps({**model, "weights_sha256": weights_sha256}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def make_spec(posterior: Posterior) -> dict[str, Any]:
-    """What spec.json holds."""
+    """What spec.json holds, but for where the weights are."""
+    model, digest = model_spec(posterior), weights_digest(posterior.weights.params)
     return {
         "format": FORMAT,
-        **model_spec(posterior),
+        **model,
         "solver": posterior.default_solver.to_dict(),
         "tile": {"slots": posterior.tile.slots, "draws": posterior.tile.draws},
-        "weights_sha256": weights_digest(posterior.weights.params),
-        "fingerprint": posterior.fingerprint,
+        "weights_sha256": digest,
+        "fingerprint": fingerprint(model, digest),
         "versions": versions(),
         "facts": posterior.facts,
     }
@@ -104,25 +114,30 @@ def _leaves(params: nnx.State) -> dict[str, Any]:
 
 
 def save(path: str | os.PathLike[str], posterior: Posterior) -> None:
-    """Writes weights/ and spec.json under `path`; spec.json last, so that a directory with one is complete.
+    """Writes weights and spec.json under `path`. Replacing spec.json is the one step from the run that `path` held before to the new one:
+    the old weights go after it.
 
-    A user's own network is saved too, and needs `load(path, network=...)`. A run that `path` held before is replaced once the
-    new weights are on the disk.
+    A user's own network is saved too, and needs `load(path, network=...)`.
 
     Raises OSError if the disk is full; what `path` held before is still there.
     """
     import orbax.checkpoint as ocp
 
     root = Path(path).absolute()
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file; give a folder for the run.")
     with full_disk_says(root, "free some space and save again; what was there before is kept"):
-        root.mkdir(parents=True, exist_ok=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(root / f".{WEIGHTS}", nnx.to_pure_dict(posterior.weights.params), force=True)
+        (root / WEIGHTS).mkdir(parents=True, exist_ok=True)
         spec = make_spec(posterior)
-        (root / SPEC).unlink(missing_ok=True)
-        shutil.rmtree(root / WEIGHTS, ignore_errors=True)
-        os.replace(root / f".{WEIGHTS}", root / WEIGHTS)
-        write_json(root / SPEC, spec)
+        digest = spec["weights_sha256"][:12]
+        names = itertools.chain([digest], (f"{digest}-{n}" for n in itertools.count(1)))
+        name = next(name for name in names if not (root / WEIGHTS / name).exists())
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(root / WEIGHTS / name, nnx.to_pure_dict(posterior.weights.params))
+        write_json(root / SPEC, {**spec, "weights": name})
+    for old in (root / WEIGHTS).iterdir():
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -154,6 +169,9 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{root} has run format {found}; this distsbi reads up to {FORMAT}. Update distsbi.")
     if found < FORMAT:
         raise ValueError(f"{root} has run format {found} of an earlier distsbi; this one reads {FORMAT}. Train again.")
+    missing = [name for name in REQUIRED if name not in spec]
+    if missing:
+        raise ValueError(f"{root / SPEC} is damaged: it has no {missing[0]}; restore it from a copy, or train again.")
     return spec
 
 
@@ -184,11 +202,15 @@ def load(
     spec = read_spec(root)
     try:
         module = _rebuild(spec, network)
+        names, facts, digest = tuple(spec["parameter_names"]), spec["facts"], spec["weights_sha256"]
+        folder = root / WEIGHTS / Path(spec["weights"]).name
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
+    try:
         method = make_method(spec["method"]["name"], **spec["method"]["params"])
         standardizer = Standardizer.from_dict(spec["standardizer"])
         solver, tile = solver_from_dict(spec["solver"]), Tile(**spec["tile"])
-        names, facts, digest = tuple(spec["parameter_names"]), spec["facts"], spec["weights_sha256"]
-    except (KeyError, TypeError) as error:
+    except Exception as error:
         raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
     graphdef, state = nnx.split(module)
     target = meshes.make_mesh(mesh)
@@ -198,21 +220,32 @@ def load(
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            weights = checkpointer.restore(root / WEIGHTS, shaped)
+            weights = checkpointer.restore(folder, shaped)
     except Exception as error:
         raise ValueError(
-            f"{root / WEIGHTS} is missing or damaged ({error}); restore it from a copy, or train again."
+            f"{folder} is missing or damaged ({error}); restore it from a copy, or train again."
         ) from error
     nnx.replace_by_pure_dict(state, weights)
     if weights_digest(state) != digest:
         raise ValueError(
-            f"{root / WEIGHTS} does not hold the weights that {SPEC} names; restore it from a copy, or train again."
+            f"{folder} does not hold the weights that {SPEC} names; restore it from a copy, or train again."
         )
     merged: Any = nnx.merge(graphdef, state)
     options: dict[str, Any] = {"names": names, "solver": solver, "tile": tile, "mesh": target, "facts": facts}
-    if isinstance(merged, Conditional) and len(standardizer.kinds) == merged.network.num_tokens:
-        return JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)
-    return Posterior(merged, method, standardizer, **options)
+    try:
+        if isinstance(merged, Conditional) and len(standardizer.kinds) == merged.network.num_tokens:
+            posterior: Posterior = JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)
+        else:
+            posterior = Posterior(merged, method, standardizer, **options)
+        same = fingerprint(model_spec(posterior), digest) == spec["fingerprint"]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
+    if not same:
+        raise ValueError(
+            f"{root / SPEC} was changed since it was saved: it no longer defines the posterior of its fingerprint; restore it from a copy, "
+            f"or train again."
+        )
+    return posterior
 
 
 def _rebuild(spec: dict[str, Any], network: Any) -> Any:

@@ -23,6 +23,7 @@ IN_FLIGHT = 2
 
 def stream(
     encode: Callable[[Weights, Array], Any],
+    join: Callable[..., Any],
     program: Callable[..., Array],
     weights: Weights,
     schedule: Schedule,
@@ -48,11 +49,20 @@ def stream(
     key, schedule = jax.device_put((key, schedule), whole)
     tables: dict[int, Any] = {}
 
+    chunk = tile.encoded * meshes.data_size(mesh)
+
+    def encoded(first: int) -> Any:
+        rows = xs[first : first + chunk]
+        rows = np.concatenate([rows, np.repeat(rows[-1:], chunk - len(rows), axis=0)])
+        return encode(weights, jax.device_put(rows, split))
+
     def table(batch: int) -> Any:
+        """The contexts of `width` observations; past the last one they repeat, which costs no encoding."""
         if batch not in tables:
-            rows = xs[batch * width : (batch + 1) * width]
-            rows = np.concatenate([rows, np.repeat(rows[-1:], width - len(rows), axis=0)])
-            tables[batch] = encode(weights, jax.device_put(rows, split))
+            start, stop = batch * width, min((batch + 1) * width, len(xs))
+            parts = [encoded(first) for first in range(start, stop, chunk)]
+            parts += parts[-1:] * (width // chunk - len(parts))
+            tables[batch] = parts[0] if len(parts) == 1 else join(*parts)
             for old in [b for b in tables if b < batch - 1]:
                 del tables[old]
         return tables[batch]

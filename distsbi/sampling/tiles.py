@@ -8,6 +8,7 @@ index) alone (keys.py).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Int32, UInt32
 
@@ -49,20 +51,84 @@ class Tile:
     def rows(self) -> int:
         return self.slots * self.draws
 
-    def for_draws(self, nsamples: int) -> "Tile":
-        """A tile with as many rows and fewer draws per slot, where many observations get few draws each."""
+    def for_draws(self, nsamples: int, most_slots: int | None = None) -> "Tile":
+        """A tile with as many rows and fewer draws per slot, where many observations get few draws each; with fewer rows where that
+        would be more than `most_slots`. It does not depend on how many observations there are, for bits depend on it."""
         draws = self.draws
         while draws % 4 == 0 and draws // 4 >= nsamples:
             draws //= 4
-        return Tile(self.rows // draws, draws)
+        slots = self.rows // draws
+        while most_slots is not None and slots > max(self.slots, most_slots) and slots % 2 == 0:
+            slots //= 2
+        return Tile(slots, draws)
+
+    def within(self, rows: float) -> "Tile":
+        """A tile of at most so many rows: half the slots, a quarter, ..., then fewer draws."""
+        slots, draws = self.slots, self.draws
+        while slots * draws > rows and slots * draws > 1:
+            slots, draws = (slots // 2, draws) if slots > 1 else (1, draws // 2)
+        return Tile(slots, draws)
+
+    @property
+    def encoded(self) -> int:
+        """Observations that a device encodes at a time: a divisor of `slots`, so that a tile of many slots costs one observation
+        no more than this."""
+        return max(n for n in range(1, min(self.slots, ENCODED) + 1) if self.slots % n == 0)
 
 
-DEFAULT_TILES = {"cpu": Tile(8, 256), "gpu": Tile(128, 512), "tpu": Tile(64, 512)}
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What suits a kind of device: its tile, bytes of a dispatch's encoded observations, and bytes of a step's largest arrays."""
+
+    tile: Tile
+    context_bytes: int
+    step_bytes: int
 
 
-def default_tile(platform: str) -> Tile:
-    """The default tile of a kind of device."""
-    return DEFAULT_TILES.get({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), DEFAULT_TILES["gpu"])
+ENCODED = 64
+KINDS = {
+    "cpu": Kind(Tile(8, 256), 2**26, 2**30),
+    "gpu": Kind(Tile(128, 512), 2**30, 2**32),
+    "tpu": Kind(Tile(64, 512), 2**30, 2**32),
+}
+LIVE = 4  # arrays of the largest size that a step holds at once
+
+
+def kind_of(mesh: Mesh) -> Kind:
+    """The kind of the devices of a mesh."""
+    platform = mesh.devices.flat[0].platform
+    return KINDS[platform] if platform in KINDS else KINDS["gpu"]  # "cuda", "rocm"
+
+
+def bytes_per_row(network: Any, standardizer: Standardizer) -> float:
+    """Bytes that the largest array of one prediction grows by with every draw. Nothing is computed."""
+
+    def largest(draws: int) -> int:
+        x = jax.ShapeDtypeStruct((1, network.dim_x, network.ch_x), jnp.float32)
+        theta = jax.ShapeDtypeStruct((1, draws, network.dim_theta, network.ch_theta), jnp.float32)
+        step = lambda t, theta, x: network(t, theta, encode(network, standardizer, x)[0])  # noqa: E731
+        return _largest(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.float32), theta, x).jaxpr)
+
+    return (largest(256) - largest(128)) / 128
+
+
+def _largest(jaxpr: Any) -> int:
+    """Bytes of the largest array that a program makes, those inside its loops included."""
+    size = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            size = max(size, math.prod(shape) * getattr(getattr(variable.aval, "dtype", None), "itemsize", 0))
+        for inner in jaxprs_in_params(equation.params):
+            size = max(size, _largest(inner))
+    return size
+
+
+def bytes_per_context(network: Any, standardizer: Standardizer) -> int:
+    """Bytes of one encoded observation. Nothing is computed."""
+    x = jax.ShapeDtypeStruct((1, network.dim_x, network.ch_x), jnp.float32)
+    encoded = jax.eval_shape(lambda x: encode(network, standardizer, x), x)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(encoded))
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +156,7 @@ DRAWS, TRAJECTORY, DRAWS_AND_DENSITY, DENSITY = "draws", "trajectory", "draws_an
 
 @functools.lru_cache(maxsize=64)
 def encode_program(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[[Weights, Array], Encoded]:
-    """(weights, x [slots x devices, dim_x, ch_x]) -> context table, compiled once."""
+    """(weights, x [rows x devices, dim_x, ch_x]) -> their contexts, compiled once."""
 
     def program(weights: Weights, x: Array) -> Encoded:
         return encode(nnx.merge(graphdef, weights.params), weights.standardizer, x)
@@ -99,6 +165,13 @@ def encode_program(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[[Weights, Arr
         program, mesh=mesh, in_specs=(P(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False
     )
     return jax.jit(mapped, out_shardings=meshes.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def join_program(mesh: Mesh) -> Callable[..., Encoded]:
+    """(contexts, contexts, ...) -> one context table."""
+    join = lambda *parts: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)  # noqa: E731
+    return jax.jit(join, out_shardings=meshes.replicated(mesh))
 
 
 @functools.lru_cache(maxsize=64)

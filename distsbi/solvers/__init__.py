@@ -1,12 +1,15 @@
 """How a draw is made: a time grid and a step rule, or an adaptive solver."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
-from distsbi.solvers.field import Field, Moment, VelocityField
+from distsbi.solvers.field import Field
 from distsbi.solvers.fixed import RULES, FixedGrid
 
 Solver = FixedGrid | Adaptive
@@ -38,9 +41,20 @@ def make_solver(
     sizes = [name for name, value in given.items() if value is not None]
     tolerances = [name for name, value in {"rtol": rtol, "atol": atol}.items() if value is not None]
     if isinstance(solver, (FixedGrid, Adaptive)):
-        if sizes or tolerances:
-            raise ValueError(f"{', '.join(sizes + tolerances)} given beside a complete solver; leave them out.")
+        beside = [
+            *sizes,
+            *tolerances,
+            *(["coupled"] if coupled else []),
+            *(["solver_options"] if solver_options else []),
+        ]
+        if beside:
+            raise ValueError(f"{', '.join(beside)} given beside a complete solver; leave them out.")
         return solver
+    if solver is not None and not isinstance(solver, str):
+        raise ValueError(f"solver must be a name, one of {', '.join([*RULES, *SOLVERS])}; got {solver!r}.")
+    for name, value in {"step_size": step_size, "rtol": rtol, "atol": atol}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise ValueError(f"{name} must be a number; got {value!r}.")
     if len(sizes) > 1:
         raise ValueError(f"give one of steps, step_size and time_grid; got {' and '.join(sizes)}.")
     name = solver.lower() if isinstance(solver, str) else None
@@ -65,6 +79,8 @@ def make_solver(
         raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
     options = tuple((solver_options or {}).items())
     if time_grid is not None:
+        if np.ndim(time_grid) != 1 or np.asarray(time_grid).dtype.kind not in "fiu":
+            raise ValueError(f"time_grid must be a list of times; got {time_grid!r}.")
         if not (len(time_grid) and time_grid[0] == 0 and abs(time_grid[-1] - 1) < 1e-6):
             raise ValueError(f"time_grid must run from 0 (noise) to 1 (data); got {[float(t) for t in time_grid]}.")
         return FixedGrid(name or "midpoint", tuple(time_grid), options)
@@ -74,7 +90,7 @@ def make_solver(
         count = max(1, math.ceil(1 / step_size - 1e-6))
         return FixedGrid(name or "euler", tuple(i / count for i in range(count + 1)), options)
     if steps is not None:
-        if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, numbers.Real) or int(steps) != steps or steps < 1:
             raise ValueError(f"steps must be a positive integer; got {steps}.")
         return FixedGrid(name or "midpoint", method.grid(int(steps)), options)
     if name is None:
@@ -104,9 +120,7 @@ __all__ = [
     "Adaptive",
     "Field",
     "FixedGrid",
-    "Moment",
     "Solver",
-    "VelocityField",
     "make_solver",
     "solver_from_dict",
 ]

@@ -86,12 +86,12 @@ class Adaptive:
             return jax.tree.map(lambda a: jnp.where(done, a[0], jnp.nan), solution.ys)
 
         if self.coupled:
-            return solve(lambda t, y, c: field.velocity(field.moment(jnp.asarray(t)), y, c), y, context)
+            return solve(lambda t, y, c: field.velocity(field.method.moment(jnp.asarray(t)), y, c), y, context)
         alone = lambda tree, axes: jax.tree.map(lambda a: a[(None,) * axes], tree)  # noqa: E731
 
         def one(y: Any, context: Any) -> Any:
             derivative = lambda t, y, c: jax.tree.map(  # noqa: E731
-                lambda a: a[0, 0], field.velocity(field.moment(jnp.asarray(t)), alone(y, 2), alone(c, 1))
+                lambda a: a[0, 0], field.velocity(field.method.moment(jnp.asarray(t)), alone(y, 2), alone(c, 1))
             )
             return solve(derivative, y, context)
 

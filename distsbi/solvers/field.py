@@ -13,49 +13,13 @@ in which every path is that of flow matching, so that a rule written there serve
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from distsbi.methods import FlowMatching, Method
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """A time t, and what a method makes of it: v = v_y y + v_f f, E[x] = x_y y + x_f f, E[z] = z_y y + z_f f."""
-
-    t: Array
-    c_time: Array
-    c_in: Array
-    alpha: Array
-    sigma: Array
-    x_y: Array
-    x_f: Array
-    z_y: Array
-    z_f: Array
-    v_y: Array
-    v_f: Array
-
-    @classmethod
-    def at(cls, method: Method, t: Array) -> Self:
-        """At any times, traced or not."""
-        a, b = method.target(t)
-        alpha, sigma, d_alpha, d_sigma = method.alpha(t), method.sigma(t), method.d_alpha(t), method.d_sigma(t)
-        determinant = alpha * b - sigma * a
-        x_y, x_f, z_y, z_f = b / determinant, -sigma / determinant, -a / determinant, alpha / determinant
-        v_y, v_f = d_alpha * x_y + d_sigma * z_y, d_alpha * x_f + d_sigma * z_f
-        if isinstance(method, FlowMatching):  # without rounding: the prediction is the velocity
-            v_y, v_f = jnp.zeros_like(t), jnp.ones_like(t)
-        return cls(t, method.c_time(t), method.c_in(t), alpha, sigma, x_y, x_f, z_y, z_f, v_y, v_f)
-
-    @property
-    def scale(self) -> Array:
-        """alpha + sigma: y = scale Y."""
-        return self.alpha + self.sigma
+from distsbi.methods import Method, Moment
 
 
 def known(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -78,26 +42,9 @@ class Field:
     def velocity(self, m: Moment, y: Any, context: Any) -> Any:
         """dy/dt of the probability-flow ODE."""
         f = self.f(m, y, context)
-        return f if isinstance(self.method, FlowMatching) else m.v_y * y + m.v_f * f
+        return f if self.method.predicts_velocity else m.v_y * y + m.v_f * f
 
     def parts(self, m: Moment, y: Array, context: Any) -> tuple[Array, Array]:
         """(E[x | y], E[z | y])."""
         f = self.f(m, y, context)
         return m.x_y * y + m.x_f * f, m.z_y * y + m.z_f * f
-
-    def moment(self, t: Array) -> Moment:
-        return Moment.at(self.method, t)
-
-
-@dataclasses.dataclass(frozen=True)
-class VelocityField(Field):
-    """A field of which only the velocity is known: `predict(t, y, context)` is it, for any y. `method` gives the times their meaning."""
-
-    method: Method = FlowMatching()  # noqa: RUF009  (frozen)
-
-    def velocity(self, m: Moment, y: Any, context: Any) -> Any:
-        return self.predict(m.t, y, context)
-
-    def parts(self, m: Moment, y: Array, context: Any) -> tuple[Array, Array]:
-        v = self.predict(m.t, y, context)
-        return m.x_y * y + m.x_f * v, m.z_y * y + m.z_f * v

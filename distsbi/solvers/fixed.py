@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from distsbi.methods import Method
-from distsbi.solvers.field import Field, Moment, known
+from distsbi.methods import Method, Moment
+from distsbi.solvers.field import Field, known
 
 Memory = tuple[Array, Array]  # what the rule kept of the step before, and that step's length (0 before the first)
 Noise = Callable[[Array], Array]  # step number -> standard normal numbers of y's shape
@@ -46,7 +46,7 @@ def _moments(*where: str) -> Callable[..., dict[str, Any]]:
 
     def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
         times = {"start": t0, "middle": (t0 + t1) / 2, "end": t1}
-        return {"h": t1 - t0, **{name: known(lambda t: Moment.at(method, t), times[name]) for name in where}}
+        return {"h": t1 - t0, **{name: known(method.moment, times[name]) for name in where}}
 
     return prepare
 
@@ -74,7 +74,7 @@ def _rk4(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
 
 def _straight(method: Method, t0: np.ndarray, t1: np.ndarray) -> dict[str, Any]:
     """Both ends of every step in the straight frame: scales, 1 - tau ("left", exact near the data), and the length in tau."""
-    start, end = (known(lambda t: Moment.at(method, t), t) for t in (t0, t1))
+    start, end = (known(method.moment, t) for t in (t0, t1))
     left0, left1 = start.sigma / start.scale, end.sigma / end.scale
     return {
         "start": start,
@@ -113,7 +113,7 @@ def _kept(method: Method, t1: np.ndarray) -> np.ndarray:
 
 def _prepare_euler_maruyama(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
     h, g2 = t1 - t0, known(method.diffusion2, t0)
-    start = known(lambda t: Moment.at(method, t), t0)
+    start = known(method.moment, t0)
     return {"start": start, "h": h, "pull": 0.5 * g2 / start.sigma, "spread": _kept(method, t1) * np.sqrt(g2 * h)}
 
 
@@ -133,11 +133,11 @@ def _prepare_stochastic_heun(
     ratio = b0 / np.maximum(a0, 1e-12)
     gamma = np.where((ratio >= s_min) & (ratio <= s_max), min(churn / steps, 2**0.5 - 1), 0.0)
     total = a0 + (1.0 + gamma) * b0
-    raised = known(lambda tau: Moment.at(method, method.time_at(tau)), a0 / total)
+    raised = known(lambda tau: method.moment(method.time_at(tau)), a0 / total)
     # where gamma is 0 the time is t0 itself, without the rounding of its inverse
     raised = jax.tree.map(lambda new, old: np.where(gamma > 0, new, old), raised, p["start"])
     return {
-        "raised": raised, "end": known(lambda t: Moment.at(method, t), t1), "scale1": p["scale1"],
+        "raised": raised, "end": known(method.moment, t1), "scale1": p["scale1"],
         "shrink": 1.0 / (p["scale0"] * total), "spread": s_noise * np.sqrt((1.0 + gamma) ** 2 - 1.0) * b0 / total,
         "h": (1.0 + gamma) * b0 / total - p["left1"], "second": np.where(p["left1"] > 0, 1.0, 0.0),
     }  # fmt: skip

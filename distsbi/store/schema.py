@@ -156,8 +156,11 @@ class Format:
 
 
 def read_counts(path: str | Path) -> dict[str, int]:
-    """Rows by status of one shard, from its footer."""
-    return json.loads(pq.read_metadata(path).metadata[COUNTS])
+    """Rows by status of one shard, from its footer. Raises ValueError naming a file that is damaged."""
+    try:
+        return json.loads(pq.read_metadata(path).metadata[COUNTS])
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # the last two: no such metadata
+        raise ValueError(f"{path} cannot be read ({error}); delete it and sample again.") from error
 
 
 def summaries(flat: Float[np.ndarray, "rows nsamples size"], quantiles: Sequence[float]) -> list[np.ndarray]:

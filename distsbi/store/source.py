@@ -1,18 +1,20 @@
 """The catalog that comes in: rows of (id, x), read a few at a time.
 
     catalog.parquet, or a folder of Parquet files    id column + one list or tensor column x, or named columns
-    catalog.npy                                      x alone, (rows, dim_x) or (rows, dim_x, ch_x)
+    catalog.npy                                      x alone, (rows, dim_x) or (rows, dim_x, ch_x); row numbers are the ids
     catalog.npz                                      arrays named like the columns
 
 Rows are numbered 0, 1, 2, ... through the files in name order. A reader takes any range of rows and touches only what
 holds them: the row groups of a Parquet file, the pages of a mapped .npy. A row that holds no usable x comes back as
-the reason.
+the reason (rows.py).
 """
 
 import bisect
 import dataclasses
 import hashlib
 import math
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +24,12 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from distsbi.store.rows import Row, is_list, join_columns, rows_of
+
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
-Row = np.ndarray | str  # x of one observation, or why there is none
-
 GROUP_BYTES = 256 * 2**20  # a decoded row group up to this size is kept for the next range
+GLANCE_BYTES = 2**20  # what `glance` reads at either end of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,8 @@ class SourceSpec:
 
     Args:
         path: a Parquet file, a folder of them, .npy or .npz.
-        id_column: the column (array of the .npz) with the ids, integers or strings; None: the row number is the id.
+        id_column: the column (array of the .npz) with the ids, integers or strings; None: the row number is the id. A .npy can hold no
+            ids, so with the default this becomes None there.
         x_column: the column with x, a list or a tensor per row.
         x_columns: instead, columns that make up x, in this order: scalars, or lists and tensors, which are flattened and joined.
     """
@@ -44,6 +48,10 @@ class SourceSpec:
     id_column: str | None = "id"
     x_column: str = "x"
     x_columns: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if Path(self.path).suffix == ".npy" and self.id_column == SourceSpec.id_column:
+            object.__setattr__(self, "id_column", None)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -117,6 +125,23 @@ def fingerprint(spec: SourceSpec) -> str:
     return digest.hexdigest()
 
 
+def glance(spec: SourceSpec) -> str:
+    """blake2b of the size, the first and the last MiB of each of the catalog's files, in row order. Hexadecimal.
+
+    Cheap enough for every worker. It tells another catalog, other files, and a Parquet file that was written anew (its
+    footer comes last); not numbers changed in place in the middle of a large file: those `fingerprint` tells.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in _files(Path(spec.path)):
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "big"))
+        with open(path, "rb") as file:
+            digest.update(file.read(GLANCE_BYTES))
+            file.seek(max(size - GLANCE_BYTES, 0))
+            digest.update(file.read(GLANCE_BYTES))
+    return digest.hexdigest()
+
+
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
@@ -127,28 +152,38 @@ def _files(path: Path) -> list[Path]:
 
 
 class ParquetSource:
-    """One Parquet file or a folder of them."""
+    """One Parquet file or a folder of them. Files may write x in different types; ids are of one kind."""
 
     def __init__(self, spec: SourceSpec):
         self.spec = spec
         self._groups: list[tuple[Path, int]] = []
         self._first: list[int] = []
         self.n_rows = 0
-        files = _files(Path(spec.path))
-        for path in files:
+        self.id_type: pa.DataType = pa.int64()
+        for path in _files(Path(spec.path)):
             try:
-                metadata = pq.read_metadata(path)
-            except (pa.ArrowInvalid, OSError) as error:
+                with pq.ParquetFile(path) as file:
+                    metadata, schema = file.metadata, file.schema_arrow
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is no readable Parquet file ({error}).") from error
+            if metadata.num_rows == 0:  # without rows pandas knows no types either
+                continue
+            _check_columns(spec, path, schema.names)
+            for name in spec.columns:
+                _check_numeric(name, schema.field(name).type, path)
+            if spec.id_column is not None:
+                kind = _id_type(schema.field(spec.id_column).type, spec.id_column, path)
+                if self._groups and kind != self.id_type:
+                    raise ValueError(
+                        f"ids must be of one kind in all files; {spec.id_column!r} is {self.id_type} in "
+                        f"{self._groups[0][0]} and {kind} in {path}. Convert it, or pass id_column=None to use row "
+                        "numbers."
+                    )
+                self.id_type = kind
             for group in range(metadata.num_row_groups):
                 self._groups.append((path, group))
                 self._first.append(self.n_rows)
                 self.n_rows += metadata.row_group(group).num_rows
-        schema = pq.read_schema(files[0])
-        _check_columns(spec, schema.names)
-        for name in spec.columns:
-            _check_numeric(name, schema.field(name).type, spec)
-        self.id_type = _id_type(schema.field(spec.id_column).type, spec) if spec.id_column else pa.int64()
         self._columns = list(dict.fromkeys([*([spec.id_column] if spec.id_column else []), *spec.columns]))
         self._open: tuple[Path, pq.ParquetFile] | None = None
         self._kept: tuple[int, pa.Table] | None = None
@@ -161,13 +196,14 @@ class ParquetSource:
         return pa.chunked_array([c for part in parts for c in part.chunks], self.id_type)
 
     def read(self, start: int, stop: int) -> tuple[pa.Array, list[Row]]:
-        table = pa.concat_tables(list(self._tables(start, stop)), promote_options="default").combine_chunks()
-        if self.spec.id_column is None:
-            ids = pa.array(np.arange(start, stop))
-        else:
-            ids = _one(table[self.spec.id_column]).cast(self.id_type)
-        columns = [_one(table[name]) for name in self.spec.columns]
-        return ids, _join_columns(columns, self.spec) if self.spec.x_columns else rows_of(columns[0])
+        ids: list[pa.Array] = []
+        rows: list[Row] = []
+        for table in self._tables(start, stop):  # each apart: their types of x may differ
+            if self.spec.id_column is not None:
+                ids.append(_one(table[self.spec.id_column]).cast(self.id_type))
+            columns = [_one(table[name]) for name in self.spec.columns]
+            rows += join_columns(columns, self.spec.columns) if self.spec.x_columns else rows_of(columns[0])
+        return pa.array(np.arange(start, stop)) if self.spec.id_column is None else pa.concat_arrays(ids), rows
 
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
         index = bisect.bisect_right(self._first, start) - 1
@@ -210,10 +246,11 @@ class NumpySource:
                 arrays = {spec.x_column: found}
             else:
                 wanted = {spec.id_column, *spec.columns}
-                arrays = {name: found[name] if name in wanted else np.empty(0) for name in found.files}
-        except (ValueError, OSError, EOFError) as error:
+                with found:
+                    arrays = {name: found[name] if name in wanted else np.empty(0) for name in found.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{spec.path} is no readable {Path(spec.path).suffix} file ({error}).") from error
-        _check_columns(spec, list(arrays))
+        _check_columns(spec, Path(spec.path), list(arrays))
         self._x = [arrays[name] for name in spec.columns]
         for name, x in zip(spec.columns, self._x, strict=True):
             if x.ndim == 0 or x.dtype.kind not in "fiub":
@@ -222,19 +259,18 @@ class NumpySource:
                     f"{x.shape}."
                 )
         self.n_rows = len(self._x[0])
-        self._ids = None if spec.id_column is None else pa.array(arrays[spec.id_column].tolist())
-        self.id_type = pa.int64() if self._ids is None else _id_type(self._ids.type, spec)
+        self._ids = None if spec.id_column is None else _id_array(arrays[spec.id_column], spec.id_column, spec.path)
+        self.id_type = pa.int64() if self._ids is None else self._ids.type
         lengths = {name: len(arrays[name]) for name in (*spec.columns, *([spec.id_column] if spec.id_column else []))}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the arrays of {spec.path} must have as many rows each; got {lengths}.")
 
     def ids(self) -> pa.ChunkedArray:
-        ids = pa.array(np.arange(self.n_rows)) if self._ids is None else self._ids.cast(self.id_type)
-        return pa.chunked_array([ids])
+        return pa.chunked_array([pa.array(np.arange(self.n_rows)) if self._ids is None else self._ids])
 
     def read(self, start: int, stop: int) -> tuple[pa.Array, list[Row]]:
         rows = range(start, stop)
-        ids = pa.array(np.asarray(rows)) if self._ids is None else self._ids.slice(start, len(rows)).cast(self.id_type)
+        ids = pa.array(np.asarray(rows)) if self._ids is None else self._ids.slice(start, len(rows))
         x = [np.asarray(part[start:stop]) for part in self._x]
         with np.errstate(over="ignore"):
             block = np.concatenate([a.reshape(len(rows), -1) for a in x], 1) if self.spec.x_columns else x[0]
@@ -242,113 +278,43 @@ class NumpySource:
         return ids, list(block.reshape(len(rows), 1) if block.ndim == 1 else block)
 
 
-def rows_of(column: pa.Array) -> list[Row]:
-    """x of every row of a column of numbers, lists, lists of lists or tensors; a reason where it is or holds null."""
-    kind = column.type
-    if isinstance(kind, pa.FixedShapeTensorType):
-        rows = rows_of(column.storage)
-        order = kind.permutation or range(len(kind.shape))
-        return [row if isinstance(row, str) else row.reshape(kind.shape).transpose(order) for row in rows]
-    if isinstance(kind, pa.DictionaryType):
-        return rows_of(column.dictionary_decode())
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    if not _is_list(kind):
-        values = _floats(column)
-        return [values[i : i + 1] if ok else "x is null" for i, ok in enumerate(valid)]
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    stops = np.cumsum(lengths)
-    inner = column.flatten()
-    if _is_list(inner.type):
-        parts = rows_of(inner)
-        return [
-            _join(parts[b - n : b]) if ok else "x is null"
-            for b, n, ok in zip(stops.tolist(), lengths.tolist(), valid, strict=True)
-        ]
-    values = _floats(inner)
-    holes = np.cumsum(np.concatenate([[0], inner.is_null().to_numpy(zero_copy_only=False)]))
-    rows: list[Row] = []
-    for b, n, ok in zip(stops.tolist(), lengths.tolist(), valid, strict=True):
-        missing = int(holes[b] - holes[b - n])
-        rows.append("x is null" if not ok else f"x has {missing} null values" if missing else values[b - n : b])
-    return rows
-
-
-def _join(parts: Sequence[Row]) -> Row:
-    for part in parts:
-        if isinstance(part, str):
-            return part
-    lengths = {len(part) for part in parts}
-    return np.stack(parts) if len(lengths) == 1 else f"x is ragged: inner lists of lengths {sorted(lengths)}"  # type: ignore[arg-type]
-
-
-def _join_columns(columns: list[pa.Array], spec: SourceSpec) -> list[Row]:
-    """The columns of each row, flattened and joined; the first reason where one has none."""
-    if not any(_is_list(c.type) or isinstance(c.type, pa.FixedShapeTensorType) for c in columns):
-        return _stack(columns, spec)
-
-    def join(parts: tuple[Row, ...]) -> Row:
-        for name, part in zip(spec.columns, parts, strict=True):
-            if isinstance(part, str):
-                return f"{name}: {part}"
-        return np.concatenate([np.ravel(part) for part in parts])
-
-    return [join(parts) for parts in zip(*map(rows_of, columns), strict=True)]
-
-
-def _stack(columns: list[pa.Array], spec: SourceSpec) -> list[Row]:
-    table = np.stack([_floats(column) for column in columns], axis=1)
-    null = np.stack([column.is_null().to_numpy(zero_copy_only=False) for column in columns], axis=1)
-    return [
-        f"{spec.columns[int(np.argmax(gap))]} is null" if gap.any() else row
-        for row, gap in zip(table, null, strict=True)
-    ]
-
-
-def _floats(values: pa.Array) -> np.ndarray:
-    with np.errstate(over="ignore"):  # past float32 becomes inf, which the posterior's check refuses
-        return values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float32)
-
-
 def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _check_columns(spec: SourceSpec, names: Sequence[str]) -> None:
+def _check_columns(spec: SourceSpec, path: Path, names: Sequence[str]) -> None:
     listed = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
     if spec.id_column is not None and spec.id_column not in names:
         raise ValueError(
-            f"the catalog {spec.path} has no id column {spec.id_column!r} (it has {listed}); pass id_column=<its "
+            f"the catalog {path} has no id column {spec.id_column!r} (it has {listed}); pass id_column=<its "
             "name>, or id_column=None to use row numbers as ids."
         )
     missing = [name for name in spec.columns if name not in names]
     if missing:
         raise ValueError(
-            f"the catalog {spec.path} has no column {missing[0]!r} for x (it has {listed}); pass x_column=<a list "
+            f"the catalog {path} has no column {missing[0]!r} for x (it has {listed}); pass x_column=<a list "
             "column>, or x_columns=[...] for scalar columns."
         )
 
 
-def _check_numeric(name: str, kind: pa.DataType, spec: SourceSpec) -> None:
+def _check_numeric(name: str, kind: pa.DataType, path: Path) -> None:
     value = kind.value_type if isinstance(kind, (pa.FixedShapeTensorType, pa.DictionaryType)) else kind
-    while _is_list(value):
+    while is_list(value):
         value = value.value_type
     numeric = (
         pa.types.is_integer(value)
         or pa.types.is_floating(value)
         or pa.types.is_decimal(value)
         or pa.types.is_boolean(value)
+        or pa.types.is_null(value)  # a file in which every x is null
     )
     if not numeric or math.prod(getattr(kind, "shape", [1])) == 0:
         raise ValueError(
-            f"column {name!r} of {spec.path} must hold numbers, lists of numbers or tensors; it has type {kind}."
+            f"column {name!r} of {path} must hold numbers, lists of numbers or tensors; it has type {kind}."
         )
 
 
-def _id_type(kind: Any, spec: SourceSpec) -> pa.DataType:
+def _id_type(kind: Any, name: str, path: str | Path) -> pa.DataType:
     value = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
     if pa.types.is_uint64(value):
         return pa.uint64()
@@ -359,6 +325,18 @@ def _id_type(kind: Any, spec: SourceSpec) -> pa.DataType:
     if pa.types.is_binary(value) or pa.types.is_large_binary(value) or pa.types.is_fixed_size_binary(value):
         return pa.binary()
     raise ValueError(
-        f"ids must be integers or strings; {spec.id_column!r} of {spec.path} has type {kind}. Convert it, or pass "
+        f"ids must be integers or strings; {name!r} of {path} has type {kind}. Convert it, or pass "
         "id_column=None to use row numbers."
     )
+
+
+def _id_array(ids: np.ndarray, name: str, path: str) -> pa.Array:
+    """int64, uint64, string or binary. Raises ValueError for anything else."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iuUS":
+        raise ValueError(
+            f"ids must be integers or strings, one per row; {name!r} of {path} is {ids.dtype} of shape {ids.shape}. "
+            "Convert it, or pass id_column=None to use row numbers."
+        )
+    if ids.dtype.kind in "US":
+        return pa.array(ids.tolist(), pa.string() if ids.dtype.kind == "U" else pa.binary())
+    return pa.array(ids.astype(np.uint64 if ids.dtype == np.uint64 else np.int64))

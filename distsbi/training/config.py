@@ -7,6 +7,9 @@ import numbers
 from typing import Any, Self
 
 OPTIMIZERS = ("muon", "adamw")
+COUNTS = (
+    "nsteps", "batch_size", "noise_draws", "warmup_steps", "multistep", "val_every", "val_draws", "patience", "save_every",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +72,20 @@ class TrainingConfig:
             numeric = field.type in (int, float, int | None, float | None) and value is not None
             if numeric and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
                 raise ValueError(f"training option {field.name} must be a number; got {value!r}.")
-        for name in (
-            "nsteps",
-            "batch_size",
-            "noise_draws",
-            "multistep",
-            "val_every",
-            "val_draws",
-            "patience",
-            "save_every",
-        ):
+        for name in COUNTS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
-                raise ValueError(f"training option {name} must be a positive integer; got {value!r}.")
+            if value is None:
+                continue
+            least, says = (0, "a whole number, 0 or more") if name == "warmup_steps" else (1, "a positive integer")
+            if not (math.isfinite(value) and int(value) == value and value >= least):
+                raise ValueError(f"training option {name} must be {says}; got {value!r}.")
+            object.__setattr__(self, name, int(value))  # 32.0, as YAML and JSON give it, is no length of an array
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"training option optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}."
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(f"training option weight_decay must be 0 or more; got {self.weight_decay!r}.")
-        if self.warmup_steps is not None and (int(self.warmup_steps) != self.warmup_steps or self.warmup_steps < 0):
-            raise ValueError(
-                f"training option warmup_steps must be a whole number, 0 or more; got {self.warmup_steps!r}."
-            )
         for name in ("max_lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")

@@ -6,9 +6,13 @@ uninterrupted one makes, and ends with the same bits on the same devices.
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import math
 import os
 import time
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +30,9 @@ from distsbi.training.config import TrainingConfig
 from distsbi.training.update import Augment, Learner, Pose, TrainState, conditional
 
 DISPATCH = 100  # most updates per dispatch
+DISPATCH_BYTES = (
+    256 * 2**20
+)  # and of streams, whose batches of a dispatch are on the devices together, most bytes of those
 VALIDATION_ROWS = 512
 
 
@@ -56,16 +63,27 @@ def train(
 ) -> Trained:
     """Trains `network` and returns its best averaged weights; writes and resumes `config.checkpoint_dir` if there is one.
 
-    `config` must be resolved. `pose`: what is learned of a pair. `identity`: what a resumed run must share with the one that began, JSON-able.
+    `config` must be resolved. `pose`: what is learned of a pair. `identity`: what a resumed run must share with the one that began, JSON-able;
+    the weights that it begins with and the seed are added. A stream that ends early ends the training, with a warning.
 
-    Raises ValueError for a run directory of another training, RuntimeError if the loss becomes NaN.
+    Raises ValueError for a run directory of another training and a stream of less than one batch, RuntimeError if the loss becomes NaN.
     """
     key = keys.as_key(key)
     nsteps, val_every, save_every = config.nsteps or 1, config.val_every or 1, config.save_every or 1
-    chunk = max(k for k in range(1, min(DISPATCH, val_every) + 1) if val_every % k == 0)
     graphdef, params, rest = nnx.split(network, nnx.Param, ...)
 
-    batch = config.batch_size or 1
+    batch, devices = config.batch_size or 1, meshes.data_size(mesh)
+    if batch % devices:
+        warnings.warn(
+            f"batch_size={batch} is no multiple of the {devices} devices, so each of them does all of the work; "
+            f"give batch_size={max(1, round(batch / devices)) * devices}.",
+            stacklevel=3,
+        )
+    most = DISPATCH
+    if source.batches is not None:
+        most = max(1, min(DISPATCH, DISPATCH_BYTES // (batch * 4 * sum(part[0].size for part in validation))))
+    # by the options and shapes alone, so that a resumed run makes the same dispatches
+    chunk = max(k for k in range(1, min(most, val_every) + 1) if val_every % k == 0)
     shuffled = source.size if source.arrays is not None else 0
     learner = Learner(
         graphdef,
@@ -99,7 +117,10 @@ def train(
     root = run_root(config)
     losses: list[float] = []
     val_losses: list[float] = []
-    checkpoints = Checkpoints(root, {**(identity or {}), "seed": keys.key_words(key)}) if root else None
+    checkpoints = None
+    if root:
+        begun = {"seed": keys.key_words(key), "initial weights": _digest(params)}
+        checkpoints = Checkpoints(root, {**(identity or {}), **begun})
     started, first = time.perf_counter(), 0
     try:
         if checkpoints is not None:
@@ -114,17 +135,34 @@ def train(
             total=nsteps, initial=first, desc="training", unit="update",
             disable=None if config.show_progress is None else not config.show_progress,
         ) as bar:  # fmt: skip
-            step = first
-            while step < nsteps and not (config.early_stopping and int(state.stale) >= config.patience):
+            step, saved, ended = first, first, False
+            while step < nsteps and not ended and not (config.early_stopping and int(state.stale) >= config.patience):
                 until = min((step // val_every + 1) * val_every, nsteps)
                 parts = []
-                while step < until:
-                    count = min(chunk, until - step)
-                    given = data if stream is None else _stacked(stream, count, mesh)
-                    state, loss = advance(state, given, count)
-                    parts.append((count, loss))
-                    step += count
-                    bar.update(count)
+                while step < until and not ended:
+                    count = wanted = min(chunk, until - step)
+                    given: Any = data
+                    if stream is not None:
+                        given, count = _stacked(stream, wanted, mesh)
+                        ended = count < wanted
+                    if count:
+                        state, loss = advance(state, given, count)
+                        parts.append((count, loss))
+                        step += count
+                        bar.update(count)
+                if ended and step == 0:
+                    raise ValueError(
+                        f"the training iterable ended before one batch of {batch} pairs; give more pairs, one that can be iterated "
+                        f"again, or a smaller batch_size."
+                    )
+                if ended:
+                    warnings.warn(
+                        f"the training iterable ended at update {step} of {nsteps}, and the training with it; give one that can be iterated "
+                        f"again to go on.",
+                        stacklevel=3,
+                    )
+                if not parts:
+                    break
                 train_loss = sum(c * float(part) for c, part in parts) / sum(c for c, _ in parts)
                 if not math.isfinite(train_loss):
                     raise RuntimeError(
@@ -137,8 +175,11 @@ def train(
                 bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{val_losses[-1]:.4f}")
                 if checkpoints is not None:
                     checkpoints.log({"step": step, "loss": train_loss, "val_loss": val_losses[-1]})
-                    if step % save_every == 0 or step >= nsteps:
+                    if step % save_every == 0:
                         checkpoints.save(step, state)
+                        saved = step
+            if checkpoints is not None and step > saved:
+                checkpoints.save(step, state)
     finally:
         if checkpoints is not None:
             checkpoints.__exit__()
@@ -172,13 +213,20 @@ def _stack(pairs: Pairs, mesh: jax.sharding.Mesh) -> Pairs:
     return tuple(part[: count * rows].reshape(count, rows, *part.shape[1:]) for part in pairs)  # type: ignore[return-value]
 
 
-def _stacked(stream: Any, count: int, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
-    """The next `count` batches of a stream, stacked, on the mesh."""
-    batches = [next(stream) for _ in range(count)]
-    sizes = {len(theta) for theta, _ in batches}
-    if len(sizes) > 1:
-        smallest = min(sizes)
-        batches = [(theta[:smallest], x[:smallest]) for theta, x in batches]
+def _stacked(stream: Iterator[Pairs], count: int, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
+    """(the next `count` batches of a stream, stacked, on the mesh; how many they are: fewer where it ends)."""
+    batches = list(itertools.islice(stream, count))
+    if not batches:
+        return None, 0
     theta, x = (np.stack(parts) for parts in zip(*batches, strict=True))
     even = theta.shape[1] % meshes.data_size(mesh) == 0
-    return jax.device_put((theta, x), meshes.batch_sharding(mesh, axis=1) if even else meshes.replicated(mesh))
+    sharding = meshes.batch_sharding(mesh, axis=1) if even else meshes.replicated(mesh)
+    return jax.device_put((theta, x), sharding), len(batches)
+
+
+def _digest(params: Any) -> str:
+    """SHA-256 of the float32 bytes of all weights, in path order. Hexadecimal."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()

@@ -203,7 +203,7 @@ class Learner:
         """`count` updates; the mean training loss. `data`: the training set, or `count` stacked batches where `draw` is None."""
 
         def update(state: TrainState, given: Any) -> tuple[TrainState, Array]:
-            k_data, k_augment, k_times, k_noise = keys.training_keys(state.key, state.step)
+            k_data, k_augment, k_times, k_noise, k_pose = keys.training_keys(state.key, state.step)
             order = state.order
             if self.epoch:
                 fresh = lambda: jax.random.permutation(  # noqa: E731
@@ -220,7 +220,6 @@ class Learner:
             if self.augment is not None:
                 batch = self.augment(k_augment, *batch)
             batch = jax.lax.with_sharding_constraint(batch, self._split(batch[0].shape[0]))
-            k_pose = jax.random.fold_in(k_augment, 1)
             loss, grads = jax.value_and_grad(self.loss)(
                 state.params, batch, k_times, k_noise, k_pose, self.config.noise_draws
             )
@@ -238,8 +237,7 @@ class Learner:
 
         def one(numbered: tuple[Array, Batch]) -> Array:
             number, batch = numbered
-            k_times, k_noise = jax.random.split(jax.random.fold_in(keys.as_key(0), number))
-            k_pose = jax.random.fold_in(k_times, 1)
+            k_times, k_noise, k_pose = keys.validation_keys(number)
             return self.loss(state.ema, batch, k_times, k_noise, k_pose, self.config.val_draws)
 
         count = batches[0].shape[0]

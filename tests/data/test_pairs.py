@@ -151,7 +151,62 @@ class TestFolder:
         ) as raised:
             write_pairs(tmp_path / "pairs", THETA, X, rows_per_file=20)
         assert raised.value.errno == errno.ENOSPC
-        assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == ["pairs-00000.parquet", "pairs-00001.parquet"]
+        left = sorted(p.name for p in (tmp_path / "pairs").iterdir())
+        assert left == ["_unfinished", "pairs-00000.parquet", "pairs-00001.parquet"]
+
+    def test_a_cut_off_write_is_finished_by_the_same_call(self, tmp_path, monkeypatch):
+        path, write = tmp_path / "pairs", parquet.write_file
+
+        def failing(file, *args):
+            if file.name == "pairs-00002.parquet":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(file, *args)
+
+        monkeypatch.setattr("distsbi.data.pairs.write_file", failing)
+        with pytest.raises(OSError, match="No space left"):
+            write_pairs(path, THETA, X, rows_per_file=20, source={"note": ("a", 1)})
+        monkeypatch.setattr("distsbi.data.pairs.write_file", write)
+        with pytest.raises(ValueError, match="was cut off before its 103 pairs; give the same command again"):
+            open_pairs(path)
+        kept = (path / "pairs-00001.parquet").stat().st_mtime_ns
+        same = {"rows_per_file": 20, "source": {"note": ("a", 1)}}
+        for theta, options in (
+            (THETA, {**same, "rows_per_file": 10}),
+            (THETA, {**same, "source": {}}),
+            (THETA + 1, same),
+        ):
+            with pytest.raises(ValueError, match="was cut off while other pairs were written"):
+                write_pairs(path, theta, X, **options)
+        with pytest.raises(ValueError, match="was cut off while other pairs were written"):
+            write_pairs(path, THETA[:60], X[:60], **same)
+        assert len(write_pairs(path, THETA, X, **same)) == 103
+        np.testing.assert_array_equal(read_pairs(path).x, X)
+        assert (path / "pairs-00001.parquet").stat().st_mtime_ns == kept
+        with pytest.raises(ValueError, match="holds pairs already"):
+            write_pairs(path, THETA, X, **same)
+
+    def test_permuted_tensors_of_other_writers(self, tmp_path):
+        """An array whose axes are not C-ordered is written with a permutation."""
+        image = RNG.normal(size=(5, 4, 3, 2)).astype(np.float32)
+        theta = pa.FixedShapeTensorArray.from_numpy_ndarray(THETA[:5])
+        for x, order in ((X[:5], (0, 2, 1)), (image, (0, 3, 2, 1)), (image, (0, 3, 1, 2))):
+            stored = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+            column = pa.FixedShapeTensorArray.from_numpy_ndarray(stored)
+            assert column.type.permutation != sorted(column.type.permutation)
+            pq.write_table(pa.table({"theta": theta, "x": column}), tmp_path / "mine.parquet")
+            if order == (0, 3, 1, 2):  # a cycle, which pyarrow itself does not read back
+                with pytest.raises(ValueError, match=r"mine.parquet has x .* write it from np.ascontiguousarray\(x\)"):
+                    open_pairs(tmp_path)
+            else:
+                assert open_pairs(tmp_path).x_shape == x.shape[1:]
+                np.testing.assert_array_equal(read_pairs(tmp_path).x, x)
+
+    def test_a_column_of_strings_is_named(self, tmp_path):
+        theta = pa.FixedShapeTensorArray.from_numpy_ndarray(THETA[:2])
+        column = pa.array([["a", "b"], ["c", "d"]], pa.list_(pa.string(), 2))
+        pq.write_table(pa.table({"theta": theta, "x": column}), tmp_path / "words.parquet")
+        with pytest.raises(ValueError, match=r"words.parquet must have columns .* x of type fixed_size_list.*string"):
+            read_pairs(tmp_path)
 
 
 class TestStream:
@@ -224,6 +279,12 @@ class TestSimulate:
         np.testing.assert_array_equal(parts.theta, whole.theta)
         np.testing.assert_array_equal(parts.x, whole.x)
         assert (tmp_path / "parts" / "pairs-00000.parquet").stat().st_mtime_ns == kept
+
+    def test_a_bar_is_for_terminals(self, tmp_path, capsys):
+        simulate_pairs(get_task("two_moons"), jax.random.key(3), 100, tmp_path / "s", batch=16, rows_per_file=32)
+        assert capsys.readouterr().err == ""
+        simulate(tmp_path / "s", progress=True)
+        assert "simulating two_moons" in capsys.readouterr().err
 
     def test_another_simulation_is_refused(self, tmp_path):
         simulate(tmp_path / "s")

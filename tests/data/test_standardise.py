@@ -1,8 +1,12 @@
 """Standardisation: a bijection onto the support, its exact log-density, and a linear-Gaussian posterior made standard normal."""
 
+import json
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 from distsbi.data import Standardizer, Support
@@ -92,9 +96,83 @@ def test_tiny_units_are_no_constants():
     np.testing.assert_allclose(np.asarray(scales.forward_x(x * np.float32(1e-21))).std(0), 1, rtol=1e-3)
 
 
+OPEN = {
+    "log-normal": (dist.LogNormal(0.0, 1.0), Support(low=0.0)), "beta": (dist.Beta(2.0, 2.0), Support(0.0, 1.0)),
+    "pareto": (dist.Pareto(1.5, 2.0), Support(low=1.5)), "uniform": (dist.Uniform(-3.0, 1e-3), Support(-3.0, 1e-3)),
+    "truncated": (dist.TruncatedNormal(high=0.0), Support(high=0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPEN)
+def test_no_draw_lies_on_a_bound(case):
+    """float32 rounds the draws of the tails to the bounds, which an open interval has not."""
+    prior, support = OPEN[case]
+    theta = np.asarray(prior.sample(jax.random.key(0), (500,)))[:, None, None]
+    scales = Standardizer.fit(theta, theta, [support])
+    y = jnp.linspace(-1e4, 1e4, 2_001)[:, None, None]
+    draws = jax.jit(lambda y: scales.inverse(y, jnp.zeros((1, 1))))(y)
+    assert bool(prior.support(draws).all())
+    assert support.low < draws.min()
+    assert draws.max() < support.high
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_theta_on_a_bound_does_not_set_the_scale(sign):
+    rng = np.random.default_rng(0)
+    theta = sign * np.exp(rng.normal(size=(2_000, 1, 1))).astype("f4")
+    support = [Support(low=0.0) if sign > 0 else Support(high=0.0)]
+    clean, touched = (
+        Standardizer.fit(t, theta, support) for t in (theta, np.where(np.arange(2_000)[:, None, None] < 4, 0, theta))
+    )
+    np.testing.assert_allclose(touched.theta_std, clean.theta_std, rtol=0.25)  # log of the smallest float gives 4
+    wide = np.exp(5 * rng.normal(size=(2_000, 1, 1))).astype("f4")  # a distribution that really comes so close
+    scales = Standardizer.fit(sign * wide, theta, support)
+    np.testing.assert_allclose(scales.theta_std, np.log(wide).std(0), rtol=1e-4)
+    assert np.asarray(scales.unbound(jnp.zeros((1, 1)))) * sign > -87
+
+
+def test_blocks_of_rows_give_the_same_scales(monkeypatch):
+    """Also where x is missing here and there."""
+    theta, x = _pairs(n=500)
+    x[::7, 1] = np.nan
+    whole = Standardizer.fit(theta, x, SUPPORTS)
+    monkeypatch.setattr("distsbi.data.standardise._BLOCK_BYTES", 8 * 7 * 150)  # three blocks and a rest
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(Standardizer.fit(theta, x, SUPPORTS)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_fitting_copies_blocks_alone():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20_000, 600, 1)).astype("f4")  # 48 MB
+    theta = x[:, :2] + 1
+    tracemalloc.start()
+    Standardizer.fit(theta, x, [Support()] * 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * x.nbytes
+
+
+def test_scales_of_before_there_were_floors():
+    scales = Standardizer.fit(*_pairs(n=300), SUPPORTS)
+    fields = scales.to_dict()
+    del fields["floor"]
+    theta = jnp.asarray(_pairs(n=300)[0])
+    np.testing.assert_array_equal(Standardizer.from_dict(fields).unbound(theta), scales.unbound(theta))
+
+
+def test_given_parameters_keep_their_floors():
+    joint = Standardizer.fit(_pairs(n=300)[0], np.zeros((300, 0, 1), "f4"), SUPPORTS, linear=False)
+    part = joint.restrict([0, 2], [1, 3])
+    np.testing.assert_array_equal(part.floor, np.asarray(joint.floor)[[0, 2]])
+    on_bound = jnp.asarray([[2.0], [7.0]])
+    np.testing.assert_array_equal(
+        part.forward_x(on_bound)[0], joint.forward(jnp.full((4, 1), 2.0), jnp.zeros((4, 1)))[1]
+    )
+
+
 def test_dict_and_back():
     scales = Standardizer.fit(*_pairs(n=300), SUPPORTS)
-    again = Standardizer.from_dict(scales.to_dict())
+    again = Standardizer.from_dict(json.loads(json.dumps(scales.to_dict())))
     assert again.kinds == scales.kinds
     for a, b in zip(jax.tree.leaves(scales), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,32 +53,5 @@ def local_ray() -> Iterator[None]:
     """One Ray for the tests of this folder: they find it running and leave it running."""
     from distsbi.fanout.cluster import connected
 
-    with connected("local", 3, 0):
+    with connected("local", 3, 1, 0):
         yield
-
-
-class SmallDisk:
-    """A file system of half a megabyte."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.mkdir()
-        self._mount("size=512k")
-
-    def grow(self) -> None:
-        self._mount("remount,size=16m")
-
-    def _mount(self, options: str) -> None:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)], check=True, capture_output=True
-        )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    try:
-        disk = SmallDisk(tmp_path / "disk")
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a full disk needs a small file system, and mounting one is not permitted here ({error})")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk.path)], check=True)

@@ -2,7 +2,8 @@
 
     theta | x ~ N(x[:dim_theta], 1), noise from (seed, observation id, draw index)
 
-x[0] is the switch: RAISE raises, KILL kills the process, KILL_ONCE and SLEEP_ONCE do so only the first time.
+x[0] is the switch: RAISE raises, DEVICE raises as a device out of memory does, KILL kills the process, KILL_ONCE and
+SLEEP_ONCE do so only the first time. `bad_starts`: so many workers that replace a killed one fail to load.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from distsbi.methods import make_method
 from distsbi.sampling import Tile
 from distsbi.solvers import make_solver
 
-RAISE, KILL, KILL_ONCE, SLEEP_ONCE = 1001.0, 1002.0, 1003.0, 1004.0
+RAISE, KILL, KILL_ONCE, SLEEP_ONCE, DEVICE = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
 
 
 class FakePosterior:
@@ -36,8 +37,11 @@ class FakePosterior:
         self.seconds_per_row = config.get("seconds_per_row", 0.0)
         self.method = make_method("flow")
         self.default_solver = make_solver(self.method)
-        self.tile = Tile(2, 4)
+        self.tile, self.most_slots = Tile(2, 4), 1_000
         self.mesh = make_mesh({"data": 1})
+        self.calls: list[int] = []  # rows of each call of draw
+        if (run / "killed").exists() and any(self._first(f"start-{i}") for i in range(config.get("bad_starts", 0))):
+            raise OSError("the disk is away")
 
     def check_x(self, x: np.ndarray) -> np.ndarray:
         if x.shape != (3, 1):
@@ -49,12 +53,15 @@ class FakePosterior:
     def draw(
         self, key: Any, xs: np.ndarray, nsamples: int, *, observation_ids: np.ndarray, **options: Any
     ) -> np.ndarray:
+        self.calls.append(len(xs))
         return np.stack([self._row(key, x, nsamples, int(i)) for x, i in zip(xs, observation_ids, strict=True)])
 
     def _row(self, key: Any, x: np.ndarray, nsamples: int, observation_id: int) -> np.ndarray:
         switch = float(x[0, 0])
         if switch == RAISE:
             raise RuntimeError("the solver did not converge")
+        if switch == DEVICE:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         if switch == KILL or (switch == KILL_ONCE and self._first("killed")):
             os.kill(os.getpid(), signal.SIGKILL)
         if switch == SLEEP_ONCE and self._first("slept"):

@@ -13,13 +13,16 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from fake_posterior import RAISE, draws_hash, load, make_run
+from fake_posterior import DEVICE, RAISE, draws_hash, load, make_run
 
 from distsbi import open_catalog
 from distsbi.fanout import sample_catalog
+from distsbi.fanout.catalog import _rows_per_shard
 from distsbi.fanout.pool import InProcess
+from distsbi.fanout.worker import Job, Worker
 from distsbi.keys import hash_id
-from distsbi.store import layout
+from distsbi.store import Output, SourceSpec, layout, schema
+from distsbi.store.source import glance
 
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
 
@@ -71,7 +74,7 @@ def test_bad_rows_get_a_reason_and_the_others_go_on(run, make_catalog, tmp_path)
     assert "infinite" in rows["g4"]["message"]
     assert "2 values; this posterior takes 3" in rows["g9"]["message"]
     assert rows["g13"]["message"] == "x is null"
-    assert "1 null" in rows["g20"]["message"]
+    assert rows["g20"]["message"] == "x has values that are NaN (or null) or infinite"
     assert rows["g30"]["status"] == "failed"
     assert "did not converge" in rows["g30"]["message"]
     assert all(rows[f"g{i}"]["mean"] is None for i in (*bad, 30))
@@ -83,6 +86,50 @@ def test_bad_rows_get_a_reason_and_the_others_go_on(run, make_catalog, tmp_path)
     whole = open_catalog(clean / "out")
     for name in ("g2", "g5", "g31"):
         np.testing.assert_array_equal(out.draws(name), whole.draws(name))
+
+
+@pytest.fixture
+def worker(run, make_catalog, tmp_path):
+    """A worker that is ready."""
+    spec = SourceSpec(str(make_catalog()))
+    made = Worker(
+        Job(str(run), spec, glance(spec), str(tmp_path / "out"), 2, 0, {}, Output(), loader="fake_posterior:load")
+    )
+    made.ready()
+    made.posterior.calls.clear()
+    return made
+
+
+def rows_with(n, switches):
+    """Arguments of `_draw_rows` for n good rows."""
+    xs = [np.full((3, 1), i, np.float32) for i in range(n)]
+    for i, value in switches.items():
+        xs[i][0] = value
+    return xs, np.arange(n).astype(np.uint64), [schema.OK] * n, [None] * n
+
+
+def test_a_row_that_raises_is_found_by_halving(worker):
+    calm = worker._draw_rows(*rows_with(500, {}))
+    assert worker.posterior.calls == [500]
+    worker.posterior.calls.clear()
+    xs, ids, status, message = rows_with(500, {3: RAISE, 321: RAISE})
+    status[7] = schema.INVALID
+    draws = worker._draw_rows(xs, ids, status, message)
+    assert len(worker.posterior.calls) < 45
+    assert [i for i, s in enumerate(status) if s == schema.FAILED] == [3, 321]
+    assert "did not converge" in message[321]
+    np.testing.assert_array_equal(draws, np.delete(calm, [3, 7, 321], axis=0))
+    assert worker._draw_rows(*rows_with(3, dict.fromkeys(range(3), RAISE))).shape == (0, 2, 2, 1)
+    xs, ids, status, message = rows_with(20, {11: DEVICE})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        worker._draw_rows(xs, ids, status, message)
+    assert status == [schema.OK] * 20
+
+
+def test_a_worker_refuses_another_copy_of_the_catalog(worker, make_catalog):
+    make_catalog(switches={1: 0.5})
+    with pytest.raises(ValueError, match="^on .* .*catalog.parquet is not the catalog that was checked: another copy"):
+        worker.ready()
 
 
 def test_goes_on_where_it_stopped(run, make_catalog, tmp_path):
@@ -124,6 +171,17 @@ def test_another_run_is_refused_by_name(run, make_catalog, tmp_path):
     assert draws_hash(out) == before
 
 
+def test_a_damaged_shard_is_named(run, make_catalog, tmp_path):
+    catalog, out = make_catalog(), tmp_path / "out"
+    sample_catalog(run, catalog, out, **QUICK)
+    path = layout.shard_file(out, 2, 7)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read .*; delete it and sample again"):
+        sample_catalog(run, catalog, out, **QUICK)
+    path.unlink()
+    assert sample_catalog(run, catalog, out, **QUICK).shards_now == 1
+
+
 def test_a_folder_has_one_writer(run, make_catalog, tmp_path):
     out = tmp_path / "out"
     (out / layout.HIDDEN).mkdir(parents=True)
@@ -150,6 +208,47 @@ def test_a_folder_has_one_writer(run, make_catalog, tmp_path):
 def test_bad_arguments_say_what_to_do(run, make_catalog, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         sample_catalog(run, make_catalog(), tmp_path / "out", **{**QUICK, **change})
+
+
+def test_out_must_be_a_folder_outside_the_catalog(run, make_catalog, tmp_path):
+    file = make_catalog()
+    for out in (file, file / "out"):
+        with pytest.raises(ValueError, match=r"out must be a folder; .*catalog.parquet is a file"):
+            sample_catalog(run, file, out, **QUICK)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file.rename(folder / file.name)
+    for out in (folder, folder / "deep" / "out", tmp_path / "elsewhere" / ".." / "folder"):
+        with pytest.raises(ValueError, match=r"lies in the catalog's folder .*; give a folder outside"):
+            sample_catalog(run, folder, out, **QUICK)
+    assert list(folder.iterdir()) == [folder / file.name]
+    assert sample_catalog(run, folder, tmp_path / "folder-out", **QUICK).n_ok == 40
+
+
+def test_numbers_of_numpy_are_numbers(run, make_catalog, tmp_path):
+    catalog = make_catalog()
+    given = {name: np.int64(value) for name, value in QUICK.items() if type(value) is int}
+    more = {"thin": np.int32(2), "seed": np.int64(0), "steps": np.int64(3), "quantiles": np.asarray([0.25, 0.5])}
+    sample_catalog(run, catalog, tmp_path / "out", **given, **more, show_progress=False)
+    plain = {**QUICK, "thin": 2, "steps": 3, "quantiles": (0.25, 0.5)}
+    assert sample_catalog(run, catalog, tmp_path / "out", **plain).shards_now == 0
+    with pytest.raises(ValueError, match="nsamples must be a positive integer"):
+        sample_catalog(run, catalog, tmp_path / "out", **{**QUICK, "nsamples": np.float64(9)})
+
+
+def test_a_npy_has_row_numbers(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((4, 3), np.float32))
+    out = sample_catalog(run, tmp_path / "x.npy", tmp_path / "out", **QUICK).open()
+    assert out.table(["id"])["id"].to_pylist() == out.table(["observation_id"])["observation_id"].to_pylist()
+    assert sample_catalog(run, tmp_path / "x.npy", tmp_path / "out", **QUICK, id_column=None).shards_now == 0
+    with pytest.raises(ValueError, match="no id column 'name'"):
+        sample_catalog(run, tmp_path / "x.npy", tmp_path / "out", **QUICK, id_column="name")
+
+
+def test_shards_are_enough_for_a_large_cluster():
+    assert -(-(10**7) // _rows_per_shard(10**7, 1000, 2)) >= 1024
+    assert -(-(10**6) // _rows_per_shard(10**6, 100, 2)) >= 1000
+    assert _rows_per_shard(40, 9, 2) == 40
 
 
 def test_a_missing_run_is_named(make_catalog, tmp_path):

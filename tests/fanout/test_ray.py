@@ -1,5 +1,6 @@
 """A catalog on Ray: the same draws, and worker deaths that cost nothing but time. Faults are real signals."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from fake_posterior import KILL, KILL_ONCE, RAISE, SLEEP_ONCE, draws_hash, make_run
 
 import distsbi
-from distsbi.fanout import catalog as catalog_module, sample_catalog
-from distsbi.fanout.cluster import worker_environment
+from distsbi.fanout import catalog as catalog_module, cluster, sample_catalog
+from distsbi.fanout.cluster import connected, worker_environment
 from distsbi.store import layout
 
 ON_RAY = {"nsamples": 9, "workers": 2, "rows_per_shard": 3, "show_progress": False}
@@ -58,6 +59,33 @@ def test_a_killed_worker_is_replaced(run, make_catalog, tmp_path, calm_hash):
     (tmp_path / "again" / "killed").touch()
     sample_catalog(tmp_path / "again", catalog, tmp_path / "calm", nsamples=9, workers=0)
     assert draws_hash(tmp_path / "out") == draws_hash(tmp_path / "calm")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_replacement_that_does_not_start_is_tried_again(make_catalog, tmp_path):
+    catalog = make_catalog(switches={10: KILL_ONCE})
+    two = {**ONE, "max_failures": 2}
+    once = make_run(tmp_path / "once", bad_starts=1)
+    assert sample_catalog(once, catalog, tmp_path / "once-out", **two).n_ok == 40
+    assert (once / "start-0").exists()
+    always = make_run(tmp_path / "always", bad_starts=9)
+    with pytest.raises(OSError, match="the disk is away"):
+        sample_catalog(always, catalog, tmp_path / "always-out", **two)
+    assert len(list(always.glob("start-*"))) == 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_local_ray_listens_on_the_loopback_interface_alone():
+    import psutil
+
+    me, listening = psutil.Process(), set()
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker of the test before, on its way out
+            connections = process.net_connections(kind="tcp")
+            listening |= {(process.name(), c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN}
+    assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
+    assert {address.removeprefix("::ffff:") for _, address in listening} == {"127.0.0.1"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -120,7 +148,7 @@ def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog
         tmp_path / "run",
         Posterior(make_network("MLP", sizes, nnx.Rngs(0)), make_method("flow"), scales, names=("a", "b")),
     )
-    catalog = make_catalog(12, rows={5: [1.0, 2.0]})
+    catalog = make_catalog(12, rows={5: [1.0, 2.0], 7: [1.0, None, 2.0]})
     before = dict(os.environ)
     if ray.is_initialized():
         ray.shutdown()
@@ -129,10 +157,49 @@ def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog
     assert not ray.is_initialized()
     assert dict(os.environ) == before
     out = distsbi.open_catalog(tmp_path / "out")
-    assert out.status().counts == {"ok": 11, "invalid": 1, "failed": 0}
+    assert out.status().counts == {"ok": 10, "invalid": 2, "failed": 0}
+    assert "1 values that are NaN (or null) or infinite" in out.table(["message"])["message"][7].as_py()
     x = np.asarray(pq.read_table(catalog)["x"][9].as_py(), np.float32).reshape(1, 3, 1)
     observation_id = out.table(["observation_id"])["observation_id"][9].as_py()
     same = distsbi.load(tmp_path / "run").sample(jax.random.key(0), x, 150, observation_id=observation_id, steps=4)
     np.testing.assert_allclose(out.draws("g9"), same, atol=1e-4)
     sample_catalog(tmp_path / "run", catalog, tmp_path / "here", **options, workers=0)
     assert draws_hash(tmp_path / "here") == draws_hash(tmp_path / "out")
+
+
+@pytest.fixture
+def no_ray():
+    """Ray is not up in this process."""
+    ray = pytest.importorskip("ray")
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no.such.host.invalid:6379", "127.0.0.1:99999"]
+)
+def test_an_address_where_nothing_listens_is_named(monkeypatch, address):
+    monkeypatch.setattr(cluster, "PROBE_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=f"no Ray cluster answers at '{address}'"), connected(address, 1, 1, 0):
+        pass
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_worker_that_this_machine_has_no_room_for_is_refused(monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cpus = cluster.own_cpus()
+    with (
+        pytest.raises(ValueError, match=f"asks for {cpus + 1} CPUs and this machine has {cpus}; lower cpus_per_worker"),
+        connected(None, 1, cpus + 1, 0),
+    ):
+        pass
+    with (
+        pytest.raises(
+            ValueError, match=r"asks for 99 GPUs and Ray finds \d+ on this machine; lower num_gpus_per_worker"
+        ),
+        connected(None, 1, 1, 99),
+    ):
+        pass
+    assert not ray.is_initialized()

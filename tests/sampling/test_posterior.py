@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from distsbi.data import Standardizer
-from distsbi.sampling import Posterior, Tile
+from distsbi.methods import FlowMatching
+from distsbi.sampling import Posterior, SolveError, Tile, tiles
+from distsbi.solvers import make_solver
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
 
 X = np.asarray([[[0.4], [-1.2]]], np.float32)
@@ -160,14 +162,18 @@ def test_key_words_and_aliases():
         ({"x_o": np.ones((1, 3))}, r"Add the axes with x\[..., None\]"),
         ({"x_o": np.ones((2, 3, 1))}, "must have shape"),
         ({"x_o": None}, "x_o is missing"),
-        ({"x_o": "abc"}, "array of numbers"),
+        ({"x_o": "abc"}, "array of real numbers"), ({"x_o": 1j * np.ones((1, 3, 1))}, "array of real numbers"),
         ({"x_o": np.full((1, 3, 1), np.nan)}, "3 values that are NaN or infinite, the first at"),
         ({"x_o": np.full((1, 3, 1), np.inf)}, "NaN or infinite"),
         ({"nsamples": 0}, "nsamples must be a positive integer"), ({"nsamples": -5}, "positive integer"),
         ({"nsamples": 2.5}, "positive integer"), ({"nsamples": True}, "positive integer"),
         ({"stepsize": 0.1}, "unknown keyword 'stepsize'; Did you mean step_size?"),
         ({"rng": 1}, "not both"), ({"num_samples": 4}, "not both"), ({"key": None}, "one of them is needed"),
-        ({"observation_id": -1}, "observation ids"), ({"chunk_size": 0}, "chunk_size must be positive"),
+        ({"observation_id": -1}, "observation ids"), ({"chunk_size": 0}, "chunk_size must be a positive integer"), ({"chunk_size": 2.5}, "positive integer; got 2.5"),
+        ({"observation_id": None}, "observation ids"), ({"tile": (4, 16)}, "tile must be"), ({"solver": 3}, "solver must be a name"),
+        ({"step_size": "a"}, "step_size must be a number"), ({"time_grid": 3}, "time_grid must be a list"),
+        ({"solver": make_solver(FlowMatching()), "coupled": True}, "coupled given beside a complete solver"),
+        ({"solver": "euler_maruyama", "check": 0.1}, "leave it out with"),
         ({"method": "euler", "solver": "euler"}, "mean the same"),
     ],
 )  # fmt: skip
@@ -187,3 +193,57 @@ def test_batch_errors_and_failed_solves():
     broken = Posterior(posterior.network, posterior.method, posterior.weights.standardizer)
     with pytest.raises(RuntimeError, match="did not converge"):
         broken.sample(0, np.ones((1, 3, 1)), 5)
+
+
+def test_an_observation_that_fails_does_not_cost_the_others():
+    posterior = random_mlp_posterior()
+    xs = np.ones((5, 3, 1), np.float32)
+    xs[3] = 1e38  # the network overflows
+    with pytest.raises(
+        SolveError, match=r"5 draws of observation 3 \(id 3\) are not finite.*in this error's `made`"
+    ) as caught:
+        posterior.draw(0, xs, 5)
+    good = [0, 1, 2, 4]
+    assert caught.value.failed == [3]
+    np.testing.assert_array_equal(caught.value.made[good], posterior.draw(0, xs[good], 5, observation_ids=good))
+
+
+def test_ids_up_to_64_bits():
+    posterior, xs = random_mlp_posterior(), np.ones((2, 3, 1))
+    mixed = posterior.draw(0, xs, 5, observation_ids=[2**63 + 1, 5])
+    np.testing.assert_array_equal(
+        mixed, posterior.draw(0, xs, 5, observation_ids=np.asarray([2**63 + 1, 5], np.uint64))
+    )
+    np.testing.assert_array_equal(mixed[1], posterior.sample(0, xs[:1], 5, observation_id=5))
+
+
+def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
+    """With one draw a tile has 256 slots; a device encodes 64 observations at a time, once for one observation, and the draws are
+    those of a batch."""
+    posterior, rows = random_mlp_posterior(mesh={"data": 2}, tile=Tile(4, 64)), []
+    make = tiles.encode_program
+    counted = lambda *a: lambda weights, x: (rows.append(len(x)), make(*a)(weights, x))[1]  # noqa: E731
+    monkeypatch.setattr(tiles, "encode_program", counted)
+    xs = np.random.default_rng(0).normal(size=(700, 3, 1)).astype("f4")
+    one = posterior.sample(0, xs[:1], 1)
+    assert rows == [128]
+    np.testing.assert_array_equal(posterior.draw(0, xs, 1)[0], one)
+    assert rows == [128] * 7
+
+
+def test_tiles_fit_what_they_hold():
+    assert Tile(8, 256).for_draws(1) == Tile(2048, 1)
+    assert Tile(8, 256).for_draws(1, most_slots=200) == Tile(128, 1)
+    assert Tile(8, 256).for_draws(300, most_slots=1) == Tile(8, 256)
+    assert Tile(128, 512).within(20_000) == Tile(32, 512)
+    assert Tile(2, 512).within(100) == Tile(1, 64)
+    assert Tile(12, 8).encoded == 12
+    assert Tile(96, 8).encoded == 48
+
+
+def test_bytes_of_a_row_and_of_a_context():
+    """The widest array of an MLP of width 16 holds 32 numbers a draw (scale and shift are shared): its sizes are known."""
+    posterior = random_mlp_posterior()
+    width, depth = posterior.network.params.width, posterior.network.params.depth
+    assert tiles.bytes_per_row(posterior.network, posterior.weights.standardizer) == 4 * width
+    assert tiles.bytes_per_context(posterior.network, posterior.weights.standardizer) == 4 * (width * depth + 2)

@@ -85,6 +85,10 @@ DAMAGE = {
     "newer": (lambda p: _edit(p, lambda s: s.update(format=99)), "Update distsbi"),
     "no weights": (lambda p: shutil.rmtree(p / "weights"), "missing or damaged"),
     "other weights": (lambda p: _edit(p, lambda s: s.update(weights_sha256="0")), "does not hold the weights"),
+    "other scales": (lambda p: _edit(p, lambda s: s["standardizer"].update(x_mean=[[5.0]] * 3)), "was changed since"),
+    "no kinds": (lambda p: _edit(p, lambda s: s["standardizer"].update(kinds=[])), "was changed since"),
+    "no scales": (lambda p: _edit(p, lambda s: s.update(standardizer=[1, 2])), "is damaged"),
+    "no times": (lambda p: _edit(p, lambda s: s["solver"].update(times=[])), "spec.json is damaged"),
     "unknown network": (lambda p: _edit(p, lambda s: s["network"].update(name="Transformer9")), "does not have"),
 }
 
@@ -102,9 +106,10 @@ def test_weights_changed_on_disk_are_noticed(saved):
     _, path = saved
     other = random_mlp_posterior(tile=Tile(4, 16))
     other.weights.params["bias2"][...] = other.weights.params["bias2"][...] + jax.numpy.float32(0.5)
-    spec = (path / "spec.json").read_text()
-    other.save(path)
-    (path / "spec.json").write_text(spec)
+    other.save(path.with_name("other"))
+    mine, theirs = (next((p / "weights").iterdir()) for p in (path, path.with_name("other")))
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
     with pytest.raises(ValueError, match="does not hold the weights"):
         load(path)
 
@@ -121,9 +126,10 @@ def test_a_full_disk_keeps_what_was_there(saved, monkeypatch, moment):
         if moment == "weights":
             patch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
         else:
-            patch.setattr("distsbi.sampling.run.make_spec", full)
+            patch.setattr("distsbi.sampling.run.write_json", full)
         with pytest.raises(OSError, match="is full; free some space and save again"):
             posterior.save(path)
     assert load(path).fingerprint == posterior.fingerprint
     posterior.save(path)
     assert load(path).fingerprint == posterior.fingerprint
+    assert len(list((path / "weights").iterdir())) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distsbi.methods import METHODS, FlowMatching
-from distsbi.solvers import RULES, Adaptive, Field, FixedGrid, Moment, VelocityField, make_solver, solver_from_dict
+from distsbi.solvers import RULES, Adaptive, Field, FixedGrid, make_solver, solver_from_dict
 
 METHOD = FlowMatching()
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "multistep": 2}
@@ -14,7 +14,12 @@ def spiral(t, y, context):
     return jnp.stack([y[..., 1], -y[..., 0]], -1) * (1 + t)
 
 
-SPIRAL = VelocityField(spiral)
+def of_velocity(function):
+    """The field whose velocity is function(t, y, context)."""
+    return Field(function, FlowMatching(scale_input=False))
+
+
+SPIRAL = of_velocity(spiral)
 DETERMINISTIC = [name for name, rule in RULES.items() if not rule.stochastic]
 STOCHASTIC = [name for name, rule in RULES.items() if rule.stochastic]
 Y0 = jnp.asarray([[[1.0, 0.5]]])
@@ -39,7 +44,7 @@ def test_order_of_convergence(rule):
 def test_multistep_is_exact_for_a_linear_endpoint():
     """dy/dt = (D(t) - y) / (1 - t) with D = 1 + 2 t ends at D(1) = 3, on any grid; only the first, Euler's, step errs and is undone."""
     grid = FixedGrid("multistep", (0.0, 0.3, 0.35, 0.7, 1.0))
-    end = grid.solve(VelocityField(lambda t, y, c: (1 + 2 * t - y) / (1 - t)), jnp.asarray(5.0), None)
+    end = grid.solve(of_velocity(lambda t, y, c: (1 + 2 * t - y) / (1 - t)), jnp.asarray(5.0), None)
     assert float(end) == pytest.approx(3.0, abs=1e-5)
 
 
@@ -52,7 +57,7 @@ def test_evaluations_are_what_is_promised(rule):
         return -y
 
     grid = FixedGrid(rule, METHOD.grid(5))
-    grid.solve(VelocityField(velocity), jnp.ones(()), None, lambda step: jnp.ones(()))
+    grid.solve(of_velocity(velocity), jnp.ones(()), None, lambda step: jnp.ones(()))
     jax.effects_barrier()
     assert len(seen) == grid.evaluations
 
@@ -61,11 +66,11 @@ def test_evaluations_are_what_is_promised(rule):
 def test_adaptive(name):
     y0 = jnp.broadcast_to(Y0, (3, 4, 2))[..., None]
     field = lambda t, y, c: jnp.stack([y[..., 1, :], -y[..., 0, :]], -2) * (1 + t)  # noqa: E731
-    end = Adaptive(name, rtol=1e-6, atol=1e-6).solve(VelocityField(field), y0, jnp.zeros(3))
+    end = Adaptive(name, rtol=1e-6, atol=1e-6).solve(of_velocity(field), y0, jnp.zeros(3))
     np.testing.assert_allclose(end[..., 0], np.broadcast_to(EXACT, (3, 4, 2)), atol=2e-5)
     together = Adaptive(name, rtol=1e-6, atol=1e-6, coupled=True)
-    np.testing.assert_allclose(together.solve(VelocityField(field), y0, jnp.zeros(3)), end, atol=2e-5)
-    back = together.solve(VelocityField(field), end, jnp.zeros(3), reverse=True)
+    np.testing.assert_allclose(together.solve(of_velocity(field), y0, jnp.zeros(3)), end, atol=2e-5)
+    back = together.solve(of_velocity(field), end, jnp.zeros(3), reverse=True)
     np.testing.assert_allclose(back, y0, atol=2e-5)
 
 
@@ -104,7 +109,7 @@ def test_every_rule_draws_a_gaussian_with_every_method(rule, method):
     grid = FixedGrid(rule, method.grid(800 if rule == "euler" else 200))
     y = grid.solve(field, method.initial(noise(10_000)), None, noise)
     if method.denoises:
-        y = field.parts(Moment.at(method, jnp.ones(())), y, None)[0]
+        y = field.parts(method.moment(jnp.ones(())), y, None)[0]
     draws = np.asarray(y)[0, ..., 0]
     assert (np.abs(draws.mean(0) - MEAN[:, 0]) < (5 / np.sqrt(4_000) + 0.02) * SD[:, 0]).all()
     np.testing.assert_allclose(draws.std(0), SD[:, 0], rtol=0.12)

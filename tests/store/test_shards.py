@@ -121,6 +121,18 @@ def test_verify_names_what_is_wrong(out):
     assert "6 rows have an id that occurs before" in problems[1]
 
 
+def test_status_names_a_damaged_shard(out):
+    path = layout.shard_file(out, 1, 2)
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b""):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*; delete it and sample again"):
+            open_catalog(out).status()
+    pq.write_table(pa.table({"id": [1]}), path)
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read"):
+        open_catalog(out).status()
+
+
 def test_writing_is_whole_or_nothing(tmp_path):
     path = layout.shard_file(tmp_path, 3, 10)
     assert path.name == "shard-00000003-of-00000010.parquet"

@@ -1,12 +1,15 @@
 """Catalogs that come in: every form gives the same rows, in any ranges, and says what is wrong with it."""
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from distsbi.store import SourceSpec, open_source, source
-from distsbi.store.source import check_ids, fingerprint
+from distsbi.store.rows import rows_of
+from distsbi.store.source import check_ids, fingerprint, glance
 
 N = 23
 X = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)
@@ -61,30 +64,136 @@ def test_numpy(tmp_path, suffix):
     path = tmp_path / f"catalog.{suffix}"
     if suffix == "npy":
         np.save(path, X)
-        with pytest.raises(ValueError, match="no id column 'id'.*id_column=None"):
-            open_source(SourceSpec(str(path)))
-        spec = SourceSpec(str(path), id_column=None)
+        with pytest.raises(ValueError, match="no id column 'name'.*id_column=None"):
+            open_source(SourceSpec(str(path), id_column="name"))
     else:
         np.savez(path, x=X, id=np.arange(N) + 100)
-        spec = SourceSpec(str(path))
-    opened = open_source(spec)
+        with pytest.raises(ValueError, match="no id column 'name'.*id_column=None"):
+            open_source(SourceSpec(str(path), id_column="name"))
+    opened = open_source(SourceSpec(str(path)))
     ids, rows = opened.read(4, 9)
     assert ids.to_pylist() == list(range(4, 9) if suffix == "npy" else range(104, 109))
     np.testing.assert_array_equal(rows, X[4:9])
 
 
-def test_rows_without_x_say_why(tmp_path):
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.asarray([2**63 + 1, 1, 2**64 - 1], np.uint64),
+        np.asarray([-5, 1, 7], np.int16),
+        np.asarray([5, 1, 7], ">i4"),
+        np.asarray(["b", "", "aa"]),
+        np.asarray([b"b", b"c", b"aa"]),
+    ],
+)
+def test_numpy_ids_of_any_kind(tmp_path, ids):
+    path = tmp_path / "c.npz"
+    np.savez(path, x=np.zeros((3, 2)), id=ids)
+    opened = open_source(SourceSpec(str(path)))
+    assert opened.read(0, 3)[0].to_pylist() == opened.ids().to_pylist() == ids.tolist()
+    assert opened.ids().type == opened.id_type
+
+
+def test_numpy_that_cannot_be_used(tmp_path):
+    path = tmp_path / "c.npz"
+    for ids, found in (
+        (np.asarray(7), "int64 of shape ()"),
+        (np.zeros((3, 1), int), "shape (3, 1)"),
+        (X[:, 0], "float32"),
+    ):
+        np.savez(path, x=np.zeros((3, 2)), id=ids)
+        with pytest.raises(ValueError, match=f"^ids must be integers or strings, one per row; .*{re.escape(found)}"):
+            open_source(SourceSpec(str(path)))
+    np.savez_compressed(path, x=X, id=np.arange(N))
+    whole = path.read_bytes()
+    for broken in (whole[:-40], whole[:60], whole.replace(whole[120:140], bytes(20))):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"c.npz is no readable .npz file"):
+            open_source(SourceSpec(str(path)))
+
+
+def test_a_null_inside_x_is_nan_and_a_null_x_is_a_reason(tmp_path):
     x = pa.array([[1.0, 2.0], None, [1.0, None], []], pa.list_(pa.float64()))
     deep = pa.array([[[1.0], [2.0]], None, [[1.0], [2.0, 3.0]], [[None], [1.0]]])
+    holes = pa.array([[[1.0], None], [], [[1.0], [2.0]], [[3.0], [4.0]]])
+    storage = pa.array([[1, 2], None, [None, 4], [5, 6]], pa.list_(pa.float32(), 2))
+    cube = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), (2, 1)), storage)
+    columns = {"x": x, "deep": deep, "holes": holes, "cube": cube, "fixed": storage}
+    columns |= {"u": [1.0, None, 3.0, None], "v": pa.array([1, 2, None, None], pa.int32())}
     path = tmp_path / "holes.parquet"
-    pq.write_table(pa.table({"id": [1, 2, 3, 4], "x": x, "deep": deep, "u": [1.0, None, 3.0, 4.0]}), path)
-    rows = open_source(SourceSpec(str(path))).read(0, 4)[1]
-    assert rows[1:3] == ["x is null", "x has 1 null values"]
-    assert rows[3].shape == (0,)
-    deep_rows = open_source(SourceSpec(str(path), x_column="deep")).read(0, 4)[1]
-    assert deep_rows[0].shape == (2, 1)
-    assert deep_rows[1:] == ["x is null", "x is ragged: inner lists of lengths [1, 2]", "x has 1 null values"]
-    assert open_source(SourceSpec(str(path), x_columns=("u",))).read(0, 4)[1][1] == "u is null"
+    pq.write_table(pa.table({"id": [1, 2, 3, 4], **columns}), path)
+
+    def rows(x_column="x", **spec):
+        return open_source(SourceSpec(str(path), x_column=x_column, **spec)).read(0, 4)[1]
+
+    nan = float("nan")
+    assert rows()[1] == rows("deep")[1] == rows("cube")[1] == rows("fixed")[1] == rows("u")[1] == "x is null"
+    np.testing.assert_array_equal(rows()[2], [1.0, nan])
+    assert rows()[3].shape == rows("holes")[1].shape == (0,)
+    np.testing.assert_array_equal(rows("deep")[3], [[nan], [1.0]])
+    assert rows("deep")[2] == "x is ragged: inner lists of lengths [1, 2]"
+    assert rows("holes")[0] == "an inner list of x is null"
+    np.testing.assert_array_equal(rows("cube")[2], [[nan], [4.0]])
+    np.testing.assert_array_equal(rows("fixed")[2], [nan, 4.0])
+    scalars = rows(x_columns=("u", "v"))
+    assert scalars[3] == "x is null"
+    np.testing.assert_array_equal(scalars[:3], [[1, 1], [nan, 2], [3, nan]])
+    mixed = rows(x_columns=("u", "x", "cube"))
+    assert mixed[1] == "x is null"
+    np.testing.assert_array_equal(mixed[2], [3, 1, nan, nan, 4])
+    np.testing.assert_array_equal(mixed[3], [nan, 5, 6])
+
+
+@pytest.mark.parametrize("permutation", [[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 1, 0], [2, 0, 1], [1, 2, 0]])
+def test_permuted_tensors(permutation):
+    """Arrow: "the i-th dimension of the logical view corresponds to the dimension with number permutations[i] of the
+    physical tensor"."""
+    physical = np.arange(48, dtype=np.float32).reshape(2, 2, 3, 4)
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(physical.ravel()), 24)
+    tensors = pa.ExtensionArray.from_storage(
+        pa.fixed_shape_tensor(pa.float32(), (2, 3, 4), permutation=permutation), storage
+    )
+    rows = np.stack(rows_of(tensors))
+    own = tensors.to_numpy_ndarray()
+    assert rows.shape == own.shape
+    if permutation == np.argsort(permutation).tolist():  # pyarrow 26 repeats elements where it is not its own inverse
+        np.testing.assert_array_equal(rows, own)
+    for at in np.ndindex(2, 3, 4):
+        assert (rows[(0, *(at[axis] for axis in permutation))]) == physical[(0, *at)]
+
+
+def test_files_of_a_folder_may_write_x_in_different_types(tmp_path):
+    forms = ["list", "fixed_list", "tensor", "large_list"]
+    tables = [pa.table({"id": IDS, **COLUMNS[form]}).slice(5 * i, 5) for i, form in enumerate(forms)]
+    nothing = pa.table({"id": pa.array(["n"]), "x": pa.nulls(1)})  # what pandas makes of x that is null in every row
+    for i, table in enumerate([pa.table({"id": pa.nulls(0)}), *tables, nothing]):
+        pq.write_table(table, tmp_path / f"part-{i}.parquet", row_group_size=2)
+    spec = SourceSpec(str(tmp_path))
+    opened = open_source(spec)
+    check_ids(opened, spec)
+    ids, rows = opened.read(3, 21)
+    assert ids.to_pylist() == [*IDS[3:20], "n"]
+    np.testing.assert_array_equal([row.ravel() for row in rows[:-1]], X[3:20])
+    assert rows[-1] == "x is null"
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"id": ["a"], "y": [[1.0]]}, "part-1.parquet has no column 'x' for x"),
+        ({"name": [1], "x": [[1.0]]}, "part-1.parquet has no id column 'id'"),
+        ({"id": [1], "x": ["text"]}, "column 'x' of .*part-1.parquet must hold numbers"),
+        ({"id": [1.5], "x": [[1.0]]}, "'id' of .*part-1.parquet has type double"),
+        ({"id": ["a"], "x": [[1.0]]}, "'id' is int64 in .*part-0.parquet and string in .*part-1.parquet. Convert it"),
+    ],
+)
+def test_every_file_of_a_folder_is_checked(tmp_path, second, message):
+    pq.write_table(pa.table({"id": pa.array([1], pa.int32()), "x": [[1.0]]}), tmp_path / "part-0.parquet")
+    pq.write_table(pa.table(second), tmp_path / "part-1.parquet")
+    with pytest.raises(ValueError, match=message):
+        open_source(SourceSpec(str(tmp_path)))
+    pq.write_table(pa.table({"id": pa.array([2], pa.int64()), "x": [[1]]}), tmp_path / "part-1.parquet")
+    assert open_source(SourceSpec(str(tmp_path))).ids().to_pylist() == [1, 2]
 
 
 def test_ids_that_cannot_be_used(tmp_path):
@@ -142,3 +251,22 @@ def test_fingerprint_is_of_the_content(tmp_path):
     changed[20, 2] += 1e-6
     np.save(tmp_path / "b.npy", changed)
     assert first != fingerprint(SourceSpec(str(tmp_path / "b.npy")))
+
+
+def test_a_glance_tells_other_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "GLANCE_BYTES", 64)
+    spec = SourceSpec(str(tmp_path / "a.npy"))
+    np.save(tmp_path / "a.npy", X)
+    whole = (tmp_path / "a.npy").read_bytes()
+    first = glance(spec)
+    for changed in (whole[:-1] + b"\x01", b"\x01" + whole[1:], whole + b"\x01", whole[:-4]):
+        (tmp_path / "a.npy").write_bytes(changed)
+        assert glance(spec) != first
+    (tmp_path / "a.npy").write_bytes(whole)
+    assert glance(spec) == first
+    (tmp_path / "folder").mkdir()
+    for part in range(2):
+        pq.write_table(pa.table({"x": [[part]]}), tmp_path / "folder" / f"{part}.parquet")
+    both = glance(SourceSpec(str(tmp_path / "folder")))
+    (tmp_path / "folder" / "1.parquet").unlink()
+    assert glance(SourceSpec(str(tmp_path / "folder"))) != both

@@ -130,6 +130,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run_dir, tmp_path, monkeypa
     assert steps == [10, 20, 30, 40]
     with pytest.raises(ValueError, match="another training"):
         _pipeline(save_every=20, checkpoint_dir=str(run_dir), max_lr=1e-4).train(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"differs in initial weights\); choose another checkpoint_dir, also to go on"):
+        resumed.train(nnx.Rngs(0))
 
 
 def _batches(data, size=32):
@@ -150,6 +152,64 @@ def test_every_form_of_data(tmp_path):
         assert np.isfinite(losses).all()
         assert pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5).shape == (5, 2, 1)
     assert pipeline.parameter_names == get_task("two_moons").parameter_names
+
+
+def test_an_iterator_that_ends_ends_the_training(run_dir):
+    """After 12 updates of 40, with their weights, validated and saved; a second attempt finds them."""
+
+    def pipeline(batches):
+        return _pipeline(iter(batches), _pairs(100, seed=1), checkpoint_dir=str(run_dir))
+
+    batches = _batches(_pairs(), 16)
+    first = pipeline(batches)
+    with pytest.warns(UserWarning, match="ended at update 12 of 40, and the training with it"):
+        _, val_losses = first.train(nnx.Rngs(0))
+    assert len(val_losses) == 2
+    assert first.posterior.facts["training"]["steps"] == 12
+    again = pipeline(batches)
+    with pytest.warns(UserWarning, match="ended at update 12 of 40"):
+        assert again.train(nnx.Rngs(0))[1] == val_losses
+    assert _same(first, again)
+
+
+@pytest.mark.parametrize(("bytes_", "expected"), [(2**28, 10), (4 * 32 * 4 * 4, 2), (1, 1)])
+def test_batches_on_the_devices_are_bounded_in_bytes(monkeypatch, bytes_, expected):
+    """A dispatch of a stream holds as many batches as there is room for, of 10 a divisor."""
+    from distsbi.training import loop
+
+    def counting(stream, count, mesh):
+        assert count == expected
+        raise _Stop
+
+    monkeypatch.setattr(loop, "_stacked", counting)
+    monkeypatch.setattr(loop, "DISPATCH_BYTES", bytes_)
+    with pytest.raises(_Stop):
+        _pipeline(_batches(_pairs()), _pairs(100, seed=1)).train(nnx.Rngs(0))
+
+
+def test_a_batch_that_the_mesh_does_not_divide_warns(monkeypatch):
+    def learner(*args, **options):
+        raise _Stop
+
+    monkeypatch.setattr("distsbi.training.loop.Learner", learner)  # nothing is compiled
+    with (
+        pytest.warns(UserWarning, match="batch_size=31 is no multiple of the 2 devices, .* give batch_size=32"),
+        pytest.raises(_Stop),
+    ):
+        _pipeline(batch_size=31).train(nnx.Rngs(0))
+
+
+def test_whole_floats_are_integers():
+    options = {
+        "nsteps": 3.0,
+        "batch_size": np.float32(32),
+        "val_every": 10.0,
+        "warmup_steps": 0.0,
+        "save_every": np.int64(20),
+    }
+    config = TrainingConfig.from_dict(options)
+    for name in options:
+        assert type(getattr(config, name)) is int
 
 
 def test_a_folder_larger_than_memory_is_streamed(tmp_path, monkeypatch):
@@ -299,6 +359,8 @@ def test_bad_options():
     for options, says in (
         ({"nsetps": 3}, "unknown training option 'nsetps'; Did you mean nsteps?"),
         ({"nsteps": 0}, "positive integer"), ({"ema_decay": 1.0}, "fractions"), ({"max_lr": -1}, "positive"),
+        ({"nsteps": float("inf")}, "positive integer; got inf"), ({"patience": float("nan")}, "positive integer; got nan"),
+        ({"batch_size": 32.5}, "positive integer; got 32.5"), ({"warmup_steps": float("inf")}, "0 or more; got inf"),
         ({"min_lr": 1.0}, "min_lr"), ({"max_lr": "fast"}, "max_lr must be a number; got 'fast'"), ({"warmup_steps": -1}, "0 or more"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
@@ -309,8 +371,8 @@ def test_bad_options():
         MLPFlowPipeline(None, None, 2, 2).train(nnx.Rngs(0))
     with pytest.raises(ValueError, match="params must be MLPParams"):
         MLPFlowPipeline(None, None, 2, 2, params=3)
-    with pytest.raises(ValueError, match="ended before nsteps"):
-        _pipeline(iter(_batches(_pairs())), _pairs(100)).train(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="ended before one batch of 512 pairs"):
+        _pipeline(iter(_batches(_pairs())), _pairs(100), batch_size=None).train(nnx.Rngs(0))
 
 
 def test_a_loss_that_diverges_is_an_error():

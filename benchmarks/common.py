@@ -1,0 +1,72 @@
+"""What every result line says beside its figures: hardware, versions, commit, command, time, and what else the machine was doing."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PACKAGES = ("distsbi", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "ray", "pyarrow", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    return {
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "amx": any(" amx_bf16" in line for line in lines),
+        "python": platform.python_version(),
+    }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def commit() -> str:
+    """The commit that ran, "+" if files of the package differ from it, or "" outside a checkout."""
+    git = ["git", "-C", str(HERE)]
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../distsbi"], check=False).returncode
+    return found.stdout.strip() + ("+" if changed else "")
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that are busy while this process sleeps: what a timing that begins now would share the machine with. NaN where unknown."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return float("nan")
+
+    def busy() -> int:
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split("\n")[0].split()[1:])
+        return user + nice + system + irq + softirq + steal
+
+    before = busy()
+    time.sleep(seconds)
+    return round((busy() - before) / os.sysconf("SC_CLK_TCK") / seconds, 2)
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")

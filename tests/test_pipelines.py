@@ -1,0 +1,126 @@
+"""The facade: the user's guide as it is written, runs taken up again, and what a failure after training leaves."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from distsbi import Flux1FlowPipeline, MLPDiffusionPipeline, MLPFlowPipeline, SimformerFlowPipeline, get_task, load
+
+pytestmark = pytest.mark.lightly_compiled
+
+TASK = get_task("two_moons")
+QUICK = {
+    "nsteps": 20,
+    "val_every": 20,
+    "batch_size": 32,
+    "calibrate": False,
+    "optimizer": "adamw",
+    "show_progress": False,
+}
+SMALL = {"width": 16, "depth": 1, "embed_depth": 0}
+X = np.zeros((1, 2, 1), np.float32)
+
+
+def pairs(n=300, seed=0):
+    return tuple(np.asarray(a) for a in TASK.pairs(jax.random.key(seed), n))
+
+
+def make(data=None, kind=MLPFlowPipeline, params=SMALL, **config):
+    return kind(
+        pairs() if data is None else data, None, 2, 2, params=params, training_config={**QUICK, **config}, prior=TASK.prior,
+        mesh={"data": 2},
+    )  # fmt: skip
+
+
+def test_the_inference_guide():
+    """shared/inference-guide.txt, line by line: `Flux1FlowPipeline`, `sample`, precision, and a sampler reused."""
+    pipeline = make(
+        kind=Flux1FlowPipeline, params={"num_heads": 2, "axes_dim": (4, 0), "depth": 1, "depth_single_blocks": 1}
+    )
+    pipeline.train(nnx.Rngs(0))
+    x_observed = X
+    key = jax.random.PRNGKey(42)
+    samples = pipeline.sample(rng=key, x_o=x_observed, nsamples=10_000)
+    assert samples.shape == (10_000, 2, 1)
+    assert pipeline.sample(rng=key, x_o=x_observed, nsamples=100, step_size=0.01).shape == (100, 2, 1)
+    sampler_fn = pipeline.get_sampler(x_observed)
+    samples1 = sampler_fn(jax.random.PRNGKey(1), nsamples=5000)
+    samples2 = sampler_fn(jax.random.PRNGKey(2), nsamples=5000)
+    assert samples1.shape == samples2.shape == (5000, 2, 1)
+    assert not np.array_equal(samples1, samples2)
+    np.testing.assert_array_equal(sampler_fn(key, nsamples=300), samples[:300])
+
+
+def test_a_saved_run_is_taken_up_to_sample_and_to_go_on_with_more_simulations(tmp_path):
+    first = make(checkpoint_dir=str(tmp_path / "first"))
+    first.train(nnx.Rngs(0))
+    again = MLPFlowPipeline(None, None, 2, 2, params=SMALL, prior=TASK.prior, mesh={"data": 1})
+    with pytest.raises(ValueError, match=r"pipeline.restore\(run\)"):
+        again.sample(rng=0, x_o=X, nsamples=5)
+    np.testing.assert_array_equal(
+        again.restore(tmp_path / "first").sample(rng=0, x_o=X, nsamples=50), first.sample(rng=0, x_o=X, nsamples=50)
+    )
+    more = make(pairs(600, seed=1), checkpoint_dir=str(tmp_path / "more")).restore(tmp_path / "first")
+    more.train(nnx.Rngs(1), max_lr=1e-4)
+    scales = (p.posterior.weights.standardizer for p in (first, more))
+    np.testing.assert_array_equal(*(np.asarray(s.theta_mean) for s in scales))
+    assert load(tmp_path / "more").fingerprint == more.posterior.fingerprint != first.posterior.fingerprint
+    drawn = (p.sample(rng=0, x_o=X, nsamples=200) for p in (first, more))
+    assert 0 < np.abs(np.subtract(*drawn)).max() < 0.2  # from those weights, not from new ones
+    with pytest.raises(ValueError, match=r"another training .*another checkpoint_dir"):
+        make(pairs(600, seed=1), checkpoint_dir=str(tmp_path / "first")).train(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "says"),
+    [(MLPFlowPipeline, {**SMALL, "width": 8}, "another network"), (MLPDiffusionPipeline, SMALL, "another method")],
+)
+def test_a_run_of_something_else_is_not_taken_up(tmp_path, kind, params, says):
+    run = make()
+    run.train(nnx.Rngs(0))
+    run.save(tmp_path / "run")
+    other = kind(None, None, 2, 2, params=params, prior=TASK.prior)
+    before = jax.tree.leaves(nnx.state(other.model))
+    with pytest.raises(ValueError, match=says):
+        other.restore(tmp_path / "run")
+    assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(nnx.state(other.model)), strict=True))
+
+
+def test_what_was_learned_outlives_a_failure_to_choose_a_grid(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("distsbi.pipelines.calibrate", fail)
+    pipeline = make(calibrate=True, checkpoint_dir=str(tmp_path / "run"))
+    with pytest.raises(MemoryError):
+        pipeline.train(nnx.Rngs(0))
+    np.testing.assert_array_equal(
+        pipeline.sample(rng=0, x_o=X, nsamples=20), load(tmp_path / "run").sample(rng=0, x_o=X, nsamples=20)
+    )
+
+
+def test_a_grid_that_misses_its_tolerance_is_told(monkeypatch):
+    monkeypatch.setattr("distsbi.sampling.calibrate.TOLERANCE_Q95", 0.0)
+    monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("euler", 2), ("midpoint", 2)))
+    monkeypatch.setattr("distsbi.sampling.calibrate.REFERENCE_STEPS", 4)
+    pipeline = make(calibrate=True)
+    with pytest.warns(UserWarning, match="no sampling grid is under tolerance"):
+        pipeline.train(nnx.Rngs(0))
+    certificate = pipeline.posterior.facts["certificate"]
+    assert not certificate["met"]
+    assert certificate["chosen"] in certificate["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"wdth": 3}, "MLPParams has no field 'wdth'; Did you mean width?"), ({"width": "a"}, "wrong type"),
+        ({"width": 0}, "must be at least 1"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be(params, says):
+    with pytest.raises(ValueError, match=says):
+        MLPFlowPipeline(None, None, 2, 2, params=params)
+    with pytest.raises(ValueError, match="SimformerParams has no field"):
+        SimformerFlowPipeline(None, None, 2, 2, params={"wdth": 3})
