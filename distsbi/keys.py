@@ -31,8 +31,8 @@ UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epo
 def as_key(rng: object) -> Key[Array, ""]:
     """One threefry key from a typed key, a legacy `jax.random.PRNGKey` array or an integer seed.
 
-    Keys of another generator (rbg, ...) are mapped to threefry through their own bits, deterministically. Of a seed from 2**32 on
-    the high word is folded in: `jax.random.key` would drop it.
+    Keys of another generator (rbg, ...) are mapped to threefry through their own bits, deterministically. The two words of an integer
+    seed are the key: that of `jax.random.key`, which without 64-bit numbers drops the high word.
 
     Raises ValueError if `rng` is none of these, holds more than one key, or is a seed outside 0 to 2**64 - 1.
     """
@@ -40,8 +40,7 @@ def as_key(rng: object) -> Key[Array, ""]:
         seed = int(rng)
         if not 0 <= seed < 2**64:
             raise ValueError(f"an integer seed is expected to lie from 0 to 2**64 - 1; got {seed}.")
-        key = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl=IMPL)
-        return key if seed < 2**32 else jax.random.fold_in(key, np.uint32(seed >> 32))
+        return from_words((seed >> 32, seed & 0xFFFFFFFF))
     dtype = getattr(rng, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if rng.shape != ():  # type: ignore[attr-defined]
@@ -86,7 +85,7 @@ def split_id(ids: object) -> np.ndarray:
 
 
 def _checked_id(value: int) -> int:
-    if not 0 <= value < 2**64:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
         raise ValueError(f"observation ids must be integers from 0 to 2**64 - 1; got {value}.")
     return value
 
