@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +127,10 @@ def train(config_path: Path | None, out: Path, devices: int | None, resume: bool
     seconds = time.perf_counter() - start
     best = f", best validation loss {min(val_losses):.4f}" if len(val_losses) else ""
     click.echo(f"trained {type(pipeline).__name__} in {seconds:.0f} s{best}; run directory {out}")
-    example = ",".join(["0.0"] * pipeline.dim_cond) if pipeline.dim_cond <= 10 and pipeline.ch_cond == 1 else "x.npy"
+    held_out = pipeline.example
+    example = (
+        ",".join(f"{v:.4g}" for v in held_out.ravel()) if held_out.size <= 10 and pipeline.ch_cond == 1 else "x.npy"
+    )
     click.echo(f"next: distsbi sample {out} --x {example} --nsamples 100000 --out draws.npy")
 
 
@@ -160,8 +162,6 @@ def sample(
     """Draw from the posterior of RUN for one observation."""
     if out.suffix not in (".npy", ".parquet"):
         raise click.UsageError(f"--out must end in .npy or .parquet; got {out}.")
-    if out.exists() and not overwrite:
-        raise click.UsageError(f"{out} exists; give --overwrite or another --out.")
     if not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out {out}: there is no folder {out.parent}.")
     axes = _mesh(devices, mesh)
@@ -169,6 +169,8 @@ def sample(
 
     posterior = load(run, mesh=axes, network=network)
     x = _observation(x_o, posterior)
+    if out.exists() and not overwrite:
+        raise click.UsageError(f"{out} exists; give --overwrite or another --out.")
     start = time.perf_counter()
     draws = posterior.sample(seed, x, nsamples, **{name: value for name, value in solver.items() if value is not None})
     seconds = time.perf_counter() - start
@@ -236,7 +238,7 @@ def info(run: Path, as_json: bool) -> None:
         ("network", spec["network"]["name"] or "a user's own module"),
         *([("embedding", json.dumps(spec["network"]["embedded"]["nets"]))] if "embedded" in spec["network"] else []),
         ("method", spec["method"]["name"]),
-        ("parameters", f"({dim_theta}, {ch_theta}): {', '.join(spec['parameter_names'])}"),
+        ("parameters", f"({dim_theta}, {ch_theta}): {_parameters(spec)}"),
         ("data", f"({dim_x}, {ch_x})"),
         ("solver", json.dumps(spec["solver"])),
         ("certificate", _certificate(spec["facts"].get("certificate"))),
@@ -247,10 +249,22 @@ def info(run: Path, as_json: bool) -> None:
         click.echo(f"{name:<12} {value}")
 
 
+def _parameters(spec: dict[str, Any]) -> str:
+    """Names, with the interval of each that has bounds."""
+    scales = spec["standardizer"]
+    ends = {"interval": "({low:g}, {high:g})", "above": "({low:g}, inf)", "below": "(-inf, {high:g})"}
+    said = []
+    for name, kind, (low,), (high,) in zip(
+        spec["parameter_names"], scales["kinds"], scales["low"], scales["high"], strict=False
+    ):
+        said.append(f"{name} in {ends[kind].format(low=low, high=high)}" if kind in ends else name)
+    return ", ".join(said)
+
+
 def _certificate(found: dict[str, Any] | None) -> str:
     """What the choice of the grid says of its error."""
     if not found or "chosen" not in found:
-        return "none: the grid was not chosen by measurement"
+        return f"none: {(found or {}).get('says', 'the grid was not chosen by measurement')}"
     verdict = "under tolerance" if found["met"] else "NOT under tolerance"
     return (
         f"{verdict}: 95 % of draws within {found['chosen']['q95']:.2g} of the posterior's local scale of a tight solve"
@@ -282,9 +296,7 @@ def main(args: list[str] | None = None) -> None:
         not debug
     ):  # threads of orbax tell the errors that are told below, with pages of traceback, until the process ends
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        threading.excepthook = lambda _: None
-    # Ray and others start processes from this one, which JAX warns of; they exec at once, so nothing can lock.
-    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *_: None
     try:
         code = cli.main(arguments, prog_name="distsbi", standalone_mode=False) or 0
     except click.ClickException as error:

@@ -7,6 +7,7 @@ A named pipeline is a declaration of its network and method; everything else is 
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -107,12 +108,16 @@ class ConditionalPipeline:
         self._supports = supports(self.prior, dim_obs)
         names = getattr(train_dataset, "parameter_names", None)
         if isinstance(train_dataset, (str, os.PathLike)):
-            names = open_pairs(train_dataset).names
+            names = _names_of(train_dataset, prior)
         self.parameter_names = tuple(names) if names and prior is None else parameter_names(self.prior, dim_obs)
         self._source, self._validation = self._datasets(train_dataset, val_dataset)
         self._standardizer: Standardizer | None = None
         self._posterior: Posterior | None = None
         self._last: Posterior | None = None
+
+    def __repr__(self) -> str:
+        state = "trained" if self._posterior is not None else "not trained"
+        return f"<{type(self).__name__} of {', '.join(self.parameter_names)} given {self.layout.describe()}, {state}>"
 
     # What a kind of pipeline decides for itself
 
@@ -210,12 +215,14 @@ class ConditionalPipeline:
     def _finish(self, trained: Trained, standardizer: Standardizer, xs: np.ndarray, config: TrainingConfig) -> None:
         assert self._source is not None
         facts = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
+        facts["x_extent"] = self._extent(standardizer)
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
         self._posterior = self._make_posterior(trained.params, standardizer, None, facts)
         nnx.update(self.model, trained.params)
         root = run_root(config)
         if config.calibrate:
             if root is not None:  # what was learned is on the disk before anything else can fail
+                self._posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
                 self._posterior.save(root)
             solver, certificate = calibrate(self._posterior, xs)
             if not certificate["met"]:
@@ -229,6 +236,25 @@ class ConditionalPipeline:
             self._posterior = self._make_posterior(trained.params, standardizer, solver, facts)
         if root is not None:
             self._posterior.save(root)
+
+    def _extent(self, standardizer: Standardizer) -> list[float]:
+        """The largest absolute standardised value of every entry of x among pairs of the training set; one number for all where they are
+        many."""
+        assert self._source is not None
+        x = self._augmented(self._source.fit(), 0)[1]
+        scales = self._make_posterior(nnx.state(self.model, nnx.Param), standardizer, None, {}).weights.standardizer
+        largest = np.zeros(x[0].size)
+        for start in range(0, len(x), EXTENT_ROWS):
+            z = np.abs(np.asarray(scales.forward_x(x[start : start + EXTENT_ROWS]))).reshape(-1, x[0].size)
+            largest = np.fmax(largest, np.fmax.reduce(z, axis=0))
+        return [float(f"{v:.4g}") for v in (largest if largest.size <= EXTENT_ENTRIES else [largest.max()])]
+
+    @property
+    def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:
+        """An observation that was held out of training. Raises ValueError without a training set."""
+        if self._validation is None:
+            raise ValueError("this pipeline was made for inference (train_dataset=None): it holds no observations.")
+        return self._augmented(self._validation, 1)[1][:1]
 
     def restore(self, path: str | os.PathLike[str]) -> Self:
         """Takes up a saved run of the same network and method: its weights, scales and sampling grid, to sample from or to go on training
@@ -436,6 +462,8 @@ class UnconditionalPipeline(ConditionalPipeline):
         return self.posterior.sample_and_log_prob(key, NOTHING, nsamples, **options)
 
 
+UNFINISHED = "training was interrupted before the grid was chosen; give it again to choose one"
+EXTENT_ROWS, EXTENT_ENTRIES = 4_096, 4_096
 NOTHING: Any = np.zeros((1, 1, 1), np.float32)  # the x of a density without conditions
 
 
@@ -490,6 +518,15 @@ class _Named:
             raise ValueError(
                 f"params must be {self.make_params.__name__}, or a dict of its fields; got {type(params).__name__}."
             )
+        known = ("augment", "method", *(["condition_mask"] if isinstance(self, JointPipeline) else []))
+        for name in options:
+            if name not in known:
+                every = [*inspect.signature(_Named.__init__).parameters][1:-1] + list(known)
+                close = difflib.get_close_matches(name, every, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise ValueError(
+                    f"{type(self).__name__} has no keyword {name!r}.{hint} The keywords are {', '.join(every)}."
+                )
         make: Any = super().__init__  # of the pipeline that this is mixed into
         make_model: Any = self.make_model
         make(
@@ -536,6 +573,19 @@ Flux1JointFlowPipeline, Flux1JointDiffusionPipeline, Flux1JointSMPipeline = (
 SimformerFlowPipeline, SimformerDiffusionPipeline, SimformerSMPipeline = (
     PIPELINES[f"Simformer{kind}"] for kind in _KINDS
 )
+
+
+def _names_of(folder: str | os.PathLike[str], prior: Any) -> tuple[str, ...]:
+    """The parameters of a folder of pairs. Raises ValueError if the prior has other names for them, or another order."""
+    names = open_pairs(folder).names
+    given = getattr(prior, "names", None)
+    unnamed = names == tuple(f"theta_{i}" for i in range(len(names)))
+    if given is not None and not unnamed and len(given) == len(names) and tuple(given) != names:
+        raise ValueError(
+            f"the pairs in {folder} are of {', '.join(names)}, in this order; the prior is of {', '.join(given)}. Give the prior in the order of "
+            f"the pairs, with their names."
+        )
+    return names
 
 
 def _with_fields(default: Any, given: dict[str, Any]) -> Any:

@@ -143,7 +143,7 @@ def test_contract(method, network, solver, place, request, tmp_path):
 @pytest.mark.parametrize(
     ("method", "network"),
     [
-        pytest.param(m, n, marks=[] if n == "MLP" or (m, n) == ("flow", "Flux1Joint") else pytest.mark.slow)
+        pytest.param(m, n, marks=[] if n == "MLP" else pytest.mark.slow)
         for m, n in itertools.product(sorted(METHODS), sorted(NETWORK_ROWS))
     ],
 )

@@ -1,11 +1,23 @@
 """The facade: the user's guide as it is written, runs taken up again, and what a failure after training leaves."""
 
+import warnings
+
 import jax
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from flax import nnx
 
-from distsbi import Flux1FlowPipeline, MLPDiffusionPipeline, MLPFlowPipeline, SimformerFlowPipeline, get_task, load
+from distsbi import (
+    Flux1FlowPipeline,
+    MLPDiffusionPipeline,
+    MLPFlowPipeline,
+    Prior,
+    SimformerFlowPipeline,
+    get_task,
+    load,
+)
+from distsbi.data import write_pairs
 
 pytestmark = pytest.mark.lightly_compiled
 
@@ -110,6 +122,46 @@ def test_a_grid_that_misses_its_tolerance_is_told(monkeypatch):
     certificate = pipeline.posterior.facts["certificate"]
     assert not certificate["met"]
     assert certificate["chosen"] in certificate["candidates"]
+
+
+def test_a_prior_of_other_names_than_the_pairs_is_refused(tmp_path):
+    theta, x = pairs(60)
+    write_pairs(tmp_path / "pairs", np.abs(theta), x, names=["tau", "drive"])
+    for prior in (
+        Prior(drive=dist.HalfNormal(1.0), tau=dist.HalfNormal(1.0)),
+        Prior(a=dist.HalfNormal(1.0), b=dist.HalfNormal(1.0)),
+    ):
+        with pytest.raises(ValueError, match="are of tau, drive, in this order; the prior is of"):
+            MLPFlowPipeline(tmp_path / "pairs", None, 2, 2, params=SMALL, prior=prior)
+    good = Prior(tau=dist.HalfNormal(1.0), drive=dist.HalfNormal(1.0))
+    assert MLPFlowPipeline(tmp_path / "pairs", None, 2, 2, params=SMALL, prior=good).parameter_names == ("tau", "drive")
+
+
+def test_an_observation_far_outside_the_simulations_is_warned_of():
+    pipeline = make()
+    pipeline.train(nnx.Rngs(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.sample(rng=0, x_o=pipeline.example, nsamples=5)
+        pipeline.sample_batched(0, pairs(20, seed=3)[1], 5)
+    with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations: its entry 1, 1000"):
+        pipeline.sample(rng=0, x_o=np.asarray([[[0.0], [1000.0]]]), nsamples=5)
+    with pytest.warns(UserWarning, match=r"x\[2\] lies far outside"):
+        pipeline.sample_batched(0, np.asarray([[[0.0], [0.0]], [[0.0], [0.0]], [[-90.0], [0.0]]]), 5)
+
+
+def test_misspelt_keywords_name_the_nearest():
+    pipeline = make()
+    pipeline.train(nnx.Rngs(0))
+    for options, says in (
+        ({"x": X}, "unknown keyword 'x'. Did you mean x_o?"), ({"n_samples": 5}, "'n_samples'. Did you mean nsamples?"),
+        ({"given": {}}, "given= is for joint networks"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            pipeline.sample(rng=0, **options)
+    with pytest.raises(ValueError, match="MLPFlowPipeline has no keyword 'piror'. Did you mean prior?"):
+        MLPFlowPipeline(None, None, 2, 2, piror=TASK.prior)
+    assert "trained" in repr(pipeline) and "theta_0, theta_1" in repr(pipeline.posterior)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -21,7 +22,10 @@ def _run(command: list[str], cwd, repo) -> str:
     return done.stdout
 
 
-def test_python_of_the_readme(repo, tmp_path):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, repo):
+    """The folder in which README's Python has run."""
+    folder = tmp_path_factory.mktemp("readme")
     blocks = _blocks((repo / "README.md").read_text(), "python")
     assert len(blocks) >= 4
     body = "\n".join(blocks) + (
@@ -35,20 +39,26 @@ def test_python_of_the_readme(repo, tmp_path):
         + "".join(f"    {line}\n" for line in body.splitlines())
         + "if __name__ == '__main__':\n    main()\n"
     )
-    (tmp_path / "readme.py").write_text(script)
-    _run([sys.executable, "readme.py"], tmp_path, repo)
+    (folder / "readme.py").write_text(script)
+    _run([sys.executable, "readme.py"], folder, repo)
+    return folder
 
 
-def test_commands_of_the_readme(repo, tmp_path):
+def test_python_of_the_readme(place):
+    assert (place / "my-pairs").is_dir()
+    assert (place / "out" / "_distsbi" / "run.json").exists()
+
+
+def test_commands_of_the_readme(repo, place):
     commands = [
         line for block in _blocks((repo / "README.md").read_text(), "bash") for line in block.splitlines() if line
     ]
     assert len(commands) >= 4
     for command in commands:
-        words = command.split("#")[0].split()
+        words = shlex.split(command, comments=True)
         assert words[0] == "distsbi"
-        _run([sys.executable, "-m", "distsbi.cli", *words[1:]], tmp_path, repo)
-    assert (tmp_path / "draws.npy").exists()
+        _run([sys.executable, "-m", "distsbi.cli", *words[1:]], place, repo)
+    assert (place / "draws.npy").exists()
 
 
 def test_make_targets_of_the_readme_exist(repo):

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from distsbi.data.prior import check_names
 from distsbi.files import write_whole
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 FORMAT = 1
 _METADATA = b"distsbi.pairs"
@@ -55,6 +58,11 @@ def read_footer(path: Path) -> Footer:
     try:
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
+            lists = [
+                name for name in ("theta", "x") if name in schema.names and _is_plain_list(schema.field(name).type)
+            ]
+            head = next(file.iter_batches(1, columns=lists)) if lists and rows else {}
+            first = {name: len(head[name][0].as_py() or ()) for name in lists if rows}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(_damaged(path, error)) from error
     note = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
@@ -62,15 +70,22 @@ def read_footer(path: Path) -> Footer:
         raise ValueError(
             f"{path} has pairs format {note['format']}, this distsbi reads up to {FORMAT}; install a newer distsbi."
         )
-    theta_shape, x_shape = (_row_shape(path, schema, name) for name in ("theta", "x"))
+    theta_shape, x_shape = (_row_shape(path, schema, name, first.get(name)) for name in ("theta", "x"))
     names = tuple(note.get("names") or (f"theta_{i}" for i in range(theta_shape[0])))
     return Footer(rows, check_names(names, theta_shape[0]), theta_shape, x_shape, note.get("source", {}))
 
 
-def _row_shape(path: Path, schema: pa.Schema, name: str) -> Any:
-    """[dim, channels] of a column, more axes for images: a fixed-shape tensor, or a fixed-size list (one channel)."""
+def _is_plain_list(kind: Any) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_number(kind.value_type)
+
+
+def _row_shape(path: Path, schema: pa.Schema, name: str, first: int | None) -> Any:
+    """[dim, channels] of a column, more axes for images: a fixed-shape tensor, or lists of one length (one channel), which is that of the
+    `first`."""
     index = schema.get_field_index(name)
     kind: Any = schema.field(index).type if index >= 0 else None
+    if first and _is_plain_list(kind):
+        return (first, 1)
     if isinstance(kind, (pa.FixedShapeTensorType, pa.FixedSizeListType)) and _is_number(kind.value_type):
         if isinstance(kind, pa.FixedSizeListType):
             return (kind.list_size, 1)
@@ -86,8 +101,8 @@ def _row_shape(path: Path, schema: pa.Schema, name: str) -> Any:
             return shape if len(shape) > 1 else (*shape, 1)
     found = f"{name} of type {kind}" if kind is not None else f"only {', '.join(schema.names)}"
     raise ValueError(
-        f"{path} must have columns theta and x of a fixed shape per row (arrow.fixed_shape_tensor or a fixed-size list "
-        f"of float32); it has {found}. Write it with distsbi.data.write_pairs."
+        f"{path} must have columns theta and x of a fixed shape per row (lists of numbers of one length, or arrow.fixed_shape_tensor); "
+        f"it has {found}. Write it with distsbi.data.write_pairs."
     )
 
 
@@ -114,6 +129,12 @@ def read_file(path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...]
         if storage.null_count or values.null_count:
             raise ValueError(f"{path} has nulls in column {name}; drop those rows.")
         rows = np.asarray(values, np.float32)
+        if _is_plain_list(column.type):
+            lengths = set(pc.unique(pc.list_value_length(column)).to_pylist())
+            if lengths - {shape[0]}:
+                raise ValueError(
+                    f"{path} has lists of {sorted(lengths)} numbers in column {name}; all must have {shape[0]}."
+                )
         if isinstance(column.type, pa.FixedShapeTensorType):
             rows = rows.reshape(-1, *column.type.shape).transpose(0, *(1 + axis for axis in _axes(column.type)))
         arrays.append(rows.reshape(-1, *shape))

@@ -23,10 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
 from distsbi.data.standardise import Support
+from distsbi.keys import as_key
 
 _REAL = (type(constraints.real),)
 _ABOVE = (constraints.greater_than, constraints.greater_than_eq)  # positive, nonnegative, softplus_positive
@@ -68,6 +69,11 @@ class Prior:
                     f"event shape {part.event_shape}. Make a batch of scalars one vector with .to_event(1)."
                 )
         self.parts = dict(parts)
+        for name, part in parts.items():
+            try:
+                _from_constraint(part.support, part.event_shape[0] if part.event_shape else 1)
+            except ValueError as error:
+                raise ValueError(f"the part {name!r} cannot be a prior here: {error}") from error
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -92,8 +98,10 @@ class Prior:
     def support(self) -> ProductSupport:
         return ProductSupport(tuple(part.support for part in self.parts.values()), self._sizes)
 
-    def sample(self, key: Key[Array, ""], sample_shape: tuple[int, ...] = ()) -> Float[Array, "*sample_shape dim"]:
-        keys = jax.random.split(key, len(self.parts))
+    def sample(self, key: Any, sample_shape: int | tuple[int, ...] = ()) -> Float[Array, "*sample_shape dim"]:
+        """Draws. `key`: a key, or an integer seed; `sample_shape`: (n,) or n."""
+        sample_shape = (sample_shape,) if isinstance(sample_shape, (int, np.integer)) else tuple(sample_shape)
+        keys = jax.random.split(as_key(key), len(self.parts))
         draws = [part.sample(k, sample_shape) for k, part in zip(keys, self.parts.values(), strict=True)]
         columns = [d if part.event_shape else d[..., None] for d, part in zip(draws, self.parts.values(), strict=True)]
         return jnp.concatenate(columns, axis=-1)
@@ -245,7 +253,9 @@ def _size(prior: Any, dim: int | None) -> int:
             f"{tuple(event)}. {advice}"
         )
     if dim is not None and event[0] != dim:
-        raise ValueError(f"the prior has {event[0]} parameters; {dim} were expected.")
+        raise ValueError(
+            f"the prior has {event[0]} parameters; {dim} were expected, as many as theta has (dim_obs, not dim_cond)."
+        )
     return int(event[0])
 
 

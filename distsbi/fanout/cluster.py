@@ -8,6 +8,7 @@ import socket
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 
 OBJECT_STORE_BYTES = 100 * 2**20  # manifests only: samples never enter it
@@ -27,6 +28,8 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float) 
     RuntimeError if a local Ray does not start.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    # Ray starts its processes with fork and exec, which JAX, if it runs here, warns of; they exec at once, so nothing can lock.
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     import ray
 
     if ray.is_initialized():

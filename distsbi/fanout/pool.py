@@ -139,15 +139,16 @@ class RayPool:
             self._ray.kill(member.actor)
 
     def start(self) -> dict[str, Any]:
-        said = time.monotonic()
+        began = said = time.monotonic()
         while self._told is None:
             self._greet(timeout=1.0)
             if time.monotonic() - said > PATIENCE and self._told is None:
                 said = time.monotonic()
                 log.warning(
-                    "no worker is up yet; Ray has %s free of %s",
-                    self._ray.available_resources(),
-                    self._ray.cluster_resources(),
+                    "no worker is up after %.0f s (each starts Python, loads the run and compiles); Ray has %g of %g CPUs free",
+                    time.monotonic() - began,
+                    self._ray.available_resources().get("CPU", 0),
+                    self._ray.cluster_resources().get("CPU", 0),
                 )
         return self._told
 

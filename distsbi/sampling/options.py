@@ -12,6 +12,8 @@ from distsbi.solvers import Solver, make_solver
 
 ALIASES = {"show_progress_bars": "show_progress", "method": "solver", "return_intermediates": "return_trajectory"}
 
+CALL = ("rng", "key", "x_o", "nsamples", "observation_id")  # what the calls themselves take
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
@@ -48,10 +50,20 @@ class SampleOptions:
         renamed: dict[str, Any] = {}
         for name, value in options.items():
             name_here = ALIASES.get(name, name)
+            if name == "given":
+                raise ValueError(
+                    "given= is for joint networks (Flux1Joint, Simformer); this posterior takes all of x as x_o."
+                )
             if name_here not in known:
-                close = difflib.get_close_matches(name, sorted(known | set(ALIASES)), n=1)
+                every = {*known, *ALIASES, *CALL}
+                close = [
+                    *(w for w in CALL if name in w.split("_")),
+                    *difflib.get_close_matches(name, sorted(every), n=1),
+                ]
                 hint = f" Did you mean {close[0]}?" if close else ""
-                raise ValueError(f"unknown keyword {name!r};{hint} The keywords are {', '.join(sorted(known))}.")
+                raise ValueError(
+                    f"unknown keyword {name!r}.{hint} The keywords are {', '.join([*CALL, *sorted(known)])}."
+                )
             if name_here in renamed:
                 raise ValueError(f"{name!r} and {name_here!r} mean the same; give one of them.")
             renamed[name_here] = value

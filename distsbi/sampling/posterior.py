@@ -29,6 +29,7 @@ from distsbi.solvers import SOLVERS, FixedGrid, Solver, make_solver
 from distsbi.solvers.fixed import RULES
 
 DENSITY_STEPS = 16  # of Runge-Kutta of order four
+FAR = 2.0  # times the training set's most extreme value: what is warned of
 CHECK_WARNS = 0.1  # posterior sd, 95 % quantile: what `check=` warns of
 
 
@@ -74,6 +75,11 @@ class Posterior:
         self.graphdef, params = nnx.split(network)
         self.weights = jax.device_put(Weights(params, standardizer), meshes.replicated(self.mesh))
         self.tile = tile or tiles.kind_of(self.mesh).tile.within(self._most_rows)
+
+    def __repr__(self) -> str:
+        x, solver = self.layout.describe(), self.default_solver
+        how = f"{solver.evaluations} evaluations a draw" if solver.evaluations else "adaptive"
+        return f"<{type(self).__name__} of {', '.join(self.parameter_names)} given x {x}: {type(self.method).__name__}, {how}>"
 
     @property
     def network(self) -> Network:
@@ -122,19 +128,38 @@ class Posterior:
     def _one(self, x_o: Any) -> Float[np.ndarray, "1 dim_x ch_x"]:
         """An observation with its batch axis, packed and checked."""
         if self.layout.is_plain:
-            return self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o")
+            return self._warn_far(self._check_array(x_o, (1, self.dim_x, self.ch_x), "x_o"))
         packed = self.layout.pack(x_o, "x_o")
         if len(packed) != 1:
             raise ValueError(
                 f"x_o must be one observation, {self.layout.describe()} with n = 1; got {len(packed)}. See sample_batched."
             )
-        return self._check_array(packed, packed.shape, "x_o")
+        return self._warn_far(self._check_array(packed, packed.shape, "x_o"))
 
-    def _check_array(self, x: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    def _warn_far(self, xs: np.ndarray) -> np.ndarray:
+        """xs. Warns of observations far outside the data that the posterior was trained on, where it can say nothing."""
+        extent = self.facts.get("x_extent")
+        if extent:
+            z = np.abs(np.asarray(self.weights.standardizer.forward_x(xs))).reshape(len(xs), -1)
+            z = np.where(np.isnan(z), 0.0, z) / np.maximum(np.asarray(extent), 1.0)
+            row, entry = (int(i) for i in np.unravel_index(z.argmax(), z.shape)) if z.size else (0, 0)
+            if z.size and z[row, entry] > FAR:
+                warnings.warn(
+                    f"x[{row}] lies far outside the simulations: its entry {entry}, {xs[row].ravel()[entry]:g}, is {z[row, entry]:.3g} times as far from "
+                    f"their mean as any of theirs. Such draws mean nothing: check its units, or simulate from a wider prior.",
+                    stacklevel=4,
+                )
+        return xs
+
+    def _check_array(self, x: Any, shape: tuple[int, ...], name: str, *, many: tuple[int, ...] = ()) -> np.ndarray:
+        """`many`: axes of `shape` whose length is free."""
+        says = (
+            f"({', '.join('n' if i in many else str(n) for i, n in enumerate(shape))}{',' if len(shape) == 1 else ''})"
+        )
         try:
             array = np.asarray(x)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must be an array of numbers of shape {shape}; got {type(x).__name__}.") from error
+            raise ValueError(f"{name} must be an array of numbers of shape {says}; got {type(x).__name__}.") from error
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise ValueError(
                 f"{name} must be an array of real numbers of shape {shape}; got {type(x).__name__} of dtype {array.dtype}."
@@ -143,14 +168,14 @@ class Posterior:
             array = array.astype(np.float32, copy=False)
         if array.shape != shape:
             raise ValueError(
-                f"{name} must have shape {shape} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape)}"
+                f"{name} must have shape {says} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape, name)}"
             )
         bad = ~(np.isfinite(array) | (np.isnan(array) if self.missing and name != "theta" else False))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(
                 f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them"
-                f"{'' if self.missing else ', or train with missing=True'}."
+                f"{'' if self.missing or name == 'theta' else ', or train with missing=True'}."
             )
         return array
 
@@ -199,7 +224,7 @@ class Posterior:
         if not self.layout.is_plain:
             xs = self.layout.pack(xs, "xs")
         shape = np.shape(xs)
-        return self._check_array(xs, (shape[0] if len(shape) == 3 else 1, self.dim_x, self.ch_x), "xs")
+        return self._check_array(xs, (shape[0] if len(shape) == 3 else 1, self.dim_x, self.ch_x), "xs", many=(0,))
 
     def _ids(self, xs: np.ndarray, observation_ids: Any) -> np.ndarray:
         ids = np.arange(len(xs)) if observation_ids is None else observation_ids
@@ -305,6 +330,7 @@ class Posterior:
         Example:
             `posterior.sample(rng=jax.random.key(0), x_o=x_o, nsamples=10_000)`
         """
+        SampleOptions.parse(options)
         key = one_of("rng", rng, "key", key)
         if x_o is None:
             raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
@@ -343,6 +369,7 @@ class Posterior:
     ) -> Float[np.ndarray, "nsamples batch dim_theta ch_theta"]:
         """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles. Raises as `draw` does."""
         key = one_of("rng", rng, "key", key)
+        xs = self._warn_far(self._check_batch(xs))
         return np.moveaxis(self.draw(key, xs, nsamples, observation_ids=observation_ids, **options), -4, -3)
 
     # Density
@@ -367,7 +394,8 @@ class Posterior:
         """
         x = self._one(x_o)
         shape = np.shape(theta)
-        points = self._check_array(theta, (shape[0] if len(shape) == 3 else 1, self.dim_theta, self.ch_theta), "theta")
+        n = shape[0] if len(shape) == 3 else 1
+        points = self._check_array(theta, (n, self.dim_theta, self.ch_theta), "theta", many=(0,))
         return self._log_prob(points[None], x, divergence, probes, key, options)[0]
 
     def log_prob_batched(
@@ -384,7 +412,7 @@ class Posterior:
         data = self._check_batch(xs)
         shape = np.shape(theta)
         n = shape[0] if len(shape) == 4 else 1
-        points = self._check_array(theta, (n, len(data), self.dim_theta, self.ch_theta), "theta")
+        points = self._check_array(theta, (n, len(data), self.dim_theta, self.ch_theta), "theta", many=(0,))
         return self._log_prob(np.moveaxis(points, 1, 0), data, divergence, probes, key, options).T
 
     def _log_prob(
@@ -522,7 +550,9 @@ def _check_nsamples(nsamples: Any) -> int:
     return int(nsamples)
 
 
-def _reshape_hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def _reshape_hint(given: tuple[int, ...], wanted: tuple[int, ...], name: str) -> str:
+    if len(given) == len(wanted) == 3 and given[1:] == wanted[1:] and name == "x_o":
+        return " For many observations see sample_batched and log_prob_batched."
     for index in ("[None, :, None]", "[None]", "[..., None]", "[:, None]", "[:, :, None]", "[None, None]"):
         probe = np.empty(given, np.bool_)
         try:
@@ -530,7 +560,7 @@ def _reshape_hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         except IndexError:
             continue
         if shape == wanted or (len(wanted) == 3 and len(shape) == 3 and shape[1:] == wanted[1:]):
-            return f" Add the axes with x{index}."
+            return f" Add the axes with {name}{index}."
     return ""
 
 

@@ -128,7 +128,9 @@ class Catalog:
                 group += 1
             found = file.read_row_group(group, columns=["status", "message", "draws"]).slice(offset, 1).combine_chunks()
         if found["status"][0].as_py() != OK:
-            raise ValueError(f"id {id!r} has no draws: {found['status'][0].as_py()}, {found['message'][0].as_py()}.")
+            raise ValueError(
+                f"id {id!r} has no draws: {found['status'][0].as_py()}, {str(found['message'][0].as_py()).rstrip('.')}."
+            )
         values = found["draws"].chunk(0).storage.flatten().to_numpy(zero_copy_only=False)
         return values.reshape(self.about["draws_shape"])
 

@@ -331,3 +331,20 @@ class TestSimulate:
 def test_schema_note_is_plain_json(folder):
     note = json.loads(pq.read_schema(folder / "pairs-00000.parquet").metadata[b"distsbi.pairs"])
     assert note == {"format": 1, "names": ["a", "b"], "source": {"note": "test"}}
+
+
+def test_plain_lists_of_one_length_are_pairs(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    theta, x = np.arange(6.0).reshape(3, 2), np.arange(9.0).reshape(3, 3)
+    (tmp_path / "lists").mkdir()
+    pq.write_table(pa.table({"theta": theta.tolist(), "x": x.tolist()}), tmp_path / "lists" / "a.parquet")
+    found = read_pairs(tmp_path / "lists")
+    np.testing.assert_array_equal(found.theta[..., 0], theta)
+    np.testing.assert_array_equal(found.x[..., 0], x)
+    pq.write_table(
+        pa.table({"theta": theta.tolist(), "x": [[1.0], [1.0, 2.0], [3.0]]}), tmp_path / "lists" / "a.parquet"
+    )
+    with pytest.raises(ValueError, match="lists of .1, 2. numbers in column x; all must have 1"):
+        read_pairs(tmp_path / "lists")

@@ -187,3 +187,10 @@ class TestParsed:
     def test_other_text_is_refused(self, text, message):
         with pytest.raises(ValueError, match=message):
             parse_prior({"a": text})
+
+
+def test_a_prior_takes_seeds_and_counts_and_refuses_bounds_that_are_swapped():
+    prior = Prior(mass=dist.LogNormal(0.0, 1.0), spin=dist.Uniform(-1.0, 1.0))
+    np.testing.assert_array_equal(prior.sample(0, 5), prior.sample(jax.random.key(0), (5,)))
+    with pytest.raises(ValueError, match="the part 'spin' cannot be a prior here: a support needs low < high"):
+        Prior(spin=dist.Uniform(1.0, -1.0))

@@ -157,8 +157,8 @@ def test_key_words_and_aliases():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"x_o": np.ones(3)}, r"x_o must have shape \(1, 3, 1\) for this posterior; got \(3,\). Add the axes with x\[None, :, None\]"),
-        ({"x_o": np.ones((1, 3))}, r"Add the axes with x\[..., None\]"),
+        ({"x_o": np.ones(3)}, r"x_o must have shape \(1, 3, 1\) for this posterior; got \(3,\). Add the axes with x_o\[None, :, None\]"),
+        ({"x_o": np.ones((1, 3))}, r"Add the axes with x_o\[..., None\]"),
         ({"x_o": np.ones((2, 3, 1))}, "must have shape"),
         ({"x_o": None}, "x_o is missing"),
         ({"x_o": "abc"}, "array of real numbers"), ({"x_o": 1j * np.ones((1, 3, 1))}, "array of real numbers"),
@@ -166,7 +166,7 @@ def test_key_words_and_aliases():
         ({"x_o": np.full((1, 3, 1), np.inf)}, "NaN or infinite"),
         ({"nsamples": 0}, "nsamples must be a positive integer"), ({"nsamples": -5}, "positive integer"),
         ({"nsamples": 2.5}, "positive integer"), ({"nsamples": True}, "positive integer"),
-        ({"stepsize": 0.1}, "unknown keyword 'stepsize'; Did you mean step_size?"),
+        ({"stepsize": 0.1}, "unknown keyword 'stepsize'. Did you mean step_size?"),
         ({"rng": 1}, "not both"), ({"num_samples": 4}, "not both"), ({"key": None}, "one of them is needed"),
         ({"observation_id": -1}, "observation ids"), ({"chunk_size": 0}, "chunk_size must be a positive integer"), ({"chunk_size": 2.5}, "positive integer; got 2.5"),
         ({"observation_id": None}, "observation ids"), ({"tile": (4, 16)}, "tile must be"), ({"solver": 3}, "solver must be a name"),
@@ -186,8 +186,15 @@ def test_batch_errors_and_failed_solves():
     posterior = random_mlp_posterior()
     with pytest.raises(ValueError, match=r"observation_ids must have shape \(2,\)"):
         posterior.draw(0, np.ones((2, 3, 1)), 5, observation_ids=[1])
-    with pytest.raises(ValueError, match="xs must have shape"):
+    with pytest.raises(
+        ValueError,
+        match=r"xs must have shape \(n, 3, 1\) for this posterior; got \(3, 1\). Add the axes with xs\[None\]",
+    ):
         posterior.draw(0, np.ones((3, 1)), 5)
+    with pytest.raises(ValueError, match=r"theta must have shape \(n, 2, 1\) .*Add the axes with theta\[..., None\]"):
+        posterior.log_prob(np.ones((5, 2)), np.ones((1, 3, 1)))
+    with pytest.raises(ValueError, match="see sample_batched and log_prob_batched"):
+        posterior.log_prob(np.ones((5, 2, 1)), np.ones((5, 3, 1)))
     posterior.weights.params["bias2"][...] = np.float32(np.nan)
     broken = Posterior(posterior.network, posterior.method, posterior.weights.standardizer)
     with pytest.raises(RuntimeError, match="did not converge"):
