@@ -295,7 +295,8 @@ def main(args: list[str] | None = None) -> None:
     if (
         not debug
     ):  # threads of orbax tell the errors that are told below, with pages of traceback, until the process ends
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio", "concurrent.futures"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *_: None
     try:
         code = cli.main(arguments, prog_name="distsbi", standalone_mode=False) or 0

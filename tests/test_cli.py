@@ -30,8 +30,10 @@ Cli = Callable[..., tuple[int, str, str]]
 def distsbi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Runs the command line in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # what --devices writes is undone afterwards
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(logging.getLogger("absl"), "level", logging.getLogger("absl").level)
+    for holder, name in ((threading, "excepthook"), (sys, "excepthook"), (sys, "unraisablehook")):
+        monkeypatch.setattr(holder, name, getattr(holder, name))
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.getLogger(name).level)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
