@@ -102,7 +102,9 @@ class JointPosterior(Posterior):
         if (free, fixed) not in self._patterns:
             known = self.facts.get("patterns", {}).get(pattern_key(fixed))
             facts = {
-                **self.facts,
+                **{
+                    name: fact for name, fact in self.facts.items() if name != "x_extent"
+                },  # of x, not of what is given here
                 "certificate": known["certificate"] if known else {"met": None, "of": "another pattern"},
             }
             made = Posterior(

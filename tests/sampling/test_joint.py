@@ -116,6 +116,9 @@ def test_every_conditional_of_a_gaussian(trained):
     np.testing.assert_allclose([draws[:, 0].mean(), draws[:, 0].std()], [0.8, np.sqrt(0.2)], atol=0.12)
     assert abs(draws[:, 1].mean() - 0.4) < 0.05 and draws[:, 1].std() < 0.1
     assert ((draws[:, 1] >= 0) & (draws[:, 1] <= 1)).all()
+    with pytest.warns(UserWarning, match="far outside the simulations"):
+        trained.sample(rng=0, x_o=np.asarray([[[100.0], [0.4]]]), nsamples=5)
+    trained.sample(rng=0, given={"b": 0.4}, nsamples=5)  # another number of values given
     x = trained.sample(rng=0, given={"theta": [[-1.0], [0.7]]}, nsamples=4_000)
     np.testing.assert_allclose([x[:, 0].mean(), x[:, 0].std()], [-1.0, 0.5], atol=0.15)
     assert abs(x[:, 1].mean() - 0.7) < 0.06
