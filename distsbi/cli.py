@@ -292,9 +292,8 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if (
-        not debug
-    ):  # threads of orbax tell the errors that are told below, with pages of traceback, until the process ends
+    if not debug:
+        # threads of orbax tell the errors that are told below, with pages of traceback, until the process ends
         for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *_: None

@@ -214,9 +214,10 @@ class ConditionalPipeline:
 
     def _finish(self, trained: Trained, standardizer: Standardizer, xs: np.ndarray, config: TrainingConfig) -> None:
         assert self._source is not None
-        facts = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
-        facts["x_extent"] = self._extent(standardizer)
+        facts: dict[str, Any] = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
+        facts["x_extent"] = self._extent(self._last.weights.standardizer)
+        self._last.facts = facts
         self._posterior = self._make_posterior(trained.params, standardizer, None, facts)
         nnx.update(self.model, trained.params)
         root = run_root(config)
@@ -237,12 +238,11 @@ class ConditionalPipeline:
         if root is not None:
             self._posterior.save(root)
 
-    def _extent(self, standardizer: Standardizer) -> list[float]:
+    def _extent(self, scales: Any) -> list[float]:
         """The largest absolute standardised value of every entry of x among pairs of the training set; one number for all where they are
         many."""
         assert self._source is not None
         x = self._augmented(self._source.fit(), 0)[1]
-        scales = self._make_posterior(nnx.state(self.model, nnx.Param), standardizer, None, {}).weights.standardizer
         largest = np.zeros(x[0].size)
         for start in range(0, len(x), EXTENT_ROWS):
             z = np.abs(np.asarray(scales.forward_x(x[start : start + EXTENT_ROWS]))).reshape(-1, x[0].size)
@@ -522,10 +522,8 @@ class _Named:
         for name in options:
             if name not in known:
                 every = [*inspect.signature(_Named.__init__).parameters][1:-1] + list(known)
-                close = difflib.get_close_matches(name, every, n=1)
-                hint = f" Did you mean {close[0]}?" if close else ""
                 raise ValueError(
-                    f"{type(self).__name__} has no keyword {name!r}.{hint} The keywords are {', '.join(every)}."
+                    f"{type(self).__name__} has no keyword {name!r}.{_nearest(name, every)} The keywords are {', '.join(every)}."
                 )
         make: Any = super().__init__  # of the pipeline that this is mixed into
         make_model: Any = self.make_model
@@ -588,15 +586,18 @@ def _names_of(folder: str | os.PathLike[str], prior: Any) -> tuple[str, ...]:
     return names
 
 
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
 def _with_fields(default: Any, given: dict[str, Any]) -> Any:
     """`default` with these fields. Raises ValueError naming an unknown one and the nearest known, or one of a wrong type."""
     known = [field.name for field in dataclasses.fields(default)]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"{type(default).__name__} has no field {name!r};{hint} The fields are {', '.join(known)}."
+                f"{type(default).__name__} has no field {name!r};{_nearest(name, known)} The fields are {', '.join(known)}."
             )
     try:
         return dataclasses.replace(default, **given)
