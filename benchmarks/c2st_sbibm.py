@@ -8,13 +8,14 @@
 
 A cell is (task, pipeline, nsims, seed, label); a pipeline without a method is flow matching, one that ends in VE is score matching of that
 kind (SM: VP). `train` simulates its pairs, trains, measures draws/s and draws 10,000
-for each of sbibm's ten observations into benchmarks/.draws/<cell>.npz. `score` compares each observation's draws with
+for each of sbibm's ten observations (the first `--observations`) into benchmarks/.draws/<cell>.npz. `score` compares each observation's draws with
 sbibm's reference and appends one JSON line to the results file; `--forest` adds the score of a random forest. `queue` trains and scores
-(with a random forest too) the cells of a file, one a line in the words of `train`, each in a process of its own. All skip what is there, so any can be stopped and
-started again.
+(with a random forest too) the cells of a file, one a line in the words of `train`, each in a process of its own; two queues side by side, `--share 1/2` and
+`--share 2/2`, have one core each. All skip what is there, so any can be stopped and started again.
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import shlex
@@ -32,7 +33,8 @@ from common import HERE, append, busy_cores, provenance
 REFERENCES, DRAWS, RUNS = HERE / ".references", HERE / ".draws", HERE / ".runs"
 RESULTS = HERE / "results" / "c2st_sbibm.jsonl"
 NSAMPLES, OBSERVATIONS = 10_000, 10
-DEVICES = (1, 2)
+CORES = len(os.sched_getaffinity(0))
+DEVICES = (1, 2) if CORES > 1 else (1,)
 RATE_SECONDS, RATE_REPEATS = 3.0, 3
 
 
@@ -44,23 +46,43 @@ def reference(task: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def make_task(name: str) -> Any:
+    """distsbi's task, or sbibm's generalised linear model of 100 spikes (T.6 of 2101.04653), x_i ~ Bernoulli(sigmoid(V theta)_i)."""
+    from distsbi.tasks import Task, get_task
+
+    if name != "bernoulli_glm_raw":
+        return get_task(name)
+    import jax
+    import numpyro.distributions as dist
+
+    known = reference(name)
+    design = known["design_matrix"]
+    prior = dist.MultivariateNormal(np.zeros(design.shape[1], np.float32), precision_matrix=known["precision_matrix"])
+
+    def simulate(key: Any, theta: Any) -> Any:
+        return jax.random.bernoulli(key, jax.nn.sigmoid(theta @ design.T)).astype(np.float32)
+
+    names = ("offset", *(f"filter_{i}" for i in range(design.shape[1] - 1)))
+    return Task(name, prior, simulate, dim_theta=len(names), dim_x=len(design), parameter_names=names)
+
+
 # Train
 
 
 def train(arguments: argparse.Namespace) -> None:
-    # Two virtual devices to measure on; training uses both, drawing for the score the first.
+    # Two virtual devices to measure on, where there are two cores; training uses both.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
     known = reference(arguments.task)
     for seed in arguments.seeds:
         cell = {"task": arguments.task, "pipeline": arguments.pipeline, "nsims": arguments.nsims, "seed": seed}
         cell["label"] = arguments.label
         path = DRAWS / f"{'-'.join(map(str, cell.values()))}.npz"
-        if path.exists():
+        if path.exists() and len(np.load(path)["draws"]) >= arguments.observations:
             print(f"{path} is there already", flush=True)
             continue
         keep = RUNS / path.stem if arguments.keep else None
-        options = json.loads(arguments.training), json.loads(arguments.model)
-        draws, facts = train_cell(cell, known["observations"], *options, keep)
+        options = json.loads(arguments.training), json.loads(arguments.model), json.loads(arguments.options)
+        draws, facts = train_cell(cell, known["observations"][: arguments.observations], *options, keep)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         np.savez(temporary, draws=draws, facts=json.dumps({**cell, **facts}))
@@ -73,24 +95,24 @@ def train_cell(
     observations: np.ndarray,
     training: dict[str, Any],
     model: dict[str, Any],
+    options: dict[str, Any],
     keep: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Draws [10, NSAMPLES, dim_theta] and what is to be said about them."""
+    """Draws [observations, NSAMPLES, dim_theta] and what is to be said about them."""
     import jax
     from flax import nnx
 
-    import distsbi
     from distsbi.pipelines import PIPELINES
 
-    task = distsbi.get_task(cell["task"])
+    task = make_task(cell["task"])
     data_key, draw_key, rate_key = jax.random.split(jax.random.key(cell["seed"]), 3)
     pairs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(data_key, cell["nsims"]))
-    name, options = cell["pipeline"], {}
+    name, of_method = cell["pipeline"], {}
     if name.endswith("VE"):
-        name, options = f"{name.removesuffix('VE')}SM", {"sde_type": "VE"}
+        name, of_method = f"{name.removesuffix('VE')}SM", {"sde_type": "VE"}
     pipeline = PIPELINES[name if name in PIPELINES else f"{name}Flow"](
         pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior,
-        **({"params": model} if model else {}), **options,
+        **({"params": model} if model else {}), **of_method, **options,
     )  # fmt: skip
     busy_before, start, cpu = busy_cores(), time.perf_counter(), time.process_time()
     losses, val_losses = pipeline.train(nnx.Rngs(cell["seed"]))
@@ -104,6 +126,7 @@ def train_cell(
     facts = {
         "training": training,
         "model": model,
+        "options": options,
         "updates": pipeline.posterior.facts["training"].get("steps"),
         "seconds_training": round(seconds, 1),  # with compilation and the choice of the grid
         "cpu_seconds_training": round(cpu, 1),
@@ -156,7 +179,7 @@ def score(arguments: argparse.Namespace) -> None:
         with np.load(path) as file:
             draws, facts = file["draws"], json.loads(str(file["facts"]))
         samples = reference(facts["task"])["samples"]
-        for i in range(len(draws)):
+        for i in range(min(len(draws), arguments.observations)):
             line = {**facts, "observation": i + 1}
             if identity(line) in done:
                 continue
@@ -187,26 +210,27 @@ def queue(arguments: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     words_of_train(parser)
     failed = []
-    for line in arguments.file.read_text().splitlines():
+    lines = [line for line in arguments.file.read_text().splitlines() if shlex.split(line, comments=True)]
+    share, shares = map(int, arguments.share.split("/"))
+    if shares > 1:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[share - 1]})
+    for line in lines[share - 1 :: shares]:
         words = shlex.split(line, comments=True)
-        if not words:
-            continue
         cell = parser.parse_args(words)
         names = [f"{cell.task}-{cell.pipeline}-{cell.nsims}-{seed}-{cell.label}" for seed in cell.seeds]
         done = {identity(found) for found in read_results(arguments.results)}
         wanted = {
             (cell.task, cell.pipeline, cell.nsims, seed, cell.label, i + 1)
             for seed in cell.seeds
-            for i in range(OBSERVATIONS)
+            for i in range(cell.observations)
         }
         if wanted <= done:
             continue
         me = [sys.executable, __file__]
         ran = subprocess.run([*me, "train", *words], check=False).returncode
         for name in names if not ran else ():
-            ran |= subprocess.run(
-                [*me, "score", "--forest", "--cells", name, "--results", arguments.results], check=False
-            ).returncode
+            options = ["--forest", "--cells", name, "--observations", str(cell.observations)]
+            ran |= subprocess.run([*me, "score", *options, "--results", arguments.results], check=False).returncode
         if ran:
             failed.append(line)
     if failed:
@@ -217,28 +241,38 @@ def queue(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in read_results(arguments.results):
-        cells[identity(line)[:-1]].append(line)
-    head = "task, pipeline, simulations, seed, label, mean C2ST, worst, scored, training s, draws/s on 1 and 2 devices"
+        task, pipeline, nsims, seed, label, _ = identity(line)
+        if fnmatch.fnmatch(f"{task}-{pipeline}-{nsims}-{label}", arguments.cells):
+            cells[task, pipeline, nsims, label][seed].append(line)
+    head = (
+        "task, pipeline, simulations, label, seeds, scored, mean C2ST, worst, random forest, training s, evaluations, "
+        "draws/s on one virtual device, on two"
+    )
     print(f"| {head.replace(', ', ' | ')} |")
     print("|---" * (head.count(", ") + 1) + "|")
-    for cell, lines in sorted(cells.items()):
-        scores = [line["c2st"] for line in lines]
-        rate = ", ".join(f"{r:,}" for r in lines[0]["draws_per_second"].values())
+    for cell, seeds in sorted(cells.items()):
+        lines = [line for scored in seeds.values() for line in scored]
+        firsts = [scored[0] for scored in seeds.values()]
+        forest = [line["c2st_forest"] for line in lines if "c2st_forest" in line]
+        rates = [[first["draws_per_second"].get(n) for first in firsts] for n in ("1", "2")]
         columns = [
             *cell,
-            f"{np.mean(scores):.3f}",
-            f"{max(scores):.3f}",
-            len(scores),
-            lines[0]["seconds_training"],
-            rate,
+            " ".join(map(str, sorted(seeds))),
+            len(lines),
+            f"{np.mean([line['c2st'] for line in lines]):.3f}",
+            f"{max(line['c2st'] for line in lines):.3f}",
+            f"{np.mean(forest):.3f}" if forest else "",
+            f"{np.mean([first['seconds_training'] for first in firsts]):.0f}",
+            " ".join(sorted({str(first["evaluations"]) for first in firsts if "evaluations" in first})),
+            *(f"{np.mean(found):,.0f}" if None not in found else "" for found in rates),
         ]
         print(f"| {' | '.join(map(str, columns))} |")
 
 
 def words_of_train(one: argparse.ArgumentParser) -> None:
-    one.add_argument("task", choices=["two_moons", "gaussian_linear", "slcp"])
+    one.add_argument("task", choices=["two_moons", "gaussian_linear", "slcp", "bernoulli_glm_raw"])
     one.add_argument(
         "pipeline", help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion, SM or VE"
     )
@@ -249,7 +283,16 @@ def words_of_train(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--model", default="{}", help="fields of the network's parameters, JSON; default: the pipeline's own"
     )
+    one.add_argument(
+        "--options", default="{}", help='keywords of the pipeline, JSON, such as {"condition_mask": "posterior"}'
+    )
     one.add_argument("--label", default="default", help="name of a cell with other options")
+    one.add_argument(
+        "--observations",
+        type=int,
+        default=OBSERVATIONS,
+        help="how many of the ten, from the first on, are drawn and scored",
+    )
 
 
 def main() -> None:
@@ -260,11 +303,18 @@ def main() -> None:
     one.set_defaults(run=train)
     two = commands.add_parser("score", help="C2ST of the draws that have none yet")
     two.add_argument("--cells", default="*", help="pattern of cells, such as 'two_moons-MLP-*'")
-    two.add_argument("--jobs", type=int, default=2, help="folds scored at once")
+    two.add_argument("--jobs", type=int, default=CORES, help="folds scored at once")
+    two.add_argument("--observations", type=int, default=OBSERVATIONS, help="how many of the ten, from the first on")
     two.add_argument("--forest", action="store_true", help="score with a random forest too")
     four = commands.add_parser("queue", help="train and score the cells of a file")
     four.add_argument("file", type=Path, help="one cell a line, in the words of train")
-    three = commands.add_parser("table", help="a line of Markdown per cell")
+    four.add_argument(
+        "--share", default="1/1", help="of several queues side by side, each on a core of its own: 1/2, 2/2"
+    )
+    three = commands.add_parser(
+        "table", help="a line of Markdown per task, pipeline, simulations and label, over its seeds"
+    )
+    three.add_argument("--cells", default="*", help="pattern, such as 'slcp-*-10000-*'")
     for command, run in ((two, score), (three, table), (four, queue)):
         command.add_argument("--results", type=Path, default=RESULTS)
         command.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""Rate of a catalog on one and on two Ray workers of one core each, and the ratio.
+"""Rate of a catalog on one and on two Ray workers of one core each, and the ratios.
 
     python benchmarks/catalog_scaling.py --rows 600 --nsamples 10000 --repeats 3
 
@@ -110,17 +110,19 @@ def main() -> None:
         workers: statistics.median(m["steady_draws_per_second"] for m in measured if m["workers"] == workers)
         for workers in options.workers
     }
-    low, high = options.workers[0], options.workers[-1]
+    ratios = {f"{max(medians)} over {n}": medians[max(medians)] / medians[n] for n in medians if n != max(medians)}
     result = {
         "benchmark": "catalog_scaling",
         "steady_draws_per_second": medians,
-        "ratio": medians[high] / medians[low],
+        "ratios": ratios,
         "same_draws": len({m["sha256"] for m in measured}) == 1,
         "measured": measured,
         "busy_before": busy_before,
         **provenance(),
     }
-    print(f"{low} -> {high} workers: {result['ratio']:.2f}x; same draws: {result['same_draws']}")
+    print(
+        f"{', '.join(f'{name} workers: {ratio:.2f}x' for name, ratio in ratios.items())}; same draws: {result['same_draws']}"
+    )
     append(options.out, result)
 
 

@@ -7,7 +7,8 @@ this one script runs in an environment of its own, and everything else reads its
     .cache/sbibm/bin/python benchmarks/export_references.py
 
 Each file holds `observations` [10, dim_x], `true_parameters` [10, dim_theta] and `samples` [10, 10000, dim_theta],
-float32, and `source`, the package version.
+float32, and `source`, the package version; that of bernoulli_glm_raw, which is no task of distsbi's, also what simulates it: `design_matrix`
+[100, 10] and the prior's `precision_matrix` [10, 10].
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-TASKS = ("two_moons", "gaussian_linear", "slcp")
+TASKS = ("two_moons", "gaussian_linear", "slcp", "bernoulli_glm_raw")
 FOLDER = Path(__file__).parent / ".references"
 
 
@@ -26,6 +27,10 @@ def export(name: str, folder: Path) -> Path:
     task = get_task(name)
     numbers = range(1, task.num_observations + 1)
     folder.mkdir(parents=True, exist_ok=True)
+    more = {}
+    if name == "bernoulli_glm_raw":
+        more["design_matrix"] = np.asarray(task._load_design_matrix(), np.float32)
+        more["precision_matrix"] = np.asarray(task.prior_params["precision_matrix"], np.float32)
     path = folder / f"{name}.npz"
     np.savez_compressed(
         path,
@@ -33,6 +38,7 @@ def export(name: str, folder: Path) -> Path:
         true_parameters=np.concatenate([np.asarray(task.get_true_parameters(i), np.float32) for i in numbers]),
         samples=np.stack([np.asarray(task.get_reference_posterior_samples(i), np.float32) for i in numbers]),
         source=f"sbibm-jax {importlib.metadata.version('sbibm-jax')}",
+        **more,
     )
     return path
 

@@ -42,11 +42,13 @@ def log_prob(arguments: argparse.Namespace) -> dict[str, Any]:
     posterior = distsbi.load(RUNS / arguments.cell, mesh={"data": DEVICES})
     xs = reference(arguments.cell.split("-")[0])["observations"][:3, :, None]
     theta = posterior.sample_batched(0, xs, 1_000)
+    options = json.loads(arguments.options)
     tight = posterior.log_prob_batched(theta, xs, solver="tsit5", rtol=1e-7, atol=1e-7)
-    error = np.abs(posterior.log_prob_batched(theta, xs) - tight)
+    error = np.abs(posterior.log_prob_batched(theta, xs, **options) - tight)
     many = np.repeat(theta[:, 0], 20, 0)
     return {
-        "points_per_second": best_rate(lambda: posterior.log_prob(many, xs[:1]), len(many)),
+        "options": options,
+        "points_per_second": best_rate(lambda: posterior.log_prob(many, xs[:1], **options), len(many)),
         "mean_error_nat": round(float(error.mean()), 5),
         "q99_error_nat": round(float(np.quantile(error, 0.99)), 4),
     }
@@ -91,7 +93,7 @@ def conditioning(arguments: argparse.Namespace) -> dict[str, Any]:
     from distsbi.networks import Flux1, Flux1Params
     from distsbi.sampling import Posterior
 
-    params, counts = Flux1Params.default(10, 100), {"one_way": 16_384, "joint": 4_096}
+    params, counts = Flux1Params.default(10, 100), {"one_way": 8_192, "joint": 1_024}
     made = {
         kind: Posterior(
             Flux1(dataclasses.replace(params, conditioning=kind), nnx.Rngs(0)), FlowMatching(), Standardizer.identity(10, 100),
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("use", choices=list(USES))
     parser.add_argument("--cell", default="", help="a run that c2st_sbibm.py train --keep left in benchmarks/.runs/")
     parser.add_argument("--distill", default="{}", help="options of DistillConfig, JSON")
+    parser.add_argument("--options", default="{}", help='of log_prob, JSON, such as {"solver": "rk3", "steps": 14}')
     parser.add_argument("--observations", type=int, default=10, help="how many of sbibm's observations are scored")
     arguments = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distsbi.data import Prior as Prior
     from distsbi.diagnostics import c2st as c2st
-    from distsbi.fanout import sample_catalog as sample_catalog
+    from distsbi.fanout import sample_catalog as sample_catalog, simulate as simulate
     from distsbi.networks import (
         Flux1JointParams as Flux1JointParams,
         Flux1Params as Flux1Params,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SimformerSMPipeline as SimformerSMPipeline,
         UnconditionalPipeline as UnconditionalPipeline,
     )
+    from distsbi.processes import initialize as initialize
     from distsbi.sampling import (
         Posterior as Posterior,
         distill as distill,
@@ -61,8 +62,9 @@ _HOMES = {
     **dict.fromkeys(_PIPELINES, "distsbi.pipelines"),
     **dict.fromkeys(("Flux1JointParams", "Flux1Params", "MLPParams", "SimformerParams"), "distsbi.networks"),
     **dict.fromkeys(("Posterior", "distill", "import_gensbi", "load"), "distsbi.sampling"),
-    "sample_catalog": "distsbi.fanout",
+    **dict.fromkeys(("sample_catalog", "simulate"), "distsbi.fanout"),
     "open_catalog": "distsbi.store",
+    "initialize": "distsbi.processes",
     "Prior": "distsbi.data",
     "get_task": "distsbi.tasks",
     "c2st": "distsbi.diagnostics",

@@ -3,7 +3,7 @@
 The sections are GenSBI's, so that its files are read as they are, plus `data` (from what), `mesh` (on what) and `seed`:
 
     strategy:  {method: flow, model: mlp}        # method: flow, diffusion (EDM) or score_matching (with sde_type: VP or VE)
-    data:      {task: two_moons, n: 30000}       # or path: a folder that `distsbi simulate` wrote
+    data:      {task: two_moons, n: 30000}       # or path: a folder that `distsbi simulate` wrote, and stream: true
     model:     {width: 128, depth: 4}            # parameters of the network: fields of MLPParams or Flux1Params
     optimizer: {max_lr: 1.0e-3, warmup_steps: 500}
     training:  {nsteps: 8000, batch_size: 512}
@@ -21,7 +21,6 @@ once, in the network's parameters and in `distsbi.training.TrainingConfig`.
 """
 
 import dataclasses
-import difflib
 import os
 import typing
 import warnings
@@ -31,6 +30,8 @@ from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from distsbi.hints import did_you_mean
 
 # What a YAML file calls a network or a method, and the words of the names `<Network><Method>Pipeline`.
 MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1", "flux1joint": "Flux1Joint", "simformer": "Simformer"}
@@ -85,11 +86,13 @@ class Data:
     task: a name of `distsbi.tasks`.
     path: a Parquet folder of pairs.
     n: pairs to simulate from the task; None: new pairs at every step, simulated on the devices.
+    stream: read the folder while training, in a shuffled order, as is done where it is large; False: only there.
     """
 
     task: str | None = None
     path: str | None = None
     n: int | None = None
+    stream: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,11 @@ class RunConfig:
         """Plain values; `parse_config` gives the same configuration back. Sections that say nothing are left out."""
         sections = {
             "strategy": {key: value for key, value in dataclasses.asdict(self.strategy).items() if value is not None},
-            "data": {key: value for key, value in dataclasses.asdict(self.data).items() if value is not None},
+            "data": {
+                key: value
+                for key, value in dataclasses.asdict(self.data).items()
+                if value is not None and value is not False
+            },
             **{
                 name: dict(getattr(self, name) or {})
                 for name in ("model", "optimizer", "training", "path", "prior", "mesh")
@@ -198,6 +205,9 @@ def parse_config(content: Any) -> RunConfig:
         raise ValueError(f"section 'data' gives both task {data.task!r} and path {data.path!r}; keep one of them.")
     if data.n is not None and (data.n < 1 or data.path is not None):
         raise ValueError(f"data.n counts the pairs to simulate from a task; got {data.n} with path {data.path!r}.")
+
+    if data.stream and data.path is None:
+        raise ValueError("data.stream is for a folder of pairs; give data.path, or leave it out.")
 
     network_params = NETWORKS[MODELS[strategy.model.lower()]][0]
     model_keys = [key for key in _fields(network_params) if key not in ELSEWHERE]
@@ -302,9 +312,7 @@ def _mapping(what: str, values: Any) -> dict[str, Any]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=2)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f".{hint} The known ones are {', '.join(known)}."
+    return f".{did_you_mean(name, known, most=2)} The known ones are {', '.join(known)}."
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,12 @@
-"""Files written whole or not at all, and what to say when the disk is full."""
+"""Files written whole or not at all, their checksums, and what to say when the disk is full."""
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +29,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder outlive a crash of the machine."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,9 +51,39 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether the disk or the quota is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def one_holder(lock: Path, of: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock file for the time of the block; the system releases it when the process ends, however it ends. Nothing where the file
+    system has no locks.
+
+    Raises ValueError naming who holds it, if another process does.
+    """
+    with open(lock, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                raise ValueError(f"{of} is being written by {who}; wait, or use another folder.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 @contextlib.contextmanager

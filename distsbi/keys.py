@@ -13,6 +13,11 @@ Training folds a tag of its purpose in first, so that no update has the key of a
     seed key --fold_in(UPDATES)--fold_in(step)--> split: data, augmentation, times, noise, pose
     seed key --fold_in(EPOCHS)--fold_in(epoch)--> shuffle
     key 0 --fold_in(VALIDATION)--fold_in(batch)--> split: times, noise, pose
+
+Simulations have a key for the theta of each block of rows, and one for the simulator at each row:
+
+    seed key --fold_in(THETAS)--fold_in(high word)--fold_in(low word)--> theta of a block
+    seed key --fold_in(SIMULATIONS)--fold_in(high word)--fold_in(low word)--> noise of a row
 """
 
 import hashlib
@@ -26,6 +31,7 @@ from jaxtyping import Array, Float, Key, UInt32
 IMPL = "threefry2x32"
 MAX_DRAWS = 2**32
 UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epoc", "vali"
+THETAS, SIMULATIONS = 0x74686574, 0x73696D75  # "thet", "simu"
 
 
 def as_key(rng: object) -> Key[Array, ""]:
@@ -148,3 +154,18 @@ def epoch_key(key: Key[Array, ""], epoch: Array) -> Key[Array, ""]:
 def validation_keys(batch: Array) -> Key[Array, "3"]:
     """The three keys of a validation batch, the same in every validation of every run: times, noise, pose."""
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(as_key(0), VALIDATION), batch), 3)
+
+
+def theta_key(key: Key[Array, ""], block: int) -> Key[Array, ""]:
+    """The key of the theta of a block of simulations."""
+    return observation_key(jax.random.fold_in(key, THETAS), jnp.asarray(split_id(block)))
+
+
+def simulation_keys(key: Key[Array, ""], rows: object) -> Key[Array, "rows"]:
+    """The simulator's key at each of these rows (integers)."""
+    return _simulation_keys(key, split_id(rows))
+
+
+@jax.jit
+def _simulation_keys(key: Key[Array, ""], words: UInt32[Array, "rows 2"]) -> Key[Array, "rows"]:
+    return jax.vmap(observation_key, (None, 0))(jax.random.fold_in(key, SIMULATIONS), words)

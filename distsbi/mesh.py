@@ -2,6 +2,8 @@
 
 A mesh has two axes. Batches and tiles are split over "data". Parameters are replicated, or (`fsdp`) split over "data"
 along their largest divisible dimension; "model" is reserved for tensor parallelism and has size 1 by default.
+
+Of several processes (distsbi/processes), a training has one mesh that spans them all, and each process draws on a mesh of its own devices.
 """
 
 import functools
@@ -12,24 +14,30 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from distsbi import processes
+
 DATA, MODEL = "data", "model"
 
 MeshLike = Mesh | Mapping[str, int] | str | None
 
 
-def make_mesh(mesh: MeshLike = None) -> Mesh:
-    """The mesh that `mesh` describes.
+def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
+    """The mesh that `mesh` describes, of this process' devices, or (`shared`) of the devices of all processes, as many from each.
 
-    None: all local devices on the "data" axis; "auto": those of all processes. A dict: sizes of the axes "data" and "model" (one may be -1: what is
-    left); fewer devices than there are is allowed. A `jax.sharding.Mesh` that has a "data" axis is taken as it is.
+    None or "auto": all of them on the "data" axis. A dict: sizes of the axes "data" and "model" (one may be -1: what is left); fewer devices
+    than there are is allowed. A `jax.sharding.Mesh` that has a "data" axis is taken as it is, without `shared` this process' part of it.
 
-    Raises ValueError for unknown axes or more devices than there are.
+    Raises ValueError for unknown axes, more devices than there are, and a shared mesh in which a process has no part.
     """
     if isinstance(mesh, Mesh):
         if DATA not in mesh.axis_names:
             raise ValueError(f'the mesh needs an axis named "{DATA}"; this one has {mesh.axis_names}.')
+        if is_shared(mesh) and not shared:
+            own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+            return _of(own, len(own), 1)
+        _check_parts(list(mesh.devices.flat), shared)
         return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    devices = jax.local_devices() if mesh is None else jax.devices()
+    devices = jax.devices() if shared else jax.local_devices()
     if mesh is None or mesh == "auto":
         mesh = {DATA: len(devices)}
     if not isinstance(mesh, Mapping):
@@ -52,8 +60,66 @@ def make_mesh(mesh: MeshLike = None) -> Mesh:
             f"mesh {dict(mesh)} needs {count} devices; there are {len(devices)}. On CPUs, virtual devices come from "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}, set before JAX starts."
         )
+    return _of(_some(devices, count) if shared else devices[:count], sizes[DATA], sizes[MODEL])
+
+
+def _of(devices: list[Any], data: int, model: int) -> Mesh:
     axis_types = (AxisType.Auto, AxisType.Auto)
-    return Mesh(np.asarray(devices[:count]).reshape(sizes[DATA], sizes[MODEL]), (DATA, MODEL), axis_types=axis_types)
+    return Mesh(np.asarray(devices).reshape(data, model), (DATA, MODEL), axis_types=axis_types)
+
+
+def _some(devices: list[Any], count: int) -> list[Any]:
+    """`count` devices, as many of each process."""
+    among = max(processes.count(), 1)
+    if count % among:
+        raise ValueError(
+            f"a mesh of {count} devices cannot be divided over {among} processes; give a multiple of {among}."
+        )
+    taken: dict[int, int] = {}
+    chosen = []
+    for device in devices:
+        taken[device.process_index] = taken.get(device.process_index, 0) + 1
+        if taken[device.process_index] <= count // among:
+            chosen.append(device)
+    if len(chosen) < count:
+        raise ValueError(
+            f"a mesh of {count} devices takes {count // among} of each of the {among} processes, and one of them has fewer; give a smaller mesh."
+        )
+    return chosen
+
+
+def _check_parts(devices: list[Any], shared: bool) -> None:
+    without = set(range(processes.count())) - {device.process_index for device in devices} if shared else set()
+    if without:
+        raise ValueError(
+            f'process {min(without)} has no device in the mesh: every process of a training needs one; give mesh="auto" for all of them.'
+        )
+
+
+def is_shared(mesh: Mesh) -> bool:
+    """Whether devices of other processes are in the mesh."""
+    return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """A pytree of host arrays, the same in all processes, on the mesh: each process gives its own devices what they hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+
+    def one(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, value)
+
+
+def meet(mesh: Mesh) -> None:
+    """The first collective of all devices, made when all processes have come here: where devices meet for the first time, gloo (CPUs) waits for
+    thirty seconds at most, which one process may spend more of than another compiling a large program."""
+    if is_shared(mesh):
+        processes.wait_for_all()
+        ones = put(np.ones(data_size(mesh), np.float32), batch_sharding(mesh))
+        jax.block_until_ready(jax.jit(lambda a: a.sum(), out_shardings=replicated(mesh))(ones))
 
 
 def compiler_options(mesh: Mesh, on_cpu: Mapping[str, str]) -> dict[str, str] | None:

@@ -1,6 +1,7 @@
 """Every test, and every process a test starts, runs on CPUs: eight virtual devices, compiled programs kept."""
 
 import gc
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -76,6 +77,23 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         pytest.skip(f"a full disk needs a small file system, and mounting one is not permitted here ({error})")
     yield disk
     subprocess.run(["umount", "-l", str(disk.path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """An S3 server on this machine: a URI with a gap for a path of the test's own."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    from distsbi.store.place import as_place
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("EC2_METADATA_DISABLED", "true")):
+            patch.setenv(f"AWS_{name}", value)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        server.start()
+        options = f"?scheme=http&endpoint_override=127.0.0.1:{server.get_host_and_port()[1]}&region=us-east-1"
+        as_place(f"s3://bucket{options}&allow_bucket_creation=true").fs.create_dir("bucket")
+        yield "s3://bucket/{}" + options
+        server.stop()
 
 
 LONGEST = ("test_readme.py", "test_training.py", "test_joint.py", "test_matrix.py", "test_kill.py")

@@ -1,9 +1,12 @@
 """Every command: its help, what it writes, and its exit code with one sentence for what cannot be."""
 
+import io
 import json
 import logging
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -20,9 +23,12 @@ import pytest
 from distsbi import open_catalog
 from distsbi.cli import cli, main
 from distsbi.data import write_pairs
+from distsbi.fanout import Terminated
 from distsbi.sampling.run import FORMAT
+from distsbi.store.check import Problem
 
-COMMANDS = ("simulate", "train", "sample", "catalog", "info", "demo")
+COMMANDS = ("simulate", "train", "sample", "catalog", "plan", "status", "verify", "info", "demo")
+SECOND = ("--coordinator", "localhost:1", "--num-processes", "2")
 Cli = Callable[..., tuple[int, str, str]]
 
 
@@ -137,6 +143,7 @@ def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     code, out, err = distsbi(*command)
     assert code == 0, err
     assert "trained MLPFlowPipeline" in out
+    assert "INFO update 20 of 20: loss " in err
     x = re.search(rf"next: distsbi sample {run} --x (\S+) ", out)
     assert x is not None
     before = json.loads((run / "spec.json").read_text())["weights_sha256"]
@@ -157,12 +164,54 @@ def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     assert spec["standardizer"]["high"] == [[1.0], [2.0]]
 
 
+@pytest.mark.timeout(600)
+def test_simulate_and_train_of_ones_own(distsbi: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in this folder; training knows the prior from the folder of pairs."""
+    (tmp_path / "mine_for_the_cli.py").write_text(
+        "def run(theta, rng):\n    assert theta[0] < 1.9, 'too heavy'\n    return theta + rng.normal(size=2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    priors = ("--prior", "mass=Uniform(1, 2)", "--prior", "spin=Uniform(-1, 1)")
+    command = ["simulate", "--simulator", "mine_for_the_cli:run", *priors, "--n", 300, "--out", "pairs", "--workers", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr("distsbi.fanout.cluster.connected", None)  # --workers 0 is without Ray
+        code, out, err = distsbi(*command)
+    assert code == 0, err
+    found = re.search(r"(\d+) pairs of mine_for_the_cli:run in pairs, (\d+) rows failed", out)
+    assert found is not None
+    assert int(found[1]) + int(found[2]) == 300
+    assert 10 < int(found[2]) < 60
+    assert f"bad      {found[2]} rows failed: AssertionError: too heavy" in err
+    assert "now: 0 of 1 shards" in distsbi(*command)[1]
+    code, out, _ = distsbi("status", "pairs")
+    assert f"rows     {found[1]} ok, {found[2]} failed" in out
+    assert f"bad      {found[2]} rows failed: AssertionError: too heavy" in out
+    assert "1 files of pairs checked" in distsbi("verify", "pairs")[1]
+    shard = tmp_path / "pairs" / "shard-00000000-of-00000001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, _, err = distsbi("verify", "pairs")
+    assert code == 1
+    assert f"{shard.name} is not the file that was written" in err
+    shard.unlink()
+    again = distsbi("status", "pairs")[1].splitlines()[-1].removeprefix("go on with: ")
+    assert "now: 1 of 1 shards" in distsbi(*shlex.split(again)[1:], "--workers", 0)[1]
+    (tmp_path / "config.yaml").write_text("model: {width: 16, depth: 1}\ntraining: {calibrate: false}\n")
+    train = ("train", "--config", "config.yaml", "--data", "pairs", "--nsteps", 5)
+    assert distsbi(*train, "--stream", "--out", "streamed")[0] == 2  # a single row group has nothing to hold out
+    code, _, err = distsbi(*train, "--out", "run")
+    assert code == 0, err
+    spec = json.loads((tmp_path / "run" / "spec.json").read_text())
+    assert spec["parameter_names"] == ["mass", "spin"]
+    assert spec["standardizer"]["high"] == [[2.0], [1.0]]
+
+
 def test_devices_makes_virtual_ones() -> None:
     """In a new process, since a process's devices are made once."""
     code = """
 import sys
-from distsbi.cli import _mesh
-axes = _mesh(3, None)
+from distsbi.cli.options import make_mesh
+axes = make_mesh(3, None)
 import jax
 print(axes, jax.device_count())
 """
@@ -187,11 +236,86 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     assert code == 0, err
     assert "3 rows in" in text
     assert "2 with draws, 1 without" in text
+    assert "1 rows invalid: x has 1 values that are NaN" in err
     assert "column `message`" in err
     assert open_catalog(out).draws("b").shape == (40, 2, 1)
     code, text, err = distsbi(*command)
     assert code == 0, err
     assert "now: 0 of 1 shards" in text
+    code, _, err = distsbi(*command[:-4], "--x-columns", "u,v")
+    assert code == 2
+    assert "pass --id-column <its name>, or --id-column '' to use row numbers" in err
+
+
+def test_every_shard_is_a_log_line(
+    distsbi: Cli, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bar on a terminal it is a line of its own, too."""
+    np.save(tmp_path / "x.npy", np.zeros((3, 2), np.float32))
+    command = ["catalog", untrained, tmp_path / "x.npy", "--nsamples", 40, "--workers", 0, "--rows-per-shard", 1]
+    shard = re.compile(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[-+]\d{4} INFO shard (\d) of 3: 1 rows in [\d.]+ s "
+        rf"on {re.escape(socket.gethostname())} \(process \d+, cpu: .*\)"
+    )
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler()])  # as some libraries give it
+    lines = distsbi(*command, tmp_path / "out")[2].splitlines()
+    assert [found[1] for found in map(shard.fullmatch, lines) if found] == ["0", "1", "2"]
+    assert distsbi(*command, tmp_path / "quiet", "--quiet")[2] == ""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    distsbi(*command, tmp_path / "terminal")
+    lines = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
+    assert [found[1] for found in map(shard.fullmatch, lines) if found] == ["0", "1", "2"]
+    assert "catalog: 100%" in lines[3]
+
+
+def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    np.save(tmp_path / "x.npy", np.asarray([[0.0, 0.0], [0.1, np.nan], [0.2, 0.3]], np.float32))
+    command = ["catalog", untrained, tmp_path / "x.npy", out, "--nsamples", 40, "--workers", 0, "--rows-per-shard", 2]
+    assert distsbi(*command)[0] == 0
+    code, text, _ = distsbi("status", out)
+    assert code == 0
+    assert "2 of 2 shards, 3 of 3 rows (100.0%)" in text
+    assert "2 ok, 1 invalid" in text
+    assert "bad      1 rows invalid: x has" in text
+    assert json.loads(distsbi("status", out, "--json")[1])["shards_done"] == 2
+    code, text, _ = distsbi("verify", out, "--fraction", 1)
+    assert code == 0
+    assert "3 rows drawn again: 3 with the same bits" in text
+    shard = out / "shard-00000001-of-00000002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, _, err = distsbi("verify", out, "--fraction", 0)
+    assert code == 1
+    assert f"{shard.name} is not the file that was written" in err
+    assert "give --repair" in err
+    (tmp_path / "x.npy").rename(tmp_path / "moved.npy")
+    code, text, err = distsbi("verify", out, "--fraction", 0, "--repair", "--workers", 0)
+    assert code == 1
+    assert f"1 shards could not be made: there is no catalog at {tmp_path / 'x.npy'}" in err
+    again = text.strip().splitlines()[-1].removeprefix("make them with: ")
+    assert f"go on with: {again}" in distsbi("status", out)[1]
+    code, text, _ = distsbi("verify", out, "--catalog", tmp_path / "moved.npy", "--repair", "--workers", 0)
+    assert code == 0
+    assert "made 1 shards again" in text
+    shard.write_bytes(b"")
+    (tmp_path / "moved.npy").rename(tmp_path / "x.npy")
+    assert distsbi("verify", out, "--repair", "--workers", 0)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("distsbi.fanout.verify.check_ids", lambda *_: [Problem(None, "1 ids occur more than once: 0")])
+        code, _, err = distsbi("verify", out, "--repair", "--workers", 0)
+    assert code == 1
+    assert "1 ids occur more than once: 0.\nids that occur more than once are not repaired" in err
+    shard.unlink()
+    code, text, _ = distsbi(*shlex.split(again)[1:], "--workers", 0)
+    assert "now: 1 of 2 shards" in text
+    assert distsbi("verify", out)[0] == 0
+    assert distsbi("status", tmp_path)[0] == 2
 
 
 # What cannot be
@@ -203,9 +327,25 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
         (["simulate", "three_moons", "--out", "{tmp}/p"], "no task named 'three_moons'; the known tasks are"),
         (["simulate", "two_moons", "--n", "0", "--out", "{tmp}/p"], "0 is not in the range x>=1"),
         (["simulate", "two_moons"], "Missing option '--out'"),
+        (["simulate", "--out", "{tmp}/p"], "give either TASK or --simulator"),
+        (["simulate", "two_moons", "--simulator", "a:b", "--out", "{tmp}/p"], "give either TASK or --simulator"),
+        (["simulate", "two_moons", "--workers", "2", "--out", "{tmp}/p"], "--workers is for --simulator"),
+        (["simulate", "two_moons", "--no-resume", "--out", "{tmp}"], "is not empty"),
+        (["simulate", "--simulator", "a:b", "--out", "{tmp}/p"], "--simulator needs --prior NAME=DISTRIBUTION"),
+        (
+            ["simulate", "--simulator", "no.such:b", "--prior", "a=Normal(0, 1)", "--out", "{tmp}/p"],
+            "cannot be imported",
+        ),
+        (
+            ["simulate", "--simulator", "a:b", "--prior", "a=Normal", "--out", "{tmp}/p"],
+            "must read like Uniform(-1, 1)",
+        ),
+        (["simulate", "--simulator", "a:b", "--prior", "a", "--prior", "a", "--out", "{tmp}/p"], "is given twice"),
+        (["simulate", "--simulator", "a:b", "--shard-size", "0", "--out", "{tmp}/p"], "0 is not in the range x>=1"),
         (["train", "--out", "{tmp}/r"], "give either --task or --data"),
         (["train", "--task", "two_moons", "--data", "p", "--out", "{tmp}/r"], "both task 'two_moons' and path 'p'"),
         (["train", "--task", "moons", "--out", "{tmp}/r"], "no task named 'moons'"),
+        (["train", "--task", "slcp", "--stream", "--out", "{tmp}/r"], "data.stream is for a folder of pairs"),
         (["train", "--data", "{tmp}/none", "--out", "{tmp}/r"], "is not a folder of pairs"),
         (["train", "--config", "{tmp}/none.yaml", "--out", "{tmp}/r"], "cannot read the configuration"),
         (["train", "--task", "two_moons", "--network", "unet", "--out", "{tmp}/r"], "strategy.model must be one of"),
@@ -216,6 +356,19 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
         (["sample", "{tmp}/none", "--x", "0,0", "--out", "{tmp}/d.npy"], "no such folder"),
         (["sample", "{tmp}", "--x", "0,0", "--out", "{tmp}/d.npy"], "is no finished run"),
         (["sample", "{run}", "--x", "0,0", "--out", "{tmp}/d.csv"], "must end in .npy or .parquet"),
+        (
+            ["sample", "{run}", "--x", "0,0", "--out", "{tmp}/d.npy", *SECOND, "--process-id", "1"],
+            "several processes write a dataset",
+        ),
+        (
+            ["train", "--task", "two_moons", "--out", "{tmp}/r", *SECOND, "--process-id", "2"],
+            "process id 2 is out of range",
+        ),
+        (["train", "--task", "two_moons", "--out", "{tmp}/r", *SECOND], "--process-id missing"),
+        (
+            ["train", "--task", "two_moons", "--out", "{tmp}/r", *SECOND, "--process-id", "1", "--ray-workers", "2"],
+            "starts the processes itself",
+        ),
         (["sample", "{run}", "--x", "0,0", "--out", "{tmp}/there.npy"], "exists; give --overwrite"),
         (["sample", "{run}", "--x", "0,0", "--out", "{tmp}/no/d.npy"], "there is no folder"),
         (["sample", "{run}", "--x", "0,zero", "--out", "{tmp}/d.npy"], "--x must be a .npy file or numbers"),
@@ -281,6 +434,12 @@ def test_interrupt_exits_with_130(distsbi: Cli, monkeypatch: pytest.MonkeyPatch)
     code, _, err = distsbi("catalog", "run", "catalog.parquet", "out")
     assert code == 130
     assert err.strip() == "Interrupted: stopped, 2 of 6 shards are finished in out; the same call goes on from there."
+
+    def terminated(*_: Any, **__: Any) -> None:
+        raise Terminated("stopped by SIGTERM; the same call goes on from there.")
+
+    monkeypatch.setattr("distsbi.fanout.sample_catalog", terminated)
+    assert distsbi("catalog", "run", "catalog.parquet", "out")[0] == 143
     monkeypatch.setattr("distsbi.sampling.load", interrupt)
     code, _, err = distsbi("sample", "run", "--x", "0,0", "--out", "d.npy")  # of which nothing is kept
     assert code == 130
@@ -305,7 +464,7 @@ def test_a_disk_that_fills_while_training_is_told_in_one_sentence(small_disk: An
     assert done.returncode == 1
     assert "is full; free some space and run the same training again" in done.stderr
     assert "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+    assert len([line for line in done.stderr.splitlines() if line.strip() and " INFO " not in line]) == 1
 
 
 def test_virtual_devices_come_before_a_prior_that_starts_jax(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The facade: the user's guide as it is written, runs taken up again, and what a failure after training leaves."""
 
+import pickle
 import warnings
 
 import jax
@@ -18,6 +19,7 @@ from distsbi import (
     load,
 )
 from distsbi.data import write_pairs
+from distsbi.pipelines import PIPELINES
 
 pytestmark = pytest.mark.lightly_compiled
 
@@ -45,6 +47,14 @@ def make(data=None, kind=MLPFlowPipeline, params=SMALL, **config):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_named_pipelines_say_where_they_are(name):
+    """Their classes are made by `type`, and still found by name."""
+    made = PIPELINES[name]
+    assert f"{made.__module__}.{made.__qualname__}" == f"distsbi.pipelines.{name}Pipeline"
+    assert pickle.loads(pickle.dumps(made)) is made
+
+
 def test_the_inference_guide():
     """shared/inference-guide.txt, line by line: `Flux1FlowPipeline`, `sample`, precision, and a sampler reused."""
     pipeline = make(
@@ -60,6 +70,8 @@ def test_the_inference_guide():
     samples1 = sampler_fn(jax.random.PRNGKey(1), nsamples=5000)
     samples2 = sampler_fn(jax.random.PRNGKey(2), nsamples=5000)
     assert samples1.shape == samples2.shape == (5000, 2, 1)
+    batched = pipeline.log_prob_batched(samples1[:10, None], x_observed, steps=2)
+    np.testing.assert_allclose(batched[:, 0], pipeline.log_prob(samples1[:10], x_observed, steps=2), rtol=1e-5)
     assert not np.array_equal(samples1, samples2)
     np.testing.assert_array_equal(sampler_fn(key, nsamples=300), samples[:300])
 
@@ -103,7 +115,7 @@ def test_what_was_learned_outlives_a_failure_to_choose_a_grid(tmp_path, monkeypa
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("distsbi.pipelines.calibrate", fail)
+    monkeypatch.setattr("distsbi.pipelines.base.calibrate", fail)
     pipeline = make(calibrate=True, checkpoint_dir=str(tmp_path / "run"))
     with pytest.raises(MemoryError):
         pipeline.train(nnx.Rngs(0))

@@ -32,6 +32,7 @@ def place(tmp_path_factory, repo):
         "\nassert samples.shape == (10_000, 2, 1) and (samples[:, 0] > 0).all() and abs(samples[:, 1]).max() <= 1"
         "\nassert samples1.shape == (5_000, 2, 1) and many.shape == (100, 20, 2, 1) and logq.shape == (100,)"
         "\nassert abs(samples.mean(0).ravel() - [1.2, 0.5]).max() < 0.15"
+        "\nassert flights.n_ok + len(flights.failures()) == 2_000 and flights.counts['failed'] == flights.n_bad > 0"
         "\nassert result.n_ok == 40 and catalog.draws('galaxy-7').shape[0] == 200\n"
     )
     script = (

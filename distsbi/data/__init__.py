@@ -1,7 +1,19 @@
 """FROM what a run learns: priors, pairs, standardisation, sources."""
 
-from distsbi.data.pairs import Pairs, iter_pairs, read_pairs, simulate_pairs, write_pairs
+from distsbi.data.pairs import Pairs, open_pairs, read_pairs, simulate_pairs, write_pairs
 from distsbi.data.prior import Prior
 from distsbi.data.standardise import Standardizer, Support
+from distsbi.data.stream import StreamedPairs, iter_pairs
 
-__all__ = ["Pairs", "Prior", "Standardizer", "Support", "iter_pairs", "read_pairs", "simulate_pairs", "write_pairs"]
+__all__ = [
+    "Pairs",
+    "Prior",
+    "Standardizer",
+    "StreamedPairs",
+    "Support",
+    "iter_pairs",
+    "open_pairs",
+    "read_pairs",
+    "simulate_pairs",
+    "write_pairs",
+]

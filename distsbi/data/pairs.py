@@ -2,13 +2,13 @@
 
 A folder holds complete files `pairs-00000.parquet`, `pairs-00001.parquet`, ... (see `distsbi.data.parquet`).
 
-    simulate_pairs / write_pairs  ->  folder  ->  read_pairs (into memory) or iter_pairs (streamed, shuffled, resumable)
+    simulate_pairs / write_pairs / distsbi.simulate  ->  folder  ->  read_pairs (into memory) or iter_pairs (stream.py: shuffled, resumable)
 """
 
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ def check_finite(theta: np.ndarray, x: np.ndarray, *, missing: bool = False) -> 
                 f"{', '.join(map(str, bad[:_SHOWN]))}). "
                 f"Drop them, as in keep = np.isfinite({name}).reshape(len({name}), -1).all(1); theta, x = theta[keep], "
                 f"x[keep], or mend the simulator"
-                f"{'; entries of x that are missing may be NaN with missing=True' if name == 'x' and not missing else ''}."
+                f"{'; entries of x that are missing may be NaN with missing=True (MLP and Flux1 take it)' if name == 'x' and not missing else ''}."
             )
 
 
@@ -130,7 +130,7 @@ def write_pairs(
     for name, part in parts.items():
         if name not in done:
             write_file(folder / name, *part)
-    (folder / UNFINISHED).unlink()
+    mark_finished(folder)
     return open_pairs(folder)
 
 
@@ -159,7 +159,10 @@ def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
                 f"{file} does not belong with {files[0]}: (names, theta shape, x shape) {footer[1:4]} against "
                 f"{first[1:4]}."
             )
-    return PairsFolder(tuple(files), tuple(f[0] for f in footers), *first[1:])
+    rows = {file: footer.rows for file, footer in zip(files, footers, strict=True) if footer.rows}
+    if not rows:
+        raise ValueError(f"{folder} holds no pairs: its files have no rows. Make others with `distsbi simulate`.")
+    return PairsFolder(tuple(rows), tuple(rows.values()), *first[1:])
 
 
 def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool = False) -> Pairs:
@@ -172,61 +175,6 @@ def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool = Fa
         theta[start : start + rows], x[start : start + rows] = _read(file, folder, missing)
         start += rows
     return Pairs(theta, x, folder.names)
-
-
-def iter_pairs(
-    path: str | os.PathLike[str] | PairsFolder,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int = 0,
-    batch: int = 0,
-    files_in_memory: int = 4,
-    missing: bool = False,
-) -> Iterator[tuple[Float[np.ndarray, "batch dim_theta ch_theta"], Float[np.ndarray, "batch dim_x ch_x"]]]:
-    """The shuffled batches of one epoch, from number `batch` on; the order depends on (seed, epoch) alone.
-
-    The files are permuted, `files_in_memory` of them are held at a time and their rows permuted together; batches run
-    across those groups. So the position (epoch, batch) is all the state: to resume at it reads the one group that it
-    lies in. Rows short of a last full batch are left out; they differ from epoch to epoch.
-
-    Raises ValueError as `open_pairs` does, and if the folder has fewer rows than one batch.
-    """
-    folder = path if isinstance(path, PairsFolder) else open_pairs(path)
-    _require_positive(batch_size=batch_size, files_in_memory=files_in_memory)
-    if len(folder) < batch_size:
-        raise ValueError(
-            f"batch_size={batch_size} is more than the {len(folder)} pairs of {folder.files[0].parent}; give a smaller "
-            f"batch_size."
-        )
-    return _batches(folder, batch_size, seed, epoch, batch, files_in_memory, missing)
-
-
-def _batches(
-    folder: PairsFolder, batch_size: int, seed: int, epoch: int, batch: int, files_in_memory: int, missing: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    order = np.random.default_rng([seed, epoch]).permutation(len(folder.files))
-    last = len(folder) // batch_size * batch_size
-    position, group_start = batch * batch_size, 0  # rows in the epoch's stream
-    left: list[tuple[np.ndarray, np.ndarray]] = []
-    for group in range(0, len(order), files_in_memory):
-        members = order[group : group + files_in_memory]
-        rows = sum(folder.rows[i] for i in members)
-        group_end = group_start + rows
-        if position < min(group_end, last):
-            parts = [_read(folder.files[i], folder, missing) for i in members]
-            shuffle = np.random.default_rng([seed, epoch, group]).permutation(rows)
-            theta, x = (np.concatenate(column)[shuffle] for column in zip(*parts, strict=True))
-            while position < min(group_end, last):
-                needed = batch_size - sum(len(part[0]) for part in left)
-                here = slice(position - group_start, min(position - group_start + needed, rows))
-                left.append((theta[here], x[here]))
-                position += here.stop - here.start
-                if here.stop - here.start == needed:
-                    thetas, xs = zip(*left, strict=True)
-                    yield np.concatenate(thetas), np.concatenate(xs)
-                    left = []
-        group_start = group_end
 
 
 def simulate_pairs(
@@ -269,7 +217,7 @@ def simulate_pairs(
                 theta, x = (np.concatenate(column)[:rows] for column in zip(*chunks, strict=True))
                 write_file(folder / _file_name(shard), *as_pairs(theta, x, task.parameter_names), source)
             bar.update(rows)
-    (folder / UNFINISHED).unlink()
+    mark_finished(folder)
     return open_pairs(folder)
 
 
@@ -279,8 +227,17 @@ def _begin(folder: Path, n: int) -> None:
     for file in folder.glob(".pairs-*.parquet.*"):
         if time.time() - file.stat().st_mtime > _STALE_SECONDS:
             file.unlink(missing_ok=True)
+    mark_unfinished(folder, n)
+
+
+def mark_unfinished(folder: Path, n: int) -> None:
+    """Until `mark_finished`, `open_pairs` says that the n pairs are not there yet."""
     if not (folder / UNFINISHED).exists() or _marked(folder) != f"{n}":
         (folder / UNFINISHED).write_text(f"{n}\n")
+
+
+def mark_finished(folder: Path) -> None:
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _marked(folder: Path) -> str:

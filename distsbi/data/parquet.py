@@ -2,11 +2,12 @@
 and `x` [dim_x, ch_x], or an image [rows, columns, ch_x].
 
 The schema carries the parameter names and where the pairs came from. A file exists if and only if it is complete: it is
-written under a hidden temporary name, synced and renamed. Plain fixed-size lists, as other writers make them, are read
-as one channel.
+written under a hidden temporary name, synced and renamed. Its pages have checksums, which reading checks. Plain fixed-size
+lists, as other writers make them, are read as one channel.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,20 +38,33 @@ class Footer(NamedTuple):
 
 
 def write_file(path: Path, theta: np.ndarray, x: np.ndarray, names: Sequence[str], source: dict[str, Any]) -> None:
-    """Write one complete file, or none. Raises OSError that says what to do."""
-    columns = [pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(a)) for a in (theta, x)]
+    """Write one complete file, or none; it may have no rows. Raises OSError that says what to do."""
+    columns = [_column(np.ascontiguousarray(a)) for a in (theta, x)]
     note = json.dumps({"format": FORMAT, "names": names, "source": source})
     table = pa.table(columns, names=["theta", "x"]).replace_schema_metadata({_METADATA: note})
-    row_bytes = 4 * (theta[0].size + x[0].size)
+    row_bytes = 4 * (math.prod(theta.shape[1:]) + math.prod(x.shape[1:]))
     rows = max(1, _ROW_GROUP_BYTES // row_bytes)
     try:
-        write_whole(path, lambda file: pq.write_table(table, file, use_dictionary=False, row_group_size=rows))
+        write_whole(
+            path,
+            lambda file: pq.write_table(
+                table, file, use_dictionary=False, row_group_size=rows, write_page_checksum=True
+            ),
+        )
     except OSError as error:
         reason = error.strerror or error
         message = (
             f"{path} could not be written ({reason}); files written before are complete. Free space and run again."
         )
         raise OSError(error.errno, message) from error
+
+
+def _column(array: np.ndarray) -> pa.Array:
+    """Rows as tensors of one shape; pyarrow (26.0) makes none of no rows."""
+    if len(array):
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(array)
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(array.dtype), array.shape[1:])
+    return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
 
 
 def read_footer(path: Path) -> Footer:
@@ -115,10 +129,23 @@ def _axes(kind: Any) -> list[int]:
     return list(kind.permutation or range(len(kind.shape)))
 
 
-def read_file(path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """theta and x of one file, float32. Raises ValueError if it is damaged or holds nulls."""
+def row_groups(path: Path) -> tuple[int, ...]:
+    """Rows of every row group of a file. Raises ValueError if it is damaged."""
     try:
-        table = pq.read_table(path, columns=["theta", "x"])
+        found = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    return tuple(found.row_group(i).num_rows for i in range(found.num_row_groups))
+
+
+def read_file(
+    path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...], *, group: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """theta and x of one file, or of one of its row groups, float32. Raises ValueError if it is damaged or holds nulls."""
+    columns = ["theta", "x"]
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(columns) if group is None else file.read_row_group(group, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(_damaged(path, error)) from error
     arrays = []
@@ -139,6 +166,14 @@ def read_file(path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...]
             rows = rows.reshape(-1, *column.type.shape).transpose(0, *(1 + axis for axis in _axes(column.type)))
         arrays.append(rows.reshape(-1, *shape))
     return arrays[0], arrays[1]
+
+
+def check_file(path: Path) -> Footer:
+    """Reads all of a file, a row group at a time. Raises ValueError if it is damaged or holds nulls."""
+    footer = read_footer(path)
+    for group in range(len(row_groups(path))):
+        read_file(path, footer.theta_shape, footer.x_shape, group=group)
+    return footer
 
 
 def _damaged(path: Path, error: Exception) -> str:

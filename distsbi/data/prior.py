@@ -167,6 +167,42 @@ def read_part(name: str, text: str) -> tuple[Any, list[float], dict[str, float]]
     return made, numbers, named
 
 
+def describe(prior: Any) -> dict[str, str] | str:
+    """What a prior is, in words that are equal for equal priors: of a `Prior` each part by name. Other libraries' are told by their class.
+
+    >>> describe(parse_prior({"mass": "LogNormal(0, 0.5)"}))
+    {'mass': 'LogNormal(loc=0, scale=0.5)'}
+    """
+    import numpyro.distributions as dist
+
+    if isinstance(prior, Prior):
+        return {name: str(describe(part)) for name, part in prior.parts.items()}
+    kind = type(prior)
+    if not isinstance(prior, dist.Distribution):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    wrapped = hasattr(prior, "base_dist") and not (
+        isinstance(prior, dist.TransformedDistribution) and kind.arg_constraints
+    )
+    given = {name: vars(prior).get(name) for name in kind.arg_constraints if name in vars(prior)}
+    if (
+        wrapped or not given
+    ):  # truncated, of several entries, ...: all that it holds, by name, for numpyro's own order is that of a set
+        held = {name: vars(prior).get(name) for name in sorted(kind.gather_pytree_data_fields())}
+        inner = {
+            name: describe(value)
+            if isinstance(value, dist.Distribution)
+            else " ".join(map(_numbers, jax.tree.leaves(value)))
+            for name, value in held.items()
+        }
+        inner["shape"] = " ".join(map(str, prior.shape()))
+        return f"{kind.__name__}({', '.join(f'{name}={said}' for name, said in inner.items() if said)})"
+    return f"{kind.__name__}({', '.join(f'{name}={_numbers(value)}' for name, value in given.items())})"
+
+
+def _numbers(value: Any) -> str:
+    return " ".join(f"{number:.7g}" for number in np.ravel(np.asarray(value, np.float64)).tolist())
+
+
 def parameter_names(prior: Any, dim: int) -> tuple[str, ...]:
     """The prior's own `names`, else `theta_0`, `theta_1`, ... Raises ValueError if they are not `dim` different
     names."""

@@ -2,10 +2,11 @@
 
 arrays (theta, x)     on the devices, shuffled and indexed inside the training step
 Task                  simulated on the devices inside the step: no finite set at all
-Parquet folder        read into arrays where it fits, else streamed in shuffled row groups
+Parquet folder        read into arrays where it fits (IN_MEMORY_BYTES), else streamed in shuffled row groups; `StreamedPairs(folder)` always is
 iterable of batches   streamed, cut and joined to the batch size; anything that yields (theta, x), grain included
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,14 +19,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from distsbi.data.pairs import PairsFolder, as_pairs, iter_pairs, open_pairs, read_pairs
+from distsbi.data.pairs import as_pairs, open_pairs, read_pairs
 from distsbi.data.prior import check_theta
+from distsbi.data.stream import Groups, StreamedPairs, endless
 from distsbi.networks.observation import Layout
 from distsbi.tasks.base import Task
 
 IN_MEMORY_BYTES = 2 * 2**30
 FIT_PAIRS = 50_000  # pairs that scales are fitted on where the set is not in memory
 VALIDATION_PAIRS = 4_096  # and validated on
+GROUPS_EACH = 4  # row groups, least, that a process which shares a stream has alone
 FIT_BYTES = 256 * 2**20  # most of either, where rows are large
 
 Pairs = tuple[Float[np.ndarray, "n dim_theta ch_theta"], Float[np.ndarray, "n dim_x ch_x"]]
@@ -42,6 +45,8 @@ class Source:
     fit: pairs to fit the scales on.
     fingerprint: a digest of the data, for resuming.
     hold_out: `hold_out(fraction) -> (source of the rest, validation pairs)`, where nothing was given to validate on.
+    part: `part(index, count) -> batches` of process `index` of `count`: its rows of every batch, which is made of those of all; None: every process
+        reads all, and keeps its rows.
     """
 
     size: int | None
@@ -51,6 +56,7 @@ class Source:
     draw: Callable[[Array, Array, Any], tuple[Array, Array]] | None = None
     batches: Callable[[int, int], Iterator[Pairs]] | None = None
     hold_out: Callable[[float], tuple["Source", Pairs]] | None = None
+    part: Callable[[int, int], Callable[[int, int], Iterator[Pairs]]] | None = None
 
 
 class Shapes(NamedTuple):
@@ -146,45 +152,50 @@ def _from_task(task: Task, shapes: Shapes, prior: Any = None) -> Source:
 
 def _from_folder(path: str | os.PathLike[str], shapes: Shapes, prior: Any) -> Source:
     folder = open_pairs(path)
+    if isinstance(path, StreamedPairs):
+        return _streamed(Groups.of(folder), shapes, prior, path)
     if len(folder) * sum(math.prod(shape) for shape in shapes[:2]) * 4 <= IN_MEMORY_BYTES:
         pairs = read_pairs(folder, missing=shapes.missing)
         return _from_arrays(_checked((pairs.theta, pairs.x), shapes, prior))
-    return _streamed(folder, shapes, prior)
+    return _streamed(Groups.of(folder), shapes, prior, StreamedPairs(path))
 
 
-def _streamed(folder: PairsFolder, shapes: Shapes, prior: Any) -> Source:
+def _streamed(groups: Groups, shapes: Shapes, prior: Any, options: StreamedPairs) -> Source:
     def batches(step: int, batch_size: int) -> Iterator[Pairs]:
-        per_epoch = len(folder) // batch_size
-        for epoch in itertools.count(step // per_epoch):
-            first = step % per_epoch if epoch == step // per_epoch else 0
-            for batch in iter_pairs(folder, batch_size, seed=0, epoch=epoch, batch=first, missing=shapes.missing):
+        return of(groups, step, batch_size, (0, 1))
+
+    def part(index: int, count: int) -> Callable[[int, int], Iterator[Pairs]]:
+        """Of the row groups that this process has alone, where each gets several; else its rows of batches that all of them read."""
+        if len(groups.groups) < GROUPS_EACH * count:
+            return lambda step, batch_size: of(groups, step, batch_size, (index, count))
+        own = dataclasses.replace(groups, groups=groups.groups[index::count])
+        return lambda step, batch_size: of(own, step, batch_size // count, (0, 1))
+
+    def of(groups: Groups, step: int, batch_size: int, part: tuple[int, int]) -> Iterator[Pairs]:
+        seed, size = options.seed, options.buffer_bytes
+        found = endless(groups, batch_size, seed=seed, step=step, buffer_bytes=size, missing=shapes.missing, part=part)
+        with contextlib.closing(found):  # its thread ends with this generator
+            for batch in found:
                 yield _checked(batch, shapes, prior)
 
     def some(rows: int) -> Pairs:
-        return _checked(next(iter_pairs(folder, min(len(folder), rows), seed=0, missing=shapes.missing)), shapes, prior)
+        return _checked(groups.sample(_most(rows, shapes), shapes.missing), shapes, prior)
 
     def split(fraction: float) -> tuple[Source, Pairs]:
-        """Whole files are held out, the last ones."""
-        if len(folder.files) == 1:
-            raise ValueError(
-                f"{folder.files[0]} is too large for memory and the only file: give val_dataset, or split it into several files."
-            )
-        count = min(len(folder.files) - 1, max(1, round(fraction * len(folder.files))))
-        rest, held = (
-            _streamed(dataclasses.replace(folder, files=folder.files[part], rows=folder.rows[part]), shapes, prior)
-            for part in (slice(None, -count), slice(-count, None))
-        )
-        return rest, _first(held.fit(), _most(VALIDATION_PAIRS, shapes))
+        rest, held = groups.hold_out(fraction)
+        found = _checked(held.sample(_most(VALIDATION_PAIRS, shapes), shapes.missing), shapes, prior)
+        return _streamed(rest, shapes, prior, options), found
 
-    digest = hashlib.sha256(
-        repr([(f.name, f.stat().st_size, n) for f, n in zip(folder.files, folder.rows, strict=True)]).encode()
-    )
+    files = dict.fromkeys(group.file for group in groups.groups)
+    said = [(group.file.name, group.index, group.rows) for group in groups.groups]
+    sizes = [(file.name, file.stat().st_size) for file in files]
     return Source(
-        size=len(folder),
-        fit=lambda: some(_most(FIT_PAIRS, shapes)),
-        fingerprint=digest.hexdigest(),
+        size=len(groups),
+        fit=lambda: some(FIT_PAIRS),
+        fingerprint=hashlib.sha256(repr((options.seed, options.buffer_bytes, sizes, said)).encode()).hexdigest(),
         batches=batches,
         hold_out=split,
+        part=part,
     )
 
 

@@ -1,7 +1,9 @@
 """Ray, started or joined, and the environment that a worker process gets. Ray is imported at first use."""
 
 import contextlib
+import json
 import logging
+import math
 import os
 import re
 import socket
@@ -9,7 +11,8 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 OBJECT_STORE_BYTES = 100 * 2**20  # manifests only: samples never enter it
 PROBE_SECONDS = 5.0  # for something to listen at an address
@@ -24,7 +27,7 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float) 
     RAY_AUTH_MODE=disabled, asks who connects for a token; it is shut down at the end, and the environment variables
     which `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
 
-    Raises ValueError if no cluster answers at the address, or if a worker asks for more than this machine has;
+    Raises ValueError if no cluster answers at the address or it refuses the token, or if a worker asks for more than this machine has;
     RuntimeError if a local Ray does not start.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
@@ -51,15 +54,58 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float) 
 
 def _join(address: str) -> None:
     import ray
+    from ray.exceptions import AuthenticationError, RpcError
 
     try:
         _probe(address)
+        _knock(address)
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, TimeoutError) as error:
+    except AuthenticationError as error:
+        raise ValueError(_refused(address)) from error
+    except (ConnectionError, TimeoutError, RpcError) as error:
         raise ValueError(
             f"no Ray cluster answers at {address!r} ({error}); check the address with `ray status --address "
             f"{address}`, or leave address out to use this machine."
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Asks once whether the cluster lets this process in, with the token that ray.init would show: ray.init asks thirteen times,
+    warns each time, and then tells a refusal as a wrong address.
+
+    Raises Ray's AuthenticationError without a token or with another than the cluster's; its RpcError if no Ray answers.
+    """
+    from ray._private import services
+    from ray._private.authentication import authentication_token_setup as tokens
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+
+    given = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+    if "://" in given:  # Ray's client, which asks by itself
+        return
+    services.find_gcs_addresses.cache_clear()
+    where = services.canonicalize_bootstrap_address(given)
+    if where is None:
+        return
+    if address == "auto":
+        _probe(where)
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    tokens.ensure_token_if_auth_enabled(create_token_if_missing=False)  # a GcsClient without one ends the process
+    GcsClient(address=where)
+
+
+def _refused(address: str) -> str:
+    from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
+
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        shown = "shows none"
+    elif AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        shown = "shows another"
+    else:
+        shown = "has none"
+    return (
+        f"the Ray cluster at {address!r} asks for a token, and this call {shown}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH to the cluster's."
+    )
 
 
 def _probe(address: str) -> None:
@@ -151,13 +197,79 @@ def cluster_workers(cpus_per_worker: int, gpus_per_worker: float) -> int:
     return max(1, int(room))
 
 
+def cluster_room(cpus_per_worker: int, gpus_per_worker: float, leaving: Collection[str] = ()) -> int:
+    """How many more workers fit now on machines that live, those in `leaving` aside."""
+    import ray.util.client
+    from ray._private.state import state
+
+    if ray.util.client.ray.is_connected():  # ray://: no more than the sum is told
+        free = [ray.available_resources()]
+    else:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(leaving)
+        free = [left for node, left in state.available_resources_per_node().items() if node in alive]
+    fits = lambda left, name, each: left.get(name, 0) / each if each else math.inf  # noqa: E731
+    return sum(int(min(fits(left, "CPU", cpus_per_worker), fits(left, "GPU", gpus_per_worker))) for left in free)
+
+
+def fits_a_machine(cpus: int, gpus: float) -> bool:
+    """Whether a machine that is there could hold such a worker, if it were free."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
+
+
+def grows() -> bool:
+    """Whether machines may be added by an autoscaler, or by whoever else names the kinds of its machines.
+
+    Ray does not say so itself. Its autoscaler v2, KubeRay and Spark label what they start with a group; autoscaler v1 reports machines by
+    kind, and where there is none (its provider is "readonly") by "node_" and their own name.
+    """
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if any("ray.io/node-group" in node.get("Labels", {}) for node in ray.nodes() if node["Alive"]):
+        return True
+    told = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    kinds = told.get("autoscaler_report", {}).get("active_nodes", {})
+    return not all(re.fullmatch("node_[0-9a-f]+", kind) for kind in kinds)
+
+
+def machine_of(actor: Any) -> str:
+    """Ray's name of the machine that an actor is on, or was; "" while it waits for room or its process, and over ray://, where it is not
+    told."""
+    import ray.util.client
+    from ray._private.state import state
+
+    if ray.util.client.ray.is_connected():
+        return ""
+    found = state.actor_table(actor._actor_id.hex())
+    # of one that waits it is the machine at which it waits
+    return found["Address"]["NodeID"] if found.get("State") in ("ALIVE", "DEAD") else ""
+
+
+def not_on(machines: Collection[str]) -> dict[str, str]:
+    """The label selector of an actor that is to be put on none of `machines`."""
+    return {"ray.io/node-id": f"!in({','.join(sorted(machines))})"} if machines else {}
+
+
+def draining_nodes() -> set[str]:
+    """Ray's names of the machines that are about to leave (a preemption notice, an autoscaler that shrinks)."""
+    import ray.util.client
+    from ray._private.state import state
+
+    return set() if ray.util.client.ray.is_connected() else set(state.get_draining_nodes())
+
+
 def worker_environment(cpus: int, gpus: float) -> dict[str, str]:
     """Environment variables of a worker process with `cpus` cores and `gpus` GPUs.
 
     PJRT_NPROC is what bounds XLA's thread pool. A worker without a GPU must be told JAX_PLATFORMS=cpu, or jax takes
     one that Ray gave to somebody else. Virtual CPU devices of the driver are not passed on.
     """
-    env = {"PYTHONPATH": os.pathsep.join(_import_path())}
+    # Ray puts the variable of the machine in the place of ${...}, or nothing where it has none
+    env = {"PYTHONPATH": os.pathsep.join([*_import_path(), "${PYTHONPATH}"])}
     if gpus:
         env["XLA_CLIENT_MEM_FRACTION"] = f"{0.9 * min(gpus, 1):.3f}"
     else:

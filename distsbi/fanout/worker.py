@@ -7,20 +7,33 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import importlib.metadata
+import itertools
 import os
 import platform
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from distsbi.files import write_whole
+import distsbi
+from distsbi.fanout.agenda import Shards, Task
+from distsbi.hardware import cpu_lines, device_name
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
+from distsbi.store.place import as_place
 from distsbi.store.rows import Row
 from distsbi.store.source import glance
+from distsbi.store.status import count_reasons
+
+
+def bit_versions() -> dict[str, str]:
+    """Of the packages that decide, beside the hardware, the bits of draws."""
+    jaxes = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    return {"distsbi": distsbi.__version__, **jaxes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Job:
         output: what is kept of the draws.
         loader: "module:function" that makes a posterior of `run`.
         network: "module:function" that makes a user's own network, for the loader.
+        versions: of the packages where the job is made, which its workers must have too.
     """
 
     run: str
@@ -50,22 +64,7 @@ class Job:
     output: Output
     loader: str = "distsbi.sampling:load"
     network: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """How the catalog is divided, and the fingerprint of the run that the shards belong to."""
-
-    n_rows: int
-    rows_per_shard: int
-    fingerprint: str
-
-    @property
-    def count(self) -> int:
-        return -(-self.n_rows // self.rows_per_shard)
-
-    def rows(self, shard: int) -> range:
-        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.n_rows))
+    versions: dict[str, str] = dataclasses.field(default_factory=bit_versions)
 
 
 class Worker:
@@ -79,13 +78,19 @@ class Worker:
 
         `own_process`: the process is this worker's alone, so its environment and jax's settings are ours to choose.
 
-        Raises ValueError for a run, catalog or option that cannot be used, and for a catalog that is not the one that
-        was checked.
+        Raises ValueError for a run, catalog or option that cannot be used, for a catalog that is not the one that was
+        checked, and for other versions than the job's.
         """
         if own_process:
-            if "XLA_CLIENT_MEM_FRACTION" in os.environ:  # jax refuses to have both names
-                os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
-            _use_compile_cache()
+            own_jax()
+        self.versions = bit_versions()
+        if self.versions != self.job.versions:
+            here = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+            there = ", ".join(f"{name} {version}" for name, version in self.job.versions.items())
+            raise ValueError(
+                f"the worker on {socket.gethostname()} has {here}, and the call was made with {there}: other versions draw other "
+                "bits. Install the same everywhere."
+            )
         from distsbi import keys
         from distsbi.sampling import SampleOptions
 
@@ -96,7 +101,7 @@ class Worker:
         self.source = open_source(job.source)
         if glance(job.source) != job.glance:
             raise ValueError(
-                f"on {socket.gethostname()} {job.source.path} is not the catalog that was checked: another copy, or "
+                f"on {socket.gethostname()} {as_place(job.source.path)} is not the catalog that was checked: another copy, or "
                 "changed since; give a path that all machines share, or the same copy everywhere, and leave it alone "
                 "while it is sampled."
             )
@@ -109,7 +114,7 @@ class Worker:
             self._draw(
                 np.zeros((1, p.dim_x, p.ch_x), np.float32), np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws)
             )
-        device = next(iter(p.mesh.devices.flat))
+        self.device = device_name(next(iter(p.mesh.devices.flat)))
         return {
             "definition": {
                 "posterior": p.fingerprint,
@@ -119,11 +124,7 @@ class Worker:
             },
             "sizes": [p.dim_theta, p.ch_theta],
             "parameter_names": list(p.parameter_names),
-            "worker": {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "device": f"{device.platform}: {device.device_kind}",
-            },
+            "worker": who(own_process, self.device),
         }
 
     def begin(self, shards: Shards) -> None:
@@ -139,14 +140,38 @@ class Worker:
             shards.fingerprint,
         )
 
-    def shard(self, number: int) -> dict[str, Any]:
-        """Samples the rows of one shard, writes its file and returns its manifest row.
+    def do(self, task: Task) -> dict[str, Any]:
+        """Samples the rows of a shard, writes its file and returns its manifest row; or samples the rows of a probe and
+        forgets them: whether that kills or hangs this process is the answer.
 
         Raises OSError if the file cannot be written.
         """
-        began = time.monotonic()
+        began, number, skip = time.monotonic(), task.shard, dict(task.skip)
+        if task.rows is not None:
+            self.sample(range(*task.rows), skip)
+            return {}
         rows = self.shards.rows(number)
-        ids, values = self.source.read(rows.start, rows.stop)
+        table = self.sample(rows, skip)
+        content = self.format.encode(table)
+        layout.shard_file(as_place(self.job.out), number, self.shards.count).write(content)
+        return {
+            "shard": number,
+            "rows": len(rows),
+            **schema.count_rows(table),
+            "reasons": count_reasons(table),
+            "bytes": content.size,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "seconds": round(time.monotonic() - began, 4),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "device": self.device,
+            "versions": self.versions,
+        }
+
+    def sample(self, rows: Sequence[int], skip: Mapping[int, str]) -> pa.Table:
+        """The finished rows, as a shard holds them. `rows`: ascending."""
+        parts = [self.source.read(start, stop) for start, stop in _ranges(rows)]
+        ids, values = pa.concat_arrays([ids for ids, _ in parts]), [x for _, some in parts for x in some]
         if self.job.source.id_column is None:
             observation_ids = np.asarray(rows, np.uint64)
         else:
@@ -156,18 +181,11 @@ class Worker:
         checked = [self._check(value) for value in values]
         status = [schema.INVALID if isinstance(x, str) else schema.OK for x in checked]
         message = [x if isinstance(x, str) else None for x in checked]
+        for i, row in enumerate(rows):
+            if row in skip:
+                status[i], message[i] = schema.QUARANTINED, skip[row]
         draws = self._draw_rows(checked, observation_ids, status, message)
-        table = self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
-        path = layout.shard_file(self.job.out, number, self.shards.count)
-        write_whole(path, lambda file: self.format.write(table, file))
-        return {
-            "shard": number,
-            "rows": len(rows),
-            **{name: status.count(name) for name in schema.STATUSES},
-            "seconds": round(time.monotonic() - began, 4),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        return self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
 
     def _check(self, value: Row) -> Row:
         """x of shape (dim_x, ch_x), or why there is none."""
@@ -210,10 +228,55 @@ class Worker:
 
         good = [i for i, s in enumerate(status) if s == schema.OK]
         parts = draw(good) if good else []
+        good = [i for i in good if status[i] == schema.OK]
+        if good:
+            for i, sentence in p.far(np.stack([xs[i] for i in good])).items():  # type: ignore[arg-type]
+                message[good[i]] = f"x {sentence}"
         return np.concatenate(parts) if parts else np.empty((0, n, p.dim_theta, p.ch_theta), np.float32)
 
     def _draw(self, xs: np.ndarray, ids: np.ndarray, nsamples: int) -> np.ndarray:
         return self.posterior.draw(self.key, xs, nsamples, observation_ids=ids, show_progress=False, **self.job.options)
+
+
+def unlike(first: Mapping[str, Any], told: Mapping[str, Any], run: str) -> str:
+    """Why two workers, by what they told when they came up, cannot draw one catalog."""
+    here, there = first["worker"], told["worker"]
+    one, other = first["definition"], told["definition"]
+    if {**one, "tile": None} == {**other, "tile": None}:
+        return (
+            f"the worker on {there['host']} ({there['device']}) draws in tiles of {other['tile']}, the one on {here['host']} "
+            f"({here['device']}) in tiles of {one['tile']}: a catalog is drawn on one kind of device. Give workers of one kind."
+        )
+    return (
+        f"the worker on {there['host']} found another posterior at {run} than the one on {here['host']}; give a run "
+        "directory that all machines share, or the same copy everywhere."
+    )
+
+
+def _ranges(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges (start, stop)."""
+    cuts = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
+    return [(rows[a], rows[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
+
+
+def who(own_process: bool, device: str) -> dict[str, Any]:
+    """What a worker tells of itself, for the pool and for run.json."""
+    node = _node() if own_process else ""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "node": node, "device": device}
+
+
+def _node() -> str:
+    """Ray's name of this machine."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def own_jax() -> None:
+    """Settings of jax in a process that is a worker's alone. Before jax is imported."""
+    if "XLA_CLIENT_MEM_FRACTION" in os.environ:  # jax refuses to have both names
+        os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+    _use_compile_cache()
 
 
 def _use_compile_cache() -> None:
@@ -227,9 +290,7 @@ def _use_compile_cache() -> None:
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     machine = platform.machine() + jax.__version__
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        wanted = ("model name", "flags", "Features", "CPU part")
-        machine += "".join(sorted({line for line in cpuinfo.read_text().splitlines() if line.startswith(wanted)}))
+    machine += "".join(cpu_lines(("model name", "flags", "Features", "CPU part")))
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "distsbi" / f"jax-{hashlib.blake2b(machine.encode(), digest_size=8).hexdigest()}"
     try:

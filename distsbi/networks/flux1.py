@@ -64,7 +64,8 @@ class Flux1Params(NetworkParams):
         id_merge_mode: "sum" or "concat".
         theta: base of RoPE's frequencies; None for 10 (dim_obs + dim_cond).
         conditioning: "one_way" or "joint", see the module.
-        dtype: inputs of the blocks' matrix products, "float32" or "bfloat16" (accumulated in float32). param_dtype: of the weights.
+        dtype: inputs of the blocks' matrix products, "float32" or "bfloat16" (accumulated in float32). param_dtype: of the weights,
+            which are trained in float32.
         missing: data tokens may be missing; then no token attends to them.
         rngs: used to initialise the weights; no part of equality, hash or the stored dictionary.
         vec_in_dim, guidance_embed: accepted for GenSBI's sake; guidance itself is not supported.

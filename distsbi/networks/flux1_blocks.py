@@ -25,14 +25,16 @@ from distsbi.networks.base import precision
 Weights = dict[str, Any]  # nested; kernels are [out, in] here, stacked blocks have a leading axis
 Tokens = Float[Array, "hidden tokens batch draws"]
 Heads = Float[Array, "heads head_dim tokens batch draws"]
-Source = tuple[Heads, Heads, Array | None]  # keys, values, and which keys there are, [tokens, batch, draws], None: all
+# Keys, values, and which keys there are: [tokens, batch, draws], or [queries, tokens, batch, draws]; None: all.
+Source = tuple[Heads, Heads, Array | None]
 Rotation = tuple[Float[Array, "half tokens"], Float[Array, "half tokens"]] | None
 
 NORM_EPS = 1e-6
 NO_KEY = -1e30  # the logit of a key that is not there
 # Above these sizes attention is two batched matrix products; below, a sum of element-wise products. XLA's CPU backend runs
-# a product of 128 x 8 x 8 batches of [2, 8] @ [8, 2] as a scalar loop: 3.9 ms where the element-wise form takes 0.5 ms.
-ELEMENTWISE_KEYS = 16
+# a product of 128 x 8 x 8 batches of [2, 8] @ [8, 2] as a scalar loop: 3.9 ms where the element-wise form takes 0.5 ms. With 8
+# or 13 keys it is the other way: a gradient takes 0.57 and 0.60 of the time (Flux1Joint and Simformer, AMD EPYC, jax 0.10.2).
+ELEMENTWISE_KEYS = 4
 ELEMENTWISE_HEAD_DIM = 32
 
 
@@ -191,7 +193,9 @@ def _many_scores(q: Heads, k: Heads, mask: Array | None, dtype: str) -> Float[Ar
     product = "hbdie,hbej->hbdij" if shared else "hbdie,hbdej->hbdij"
     keys = jnp.transpose(k[..., 0], (0, 3, 1, 2)) if shared else jnp.transpose(k, (0, 3, 4, 1, 2))
     logits = _einsum(product, jnp.transpose(q, (0, 3, 4, 2, 1)), keys, dtype)
-    return _masked(logits, None if mask is None else jnp.transpose(mask, (1, 2, 0))[:, :, None])
+    return _masked(
+        logits, None if mask is None else jnp.moveaxis(mask if mask.ndim == 4 else mask[None], (0, 1), (2, 3))
+    )
 
 
 def _many_mix(weights: Float[Array, "heads batch draws queries keys"], v: Heads, dtype: str) -> Heads:

@@ -41,7 +41,7 @@ class Flux1JointParams(NetworkParams):
         mlp_ratio: hidden units of the MLPs over the width.
         id_merge_mode: "sum" or "concat". id_embedding_strategy: "absolute".
         conditioning: "one_way" or "joint" (see `networks.joint`).
-        dtype, param_dtype: inputs of the blocks' matrix products, and weights.
+        dtype, param_dtype: inputs of the blocks' matrix products, and weights (trained in float32).
         rngs: used to initialise the weights; no part of equality, hash or the stored dictionary.
         qkv_bias, vec_in_dim, guidance_embed: accepted for GenSBI's sake, where they have no effect either.
 

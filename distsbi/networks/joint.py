@@ -9,6 +9,9 @@ sample serves every conditional.
 - "joint" conditioning: all tokens attend to all, at every step and for every draw (as Simformer, Gloeckler et al. 2404.09636).
 - "one_way": given tokens attend to given tokens alone and are modulated by the time of clean data, so `encode` runs them once and
   keeps each layer's keys and values, shared by all draws.
+
+Under a random mask (training) which tokens are given differs from pair to pair: both kinds then run one sequence of all tokens, and
+"one_way" is a matter of which keys a query sees and which time a token has.
 """
 
 from abc import abstractmethod
@@ -42,14 +45,15 @@ class JointNetwork(Network):
         """What the blocks take of time."""
 
     @abstractmethod
-    def layers(self, vec: Float[Array, "features b d"]) -> Any:
-        """The blocks' weights and what they make of time, stacked along a leading axis."""
+    def layers(self, vec: Float[Array, "features b d"]) -> tuple[Any, Float[Array, "layers ... hidden 1 b d"]]:
+        """The blocks' weights and what they make of time (for each token, or 1 for all), stacked along a leading axis."""
 
     @abstractmethod
     def block(
         self, h: Tokens, layer: Any, shared: list[Source], mask: Array | None
     ) -> tuple[Tokens, tuple[Heads, Heads]]:
-        """One block: tokens attend to `shared` and to those of their own that `mask` names. Also returns their keys and values."""
+        """One block: tokens attend to `shared` and to those of their own that `mask` names ([keys, batch, draws], or for each query).
+        Also returns their keys and values."""
 
     @abstractmethod
     def readout(self, h: Tokens, vec: Float[Array, "features b d"]) -> Float[Array, "ch tokens batch draws"]:
@@ -74,16 +78,15 @@ class JointNetwork(Network):
             flat = jnp.where(given, flat, 0.0)
         shared: dict[str, Array] = {} if mask is None else {"mask": mask}
         on = jnp.ones(flat.shape[1:], bool) if given is None else given
-        if self.conditioning == "joint":
-            h = self.tokens(flat, numbers, on)
-            return {**shared, "tokens": jnp.transpose(h[:, :, 0], (2, 1, 0))}
         h = self.tokens(flat, numbers, on)
-        vec = self.embed_time(jnp.ones((1, 1)))
+        if self.conditioning == "joint" or mask is not None:
+            return {**shared, "tokens": jnp.transpose(h[:, :, 0], (2, 1, 0))}
 
         def step(h: Tokens, layer: Any) -> Any:
-            return self.block(h, layer, [], given)
+            return self.block(h, layer, [], None)
 
-        _, kept = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), h, self.layers(vec))  # type: ignore[arg-type]
+        layers = self.layers(self.embed_time(jnp.ones((1, 1))))
+        _, kept = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), h, layers)  # type: ignore[arg-type]
         # [layers, heads, head_dim, tokens, 1, batch] -> [batch, layers, tokens, heads, head_dim]
         return {**shared, "kv": jax.tree.map(lambda a: jnp.transpose(a[..., 0, :], (4, 0, 3, 1, 2)), kept)}
 
@@ -103,26 +106,32 @@ class JointNetwork(Network):
         flat = long_axis_last(jnp.transpose(v_t, (3, 2, 0, 1)), draws)
         h = self.tokens(flat, numbers, None)
         own, count = None, h.shape[1]
+        blocks, of_time = self.layers(vec)
         shared: Any = None
-        if not context:  # nothing is given
-            pass
-        elif self.conditioning == "joint":
+        clean: Any = None
+        if "tokens" in context:
             held = long_axis_last(jnp.transpose(context["tokens"], (2, 1, 0))[..., None], draws)
             held = jnp.broadcast_to(held, (*held.shape[:2], *h.shape[2:]))
-            # the same tokens on both sides (training), or the given ones beside the free ones
-            h = jnp.where(given, held, h) if given is not None else jnp.concatenate([h, held], 1)
-        else:
+            if given is None:  # the given tokens beside the free ones
+                h = jnp.concatenate([h, held], 1)
+            else:  # the same tokens on both sides (training)
+                h = jnp.where(given, held, h)
+                if self.conditioning == "one_way":
+                    own = given[None] | ~given[:, None]  # [queries, keys, batch, draws]
+                    _, clean = self.layers(self.embed_time(jnp.ones((1, 1))))
+        elif "kv" in context:
             shared = jax.tree.map(
                 lambda a: long_axis_last(jnp.transpose(a, (1, 3, 4, 2, 0))[..., None], draws), context["kv"]
             )
-            own = None if given is None else ~given
 
         def step(h: Tokens, layer: Any) -> Any:
-            block, kept = layer
-            sources = [] if kept is None else [(*kept, given)]
-            return self.block(h, block, sources, own)[0], None
+            block, of_time, clean, kept = layer
+            if given is not None and clean is not None:
+                of_time = jnp.where(given, clean, of_time)
+            return self.block(h, (block, of_time), [] if kept is None else [(*kept, None)], own)[0], None
 
-        h, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), h, (self.layers(vec), shared))  # type: ignore[arg-type]
+        layers = (blocks, of_time, clean, shared)
+        h, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), h, layers)  # type: ignore[arg-type]
         f = self.readout(h[:, :count], vec)
         return jnp.transpose(long_axis_last(f, draws), (2, 3, 1, 0))
 

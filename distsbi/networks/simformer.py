@@ -34,7 +34,7 @@ class SimformerParams(NetworkParams):
         num_heads, depth: attention heads, layers. qkv_features: of all heads; None: the width.
         fourier_features: of time. mlp_ratio, num_hidden_layers: hidden units of the MLPs over the width, and their layers.
         conditioning: "one_way" or "joint" (see `networks.joint`).
-        dtype, param_dtype: inputs of the MLPs' matrix products, and weights.
+        dtype, param_dtype: inputs of the MLPs' matrix products, and weights (trained in float32).
         rngs: used to initialise the weights; no part of equality, hash or the stored dictionary.
 
     Raises ValueError for sizes that do not fit together.

@@ -9,6 +9,11 @@ learns the average velocity over each segment from where the segment begins,
 pseudo-L1 loss of the segment's end. Drawing is then Euler's method on K steps. Half of every batch begins a segment at the teacher's
 own point, half where the student itself arrives, so that it is trained where it is used. No simulation is needed: noise is fresh in
 every update, and x is any data, such as the training set's.
+
+Two other objectives learn the same averages, for comparison; both train u(s, Y) at every time s of a segment, towards its end:
+- "consistency": from two neighbours on a teacher's path the student is to arrive at the same end (consistency distillation, Song et al.
+  2303.01469; within segments, Heek et al. 2403.06807; without a second set of averaged weights, Song & Dhariwal 2310.14189).
+- "mean_flow": u = v + (s_{k+1} - s) du/ds along the teacher's path, the limit of neighbours that touch (Geng et al. 2505.13447, eq. 6).
 """
 
 import dataclasses
@@ -23,16 +28,17 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
-from distsbi.methods import FlowMatching
+from distsbi.methods import FlowMatching, Method, Moment
 from distsbi.networks.base import encode
 from distsbi.sampling.flow import denoise, make_field
 from distsbi.sampling.posterior import Posterior
-from distsbi.solvers import FixedGrid
+from distsbi.solvers import Field, FixedGrid
 from distsbi.solvers.field import known
 from distsbi.training import TrainingConfig
-from distsbi.training.update import make_optimizer
+from distsbi.training.update import as_kept, in_float32, make_optimizer
 
 DISPATCH = 50  # updates per dispatch
+OBJECTIVES = ("endpoint", "consistency", "mean_flow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,7 @@ class DistillConfig:
         softness: of the pseudo-L1 loss sqrt(r^2 + softness^2), in standardised units per parameter.
         teacher_steps: of the teacher's solver, each segment's share at least two.
         on_policy: share of the batch that begins a segment where the student arrives.
+        objective: "endpoint" (measured to be the best), "consistency" or "mean_flow"; see the module.
         seed: of noise, order and choice. show_progress: None: on a terminal.
     """
 
@@ -61,6 +68,7 @@ class DistillConfig:
     softness: float = 0.003
     teacher_steps: int = 16
     on_policy: float = 0.5
+    objective: str = "endpoint"
     seed: int = 0
     show_progress: bool | None = None
 
@@ -72,6 +80,10 @@ class DistillConfig:
                 raise ValueError(f"distill option {name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.on_policy <= 1 or not self.softness > 0 or not self.power > 0 or not 0 < self.ema_decay < 1:
             raise ValueError("distill options on_policy and ema_decay are fractions, softness and power positive.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"distill option objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}."
+            )
         inner = np.asarray(self.boundaries if self.boundaries is not None else (), float)
         if self.boundaries is not None and (
             len(inner) != self.segments - 1 or np.any(np.diff(np.concatenate([[0.0], inner, [1.0]])) <= 0)
@@ -108,7 +120,7 @@ def distill(
     size = -(-config.batch_size // meshes.data_size(mesh)) * meshes.data_size(mesh)
     advance = _advance(teacher, config, optimizer, size)
     whole = meshes.replicated(mesh)
-    params = jax.tree.map(jnp.copy, teacher.weights.params)
+    params = in_float32(jax.tree.map(jnp.copy, teacher.weights.params))
     state = jax.device_put((params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0)), whole)
     data, key = jax.device_put((xs, keys.as_key(config.seed)), whole)
     losses: list[float] = []
@@ -130,8 +142,8 @@ def distill(
         "student": {**options, "boundaries": list(config.grid[1:-1]), "teacher": teacher.fingerprint},
     }
     student = Posterior(
-        nnx.merge(teacher.graphdef, state[1]), FlowMatching(), teacher.weights.standardizer,
-        names=teacher.parameter_names, solver=FixedGrid("euler", config.grid), tile=teacher.tile, mesh=mesh, facts=facts,
+        nnx.merge(teacher.graphdef, as_kept(state[1], teacher.weights.params)), FlowMatching(), teacher.weights.standardizer,
+        names=teacher.parameter_names, solver=FixedGrid("euler", config.grid), tile=teacher.tile_by_kind, mesh=mesh, facts=facts,
     )  # fmt: skip
     return student, losses
 
@@ -157,23 +169,47 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
             times[-1] = 1.0
         return tuple(np.unique(times).tolist())
 
-    scale = lambda t: float(known(method.alpha, t) + known(method.sigma, t))  # noqa: E731
     begin = [known(flow.moment, t) for t in grid[:-1]]
-    segments = [FixedGrid("multistep", segment_times(k)) for k in range(len(grid) - 1)]
+    segments = [_Segment.make(method, segment_times(k), grid[k], grid[k + 1]) for k in range(len(grid) - 1)]
+    whole_path = config.objective != "endpoint"
 
-    def teacher_segment(field: Any, k: int, Y: Array, context: Any) -> Array:
-        """Where the teacher's ODE takes Y from s_k to s_{k+1}, in the straight frame."""
-        times = segments[k].times
+    def teacher_path(field: Any, k: int, Y: Array, context: Any) -> Array:
+        """Where the teacher's ODE takes Y from s_k to s_{k+1}, in the straight frame: at every time of the segment [times, batch, ...], or at
+        its end alone [1, batch, ...]."""
+        segment = segments[k]
         # a path that begins with a little of the data begins with all noise here
-        y = method.initial(Y) if k == 0 else scale(times[0]) * Y
-        y = segments[k].solve(field, y, context)
-        if k == last:
-            return denoise(field, y, context) if method.denoises else y
-        return y / scale(times[-1])
+        y = method.initial(Y) if k == 0 else segment.scales[0] * Y
+        y = segment.solver.solve(field, y, context, trajectory=whole_path)
+        y = y if whole_path else y[None]
+        end = denoise(field, y[-1], context) if k == last and method.denoises else y[-1] / segment.scales[-1]
+        inner = y[1:-1] / segment.scales[1:-1, None, None, None, None] if whole_path else y[:0]
+        return jnp.concatenate([*([Y[None]] if whole_path else []), inner, end[None]])
+
+    def neighbours(
+        student: Field, inner: Any, field: Field, context: Any, segment: "_Segment", path: Array, key: Array
+    ) -> Array:
+        """What is left between the student and its goal at one random time of each row's path, [batch, 1, ...]."""
+        rows = jnp.arange(size)
+        j = jax.random.randint(key, (size,), 0, len(segment.taus) - 1)
+        Y, tau = path[j, rows], jnp.asarray(segment.taus)[j]
+        left = (segment.taus[-1] - tau)[:, None, None, None]
+
+        def average(Y: Array, tau: Array) -> Array:
+            return student.velocity(_by_row(flow, tau), Y, inner)
+
+        if config.objective == "consistency":
+            next_Y, next_tau = path[j + 1, rows], jnp.asarray(segment.taus)[j + 1]
+            rest = (segment.taus[-1] - next_tau)[:, None, None, None]
+            goal = next_Y + rest * jax.lax.stop_gradient(average(next_Y, next_tau))
+            return Y + left * average(Y, tau) - goal
+        m = _by_row(method, jnp.asarray(segment.solver.times, jnp.float32)[j])
+        data, noise = field.parts(m, m.scale * Y, context)
+        u, along = jax.jvp(average, (Y, tau), (data - noise, jnp.ones_like(tau)))
+        return u - jax.lax.stop_gradient(data - noise + left * along)
 
     def update(carry: Any, _: Any, weights: Any, data: Array, key: Array) -> Any:
         params, ema, opt, step = carry
-        k_x, k_z, k_who = jax.random.split(jax.random.fold_in(key, step), 3)
+        k_x, k_z, k_who, k_when = jax.random.split(jax.random.fold_in(key, step), 4)
         rows = jax.random.randint(k_x, (size,), 0, data.shape[0])
         x: Any = jax.lax.with_sharding_constraint(data[rows], split)
         z = jax.random.normal(k_z, (size, 1, *shape))
@@ -185,24 +221,27 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
         own_field = make_field(own, flow)
         arrives = jax.random.bernoulli(k_who, config.on_policy, (size, 1, 1, 1))
         starts: list[Array] = []
-        ends: list[Array] = []
+        paths: list[Array] = []
         Y: Array = z
         for k in range(len(grid) - 1):
-            end = teacher_segment(field, k, Y, context)
+            path = teacher_path(field, k, Y, context)
             starts.append(Y)
-            ends.append(end)
+            paths.append(path)
             if k < last:
                 h = grid[k + 1] - grid[k]
-                Y = jnp.where(arrives, Y + h * own_field.velocity(begin[k], Y, own_context), end)
+                Y = jnp.where(arrives, Y + h * own_field.velocity(begin[k], Y, own_context), path[-1])
 
         def loss(params: Any) -> Array:
             network = nnx.merge(teacher.graphdef, params)
             inner, _ = encode(network, weights.standardizer, x)
             student = make_field(network, flow)
             total = jnp.zeros(())
-            for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-                made = start + (grid[k + 1] - grid[k]) * student.velocity(begin[k], start, inner)
-                r2 = jnp.mean((made - end) ** 2, axis=(-2, -1))
+            for k, (start, path, segment) in enumerate(zip(starts, paths, segments, strict=True)):
+                if config.objective == "endpoint":
+                    r = start + (grid[k + 1] - grid[k]) * student.velocity(begin[k], start, inner) - path[-1]
+                else:
+                    r = neighbours(student, inner, field, context, segment, path, jax.random.fold_in(k_when, k))
+                r2 = jnp.mean(r**2, axis=(-2, -1))
                 total += jnp.mean(jnp.sqrt(r2 + config.softness**2) - config.softness)
             return total / (len(grid) - 1)
 
@@ -219,3 +258,25 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
 
     options = meshes.compiler_options(teacher.mesh, getattr(teacher.network, "cpu_compiler_options", {}))
     return jax.jit(advance, static_argnums=4, donate_argnums=0, compiler_options=options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Segment:
+    """The teacher's solver over one segment; alpha + sigma and tau at each of its times."""
+
+    solver: FixedGrid
+    scales: Float[np.ndarray, "times"]
+    taus: Float[np.ndarray, "times"]
+
+    @classmethod
+    def make(cls, method: Method, times: tuple[float, ...], first: float, last: float) -> "_Segment":
+        alpha, sigma = (np.asarray(known(f, times)) for f in (method.alpha, method.sigma))
+        taus = alpha / (alpha + sigma)
+        taus[0], taus[-1] = first, last
+        return cls(FixedGrid("multistep", times), alpha + sigma, taus)
+
+
+def _by_row(method: Method, t: Float[Array, "batch"]) -> Moment:
+    """The moment of a time for each row, against states [batch, 1, dim, ch]."""
+    m = jax.tree.map(lambda a: a[:, None, None, None], method.moment(t))
+    return dataclasses.replace(m, c_time=m.c_time[..., 0, 0])

@@ -150,19 +150,32 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
 
     def velocity(m: Moment, joined: Array, context: Context) -> Array:
         y, _ = _unjoin(joined, (*joined.shape[:2], *shape))
-        v, push = jax.linearize(lambda y: field.velocity(m, y, context), y)
+
+        def there(y: Array) -> Array:
+            return field.velocity(m, y, context)
 
         def along(e: Array) -> Array:
             return jnp.sum(push(jnp.broadcast_to(e, y.shape)) * e, axis=(-2, -1))
 
+        basis = jnp.eye(size, dtype=y.dtype).reshape(size, *shape)
         if divergence.probes:
+            v, push = jax.linearize(there, y)
             trace = jax.lax.map(lambda probe: along(signs(y, probe)), probes).mean(0)
+        elif size <= BASIS_AT_ONCE:  # layer by layer beside the state: nothing is kept for later
+            v, trace = jax.vmap(lambda e: _with_tangent(there, y, e), out_axes=(None, 0))(basis)
+            trace = trace.sum(0)
         else:
-            basis = jnp.eye(size, dtype=v.dtype).reshape(size, *shape)
-            trace = jax.lax.map(along, basis, batch_size=min(size, BASIS_AT_ONCE)).sum(0)
+            v, push = jax.linearize(there, y)
+            trace = jax.lax.map(along, basis, batch_size=BASIS_AT_ONCE).sum(0)
         return _join(v, trace)
 
     return _Joined(field.predict, field.method, velocity)
+
+
+def _with_tangent(there: Callable[[Array], Array], y: Array, e: Array) -> tuple[Array, Array]:
+    """The velocity at y, and e' J e."""
+    v, tangent = jax.jvp(there, (y,), (jnp.broadcast_to(e, y.shape),))
+    return v, jnp.sum(tangent * e, axis=(-2, -1))
 
 
 @dataclasses.dataclass(frozen=True)

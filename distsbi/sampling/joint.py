@@ -14,7 +14,8 @@ from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.joint import Conditional, JointNetwork
-from distsbi.sampling.posterior import Posterior, one_of
+from distsbi.sampling.checks import one_of
+from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile, Weights
 from distsbi.solvers import Solver, solver_from_dict
 
@@ -36,6 +37,11 @@ class JointPosterior(Posterior):
         tile, mesh, facts: as for `Posterior`.
     """
 
+    no_given = (
+        'given= goes with sample alone: posterior.pattern(["x_0", ...]) is the posterior where what is named is given, and takes the values '
+        "as its x, in token order."
+    )
+
     def __init__(
         self,
         network: JointNetwork,
@@ -45,7 +51,7 @@ class JointPosterior(Posterior):
         *,
         names: tuple[str, ...] | None = None,
         solver: Solver | None = None,
-        tile: Tile | None = None,
+        tile: Tile | Mapping[str, Tile] | None = None,
         mesh: meshes.MeshLike = None,
         facts: dict[str, Any] | None = None,
     ):
@@ -111,10 +117,11 @@ class JointPosterior(Posterior):
                 Conditional(self.joint_network, free, fixed), self.method, self.joint_standardizer.restrict(free, fixed),
                 names=tuple(self.token_names[i] for i in free),
                 solver=solver_from_dict(known["solver"]) if known else self.default_solver,
-                tile=self.tile, mesh=self.mesh, facts=facts,
+                tile=self.tile_by_kind, mesh=self.mesh, facts=facts,
             )  # fmt: skip
             # all patterns share the weights on the devices: the paths are the same
             made.weights = Weights(self.weights.params, made.weights.standardizer)
+            made.given_names = tuple(self.token_names[i] for i in fixed)
             self._patterns[free, fixed] = made
         return self._patterns[free, fixed]
 
@@ -134,7 +141,7 @@ class JointPosterior(Posterior):
         `of`: the names wanted, in this order; the rest is drawn too and left out (the exact marginal of the model). Values are
         scalars, or arrays [tokens, ch] or [1, tokens, ch]. See `Posterior.sample`.
 
-        Raises ValueError for a name that does not exist, a value of a wrong shape, or NaN.
+        Raises ValueError for a name that does not exist, a value of a wrong shape or outside its prior, or NaN.
         """
         if given is None and of is None:
             return super().sample(key, x_o, nsamples, rng=rng, **options)
@@ -160,8 +167,13 @@ class JointPosterior(Posterior):
             numbers = self.tokens([name])
             array = np.asarray(value, np.float32)
             shape = (len(numbers), self.ch_theta)
-            if array.size != shape[0] * shape[1]:
+            known = (
+                array.shape in (shape, (1, *shape)) or 1 in shape
+            )  # else the order of tokens and channels is not known
+            if not known or array.size != shape[0] * shape[1]:
                 raise ValueError(f"given[{name!r}] must have shape {shape}; got {array.shape}.")
+            if not np.isfinite(array).all():
+                raise ValueError(f"given[{name!r}] holds NaN or inf; leave out what is not known: it is drawn.")
             values.update(zip(numbers, array.reshape(shape), strict=True))
         posterior = self.pattern(list(given))
         x = (

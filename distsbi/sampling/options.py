@@ -1,18 +1,19 @@
 """The keywords of every way to sample, once: their names, GenSBI's other names for them, and the error for the rest."""
 
 import dataclasses
-import difflib
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from distsbi.hints import did_you_mean
 from distsbi.methods import Method
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import Solver, make_solver
 
 ALIASES = {"show_progress_bars": "show_progress", "method": "solver", "return_intermediates": "return_trajectory"}
 
-CALL = ("rng", "key", "x_o", "nsamples", "observation_id")  # what the calls themselves take
+ONE = ("rng", "key", "x_o", "nsamples", "observation_id")  # what the calls for one observation take themselves
+NO_GIVEN = "given= is for joint networks (Flux1Joint, Simformer); this posterior takes all of x as x_o."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +45,21 @@ class SampleOptions:
     show_progress: bool | None = None
 
     @classmethod
-    def parse(cls, options: dict[str, Any]) -> Self:
-        """From keywords. Raises ValueError naming an unknown one and the nearest known."""
+    def parse(cls, options: dict[str, Any], words: Sequence[str] = (), no_given: str = NO_GIVEN) -> Self:
+        """From the keywords of a call. `words`: what that call takes besides; `no_given`: what is said to one that has no given=.
+
+        Raises ValueError naming an unknown keyword and the nearest known.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         renamed: dict[str, Any] = {}
         for name, value in options.items():
             name_here = ALIASES.get(name, name)
             if name == "given":
-                raise ValueError(
-                    "given= is for joint networks (Flux1Joint, Simformer); this posterior takes all of x as x_o."
-                )
+                raise ValueError(no_given)
             if name_here not in known:
-                every = {*known, *ALIASES, *CALL}
-                close = [
-                    *(w for w in CALL if name in w.split("_")),
-                    *difflib.get_close_matches(name, sorted(every), n=1),
-                ]
-                hint = f" Did you mean {close[0]}?" if close else ""
+                hint = did_you_mean(name, {*known, *ALIASES, *words}, by_word=words)
                 raise ValueError(
-                    f"unknown keyword {name!r}.{hint} The keywords are {', '.join([*CALL, *sorted(known)])}."
+                    f"unknown keyword {name!r}.{hint} The keywords are {', '.join([*words, *sorted(known)])}."
                 )
             if name_here in renamed:
                 raise ValueError(f"{name!r} and {name_here!r} mean the same; give one of them.")

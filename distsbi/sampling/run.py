@@ -1,6 +1,6 @@
 """The run directory: what a trained posterior is on disk.
 
-    run/  spec.json        all that rebuilds the posterior, and which folder of weights/ it belongs to
+    run/  spec.json        all that rebuilds the posterior (the default tile by kind of device), and which folder of weights/ it belongs to
           weights/<digest>/ averaged weights (orbax), restorable to any mesh
           checkpoints/     full training state, written while training
           metrics.jsonl    one line per validation
@@ -8,6 +8,7 @@
 Nothing in it is pickled, and loading it runs no code from it.
 """
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from distsbi import mesh as meshes
+from distsbi import mesh as meshes, processes
 from distsbi.data.standardise import Standardizer
 from distsbi.files import full_disk_says, write_json
 from distsbi.methods import METHODS, make_method
@@ -35,12 +36,12 @@ from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import solver_from_dict
 
-FORMAT = 4
+FORMAT = 5
 VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditional}  # of a joint network
 SPEC, WEIGHTS = "spec.json", "weights"
 REQUIRED = ("network", "sizes", "method", "standardizer", "parameter_names", "solver", "tile", "weights",
             "weights_sha256", "fingerprint", "versions", "facts")  # fmt: skip
-PACKAGES = ("distsbi", "jax", "flax", "optax", "diffrax", "orbax-checkpoint")
+PACKAGES = ("distsbi", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy", "pyarrow")
 
 
 def versions() -> dict[str, str]:
@@ -90,12 +91,25 @@ def make_spec(posterior: Posterior) -> dict[str, Any]:
         "format": FORMAT,
         **model,
         "solver": posterior.default_solver.to_dict(),
-        "tile": {"slots": posterior.tile.slots, "draws": posterior.tile.draws},
+        "tile": {kind: dataclasses.asdict(tile) for kind, tile in posterior.tile_by_kind.items()},
         "weights_sha256": digest,
         "fingerprint": fingerprint(model, digest),
         "versions": versions(),
         "facts": posterior.facts,
     }
+
+
+def _checkpointer() -> Any:
+    """Orbax for this process alone, however many there are: weights are small, and each process has all of them."""
+    import orbax.checkpoint as ocp
+
+    if processes.count() == 1:
+        return ocp.StandardCheckpointer()
+    own = processes.index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def weights_digest(params: nnx.State) -> str:
@@ -117,23 +131,27 @@ def save(path: str | os.PathLike[str], posterior: Posterior) -> None:
     """Writes weights and spec.json under `path`. Replacing spec.json is the one step from the run that `path` held before to the new one:
     the old weights go after it.
 
-    A user's own network is saved too, and needs `load(path, network=...)`.
+    A user's own network is saved too, and needs `load(path, network=...)`. Of several processes all call this, and process 0 writes.
 
     Raises OSError if the disk is full; what `path` held before is still there.
     """
-    import orbax.checkpoint as ocp
-
     root = Path(path).absolute()
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; give a folder for the run.")
+    if processes.is_first():
+        _write(root, posterior)
+    processes.wait_for_all()
+
+
+def _write(root: Path, posterior: Posterior) -> None:
     with full_disk_says(root, "free some space and save again; what was there before is kept"):
         (root / WEIGHTS).mkdir(parents=True, exist_ok=True)
         spec = make_spec(posterior)
         digest = spec["weights_sha256"][:12]
         names = itertools.chain([digest], (f"{digest}-{n}" for n in itertools.count(1)))
         name = next(name for name in names if not (root / WEIGHTS / name).exists())
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(root / WEIGHTS / name, nnx.to_pure_dict(posterior.weights.params))
+        with _checkpointer() as checkpointer:
+            checkpointer.save(root / WEIGHTS / name, jax.device_get(nnx.to_pure_dict(posterior.weights.params)))
         write_json(root / SPEC, {**spec, "weights": name})
     for old in (root / WEIGHTS).iterdir():
         if old.name != name:
@@ -196,8 +214,6 @@ def load(
 
     Raises ValueError for a missing, unfinished, damaged or newer run directory.
     """
-    import orbax.checkpoint as ocp
-
     root = Path(path).absolute()
     spec = read_spec(root)
     try:
@@ -209,7 +225,8 @@ def load(
     try:
         method = make_method(spec["method"]["name"], **spec["method"]["params"])
         standardizer = Standardizer.from_dict(spec["standardizer"])
-        solver, tile = solver_from_dict(spec["solver"]), Tile(**spec["tile"])
+        solver = solver_from_dict(spec["solver"])
+        tile = {kind: Tile(**shape) for kind, shape in spec["tile"].items()}
     except Exception as error:
         raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
     graphdef, state = nnx.split(module)
@@ -219,7 +236,7 @@ def load(
         nnx.to_pure_dict(state),
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             weights = checkpointer.restore(folder, shaped)
     except Exception as error:
         raise ValueError(

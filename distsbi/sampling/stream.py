@@ -34,10 +34,11 @@ def stream(
     tile: Tile,
     mesh: jax.sharding.Mesh,
     payload: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    first_draw: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
     """Yields (observation [slots], first draw [slots], what the program made [slots, D, ...]) per dispatch.
 
-    `payload(observation, first draw)`: more input for the program, [slots, D, ...]. Slots past the end repeat the last observation's next draws; the caller drops draws at or past `nsamples` and
+    Draws are those from number `first_draw` on. `payload(observation, first draw)`: more input for the program, [slots, D, ...]. Slots past the end repeat the last observation's next draws; the caller drops draws at or past `first_draw + nsamples` and
     observations at or past `len(xs)`.
     """
     width = tile.slots * meshes.data_size(mesh)
@@ -71,7 +72,7 @@ def stream(
     for first in range(0, total, width):
         index = first + np.arange(width)
         observation = np.minimum(index // blocks, len(xs) - 1)
-        start = (index - observation * blocks) * tile.draws
+        start = (index - observation * blocks) * tile.draws + first_draw
         low = int(observation[0]) // width
         high = min(low + 1, (len(xs) - 1) // width)
         needs_next = int(observation[-1]) // width > low

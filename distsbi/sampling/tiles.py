@@ -94,10 +94,15 @@ KINDS = {
 LIVE = 4  # arrays of the largest size that a step holds at once
 
 
-def kind_of(mesh: Mesh) -> Kind:
-    """The kind of the devices of a mesh."""
+def kind_name(mesh: Mesh) -> str:
+    """The kind of the devices of a mesh, a name in `KINDS`."""
     platform = mesh.devices.flat[0].platform
-    return KINDS[platform] if platform in KINDS else KINDS["gpu"]  # "cuda", "rocm"
+    return platform if platform in KINDS else "gpu"  # "cuda", "rocm"
+
+
+def kind_of(mesh: Mesh) -> Kind:
+    """What suits the devices of a mesh."""
+    return KINDS[kind_name(mesh)]
 
 
 def bytes_per_row(network: Any, standardizer: Standardizer) -> float:

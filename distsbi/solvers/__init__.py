@@ -99,7 +99,7 @@ def make_solver(
         return default if default is not None else FixedGrid("midpoint", method.grid(16))
     if isinstance(default, FixedGrid) and default.rule == name and not options:
         return default
-    count = 128 if RULES[name].stochastic else {"rk4": 8, "midpoint": 16, "heun": 16}.get(name, 32)
+    count = 128 if RULES[name].stochastic else {"rk3": 10, "rk4": 8, "midpoint": 16, "heun": 16}.get(name, 32)
     return FixedGrid(name, method.grid(count), options)
 
 

@@ -16,6 +16,7 @@ from distsbi.methods import Method
 from distsbi.solvers.field import Field
 
 SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8"}
+MAX_STEPS = 4_096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Adaptive:
     rtol: float = 1e-5
     atol: float = 1e-5
     coupled: bool = False
-    max_steps: int = 4096
+    max_steps: int = MAX_STEPS
 
     stochastic: ClassVar[bool] = False
     gives_density: ClassVar[bool] = True
@@ -98,4 +99,5 @@ class Adaptive:
         return jax.vmap(jax.vmap(one, in_axes=(0, None)))(y, context)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"solver": self.name, "rtol": self.rtol, "atol": self.atol, "coupled": self.coupled}
+        most = {} if self.max_steps == MAX_STEPS else {"max_steps": self.max_steps}
+        return {"solver": self.name, "rtol": self.rtol, "atol": self.atol, "coupled": self.coupled, **most}

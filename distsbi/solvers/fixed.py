@@ -42,10 +42,10 @@ class _Bound:
 
 
 def _moments(*where: str) -> Callable[..., dict[str, Any]]:
-    """The preparation of a Runge-Kutta rule: h, and moments at "start", "middle" and "end" as asked."""
+    """The preparation of a Runge-Kutta rule: h, and moments at "start", "middle", "late" (three quarters) and "end" as asked."""
 
     def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
-        times = {"start": t0, "middle": (t0 + t1) / 2, "end": t1}
+        times = {"start": t0, "middle": (t0 + t1) / 2, "late": (t0 + 3 * t1) / 4, "end": t1}
         return {"h": t1 - t0, **{name: known(method.moment, times[name]) for name in where}}
 
     return prepare
@@ -62,6 +62,14 @@ def _midpoint(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memor
 def _heun(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     k1 = f.v(p["start"], y)
     return y + p["h"] / 2 * (k1 + f.v(p["end"], y + p["h"] * k1)), memory
+
+
+def _rk3(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    """Ralston's third order (1962), the one that Bogacki & Shampine (1989) carry."""
+    h = p["h"]
+    k1 = f.v(p["start"], y)
+    k2 = f.v(p["middle"], y + h / 2 * k1)
+    return y + h / 9 * (2 * k1 + 3 * k2 + 4 * f.v(p["late"], y + 0.75 * h * k2)), memory
 
 
 def _rk4(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
@@ -107,14 +115,15 @@ def _multistep(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memo
 
 
 def _kept(method: Method, t1: np.ndarray) -> np.ndarray:
-    """0 in a last step onto the data themselves, where no denoising would follow the noise; else 1."""
+    """0 in a last step onto the data themselves, which is Euler's of the ODE, to E[x]: no denoising would follow the noise, and the pull that
+    balances it would leave some behind. Else 1."""
     return np.where(known(method.sigma, t1) > 0, 1.0, 0.0)
 
 
 def _prepare_euler_maruyama(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
     h, g2 = t1 - t0, known(method.diffusion2, t0)
-    start = known(method.moment, t0)
-    return {"start": start, "h": h, "pull": 0.5 * g2 / start.sigma, "spread": _kept(method, t1) * np.sqrt(g2 * h)}
+    start, kept = known(method.moment, t0), _kept(method, t1)
+    return {"start": start, "h": h, "pull": kept * 0.5 * g2 / start.sigma, "spread": kept * np.sqrt(g2 * h)}
 
 
 def _euler_maruyama(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callable[[], Array]) -> tuple[Array, Memory]:
@@ -162,8 +171,9 @@ def _prepare_flow_sde(vanishes_at_both_ends: bool) -> Callable[..., dict[str, An
     def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int, *, strength: float) -> dict[str, Any]:
         p = _straight(method, t0, t1)
         g2_over_left = strength**2 * ((1.0 - p["left0"]) if vanishes_at_both_ends else np.ones_like(p["h"]))
-        spread = _kept(method, t1) * np.sqrt(g2_over_left * p["left0"] * p["h"])
-        return {**p, "pull": 0.5 * g2_over_left, "spread": spread}
+        kept = _kept(method, t1)
+        spread = kept * np.sqrt(g2_over_left * p["left0"] * p["h"])
+        return {**p, "pull": kept * 0.5 * g2_over_left, "spread": spread}
 
     return prepare
 
@@ -193,6 +203,7 @@ RULES: dict[str, Rule] = {
     "euler": Rule(_euler, _moments("start"), 1, of_velocity=True),
     "midpoint": Rule(_midpoint, _moments("start", "middle"), 2, of_velocity=True),
     "heun": Rule(_heun, _moments("start", "end"), 2, of_velocity=True),
+    "rk3": Rule(_rk3, _moments("start", "middle", "late"), 3, of_velocity=True),
     "rk4": Rule(_rk4, _moments("start", "middle", "end"), 4, of_velocity=True),
     "multistep": Rule(_multistep, _prepare_multistep, 1),
     "stochastic_heun": Rule(
@@ -210,7 +221,8 @@ class FixedGrid:
     """A step rule on a grid of increasing times in [0, 1]. `options`: of the rule, as (name, value) pairs; those left out have
     their defaults.
 
-    Raises ValueError for an unknown rule or option, or times that do not increase.
+    Raises ValueError for an unknown rule or option, or times that do not increase, for rules of more than the velocity in
+    float32.
     """
 
     rule: str
@@ -224,6 +236,11 @@ class FixedGrid:
         times = np.asarray(self.times)
         if times.size < 2 or times[0] < 0 or times[-1] > 1 or np.any(np.diff(times) <= 0):
             raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {self.times}.")
+        # a step of no length changes nothing, but a rule that divides by the noise left at its start finds none there
+        if not RULES[self.rule].of_velocity and np.any(np.diff(times.astype(np.float32)) <= 0):
+            raise ValueError(
+                f"a time grid of {times.size - 1} steps of {self.rule!r} is too fine for float32 near t = 1; give fewer steps or a smaller power."
+            )
         defaults, given = dict(RULES[self.rule].options), dict(self.options)
         for name, value in given.items():
             if name not in defaults:

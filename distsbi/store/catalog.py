@@ -1,8 +1,8 @@
 """The catalog that came out, opened: who is done, summaries by name, draws by id. Nothing is read unasked."""
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,42 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from distsbi.store import layout, record, schema
-from distsbi.store.schema import OK, STATUSES
+from distsbi.store import check, layout, record, schema, status
+from distsbi.store.place import Place, as_place
+from distsbi.store.schema import OK
+from distsbi.store.status import Status
 
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
+Id = int | str | bytes
+_NO_SUCH_IDS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)  # what pyarrow says of values of another type
 
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """How far a catalog is.
 
-    `counts`: rows by status ("ok", "invalid", "failed"); `left`: rows of shards not done.
-    """
+class NoDraws(ValueError, KeyError):
+    """An id that the catalog lacks, that is not done, or whose row has no draws."""
 
-    shards: int
-    shards_done: int
-    rows: int
-    left: int
-    counts: dict[str, int]
-
-    @property
-    def complete(self) -> bool:
-        return self.shards_done == self.shards
+    __str__ = ValueError.__str__
 
 
 class Catalog:
-    """An output folder of `distsbi.sample_catalog`, complete or not: it shows the shards that are there."""
+    """An output folder of `distsbi.sample_catalog`, complete or not: it shows the shards that are there.
 
-    def __init__(self, path: str | Path):
-        """Raises ValueError if `path` is no such folder, or is damaged."""
-        self.path = Path(path)
-        run = record.read_run(self.path)
+    `catalog[id]` are the draws of an observation [draws, dim_theta, ch_theta], `id in catalog` says whether there are some,
+    `for id in catalog` goes through the ids that have draws, `catalog.items()` through them with their draws, and `len(catalog)` counts
+    them. Only what is asked for is read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Raises ValueError if `path`, a folder or a URI, is no such output, or is damaged."""
+        self.place = as_place(path)
+        self.path: Path | str = Path(self.place.path) if self.place.local else str(self.place)
+        run = record.read_run(self.place)
         if run is None:
-            raise ValueError(f"{path} is no output folder of sample_catalog (no {layout.run_file(path)}).")
+            raise ValueError(
+                f"{path} is no output folder of sample_catalog or simulate (no {layout.run_file(self.place)})."
+            )
+        if "simulator" in run["definition"]:
+            raise ValueError(f"{path} is a folder of simulations, not a catalog; read it with distsbi.data.read_pairs.")
         self.run: dict[str, Any] = run
         definition = run["definition"]
         self.fingerprint: str = run["fingerprint"]
@@ -59,14 +62,15 @@ class Catalog:
     @functools.cached_property
     def shards(self) -> list[int]:
         """Numbers of the shards that are done."""
-        return layout.shards_done(self.path, self.n_shards)
+        return layout.shards_done(self.place, self.n_shards)
 
     @functools.cached_property
     def dataset(self) -> ds.Dataset:
         """The finished shards as one lazy pyarrow dataset. Raises ValueError if there are none yet."""
         if not self.shards:
             raise ValueError(f"{self.path} has no finished shards yet.")
-        return ds.dataset([str(self._file(shard)) for shard in self.shards], format="parquet")
+        files = [self._file(shard).path for shard in self.shards]
+        return ds.dataset(files, format="parquet", filesystem=self.place.fs)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -74,12 +78,8 @@ class Catalog:
         return schema.read_about(self.dataset.schema)
 
     def status(self) -> Status:
-        """How far it is, from the shards' footers."""
-        counts = dict.fromkeys(STATUSES, 0)
-        for shard in self.shards:
-            for status, count in schema.read_counts(self._file(shard)).items():
-                counts[status] += count
-        return Status(self.n_shards, len(self.shards), self.n_rows, self.n_rows - sum(counts.values()), counts)
+        """How far it is now, and how fast. Raises ValueError naming a shard that is damaged."""
+        return status.read_status(self.place, self.n_rows, self.rows_per_shard)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Columns of all finished rows, in catalog order; None: all but the draws.
@@ -95,7 +95,7 @@ class Catalog:
 
     def summary(self) -> pa.Table:
         """id, status, message and `<parameter>_<mean, sd, q05, ...>`, plain columns; `.to_pandas()` makes a
-        DataFrame."""
+        DataFrame. The draws are not read."""
         table = self.table()
         kinds = [name for name in table.column_names if pa.types.is_fixed_size_list(table.schema.field(name).type)]
         columns = {name: table[name] for name in ("id", "status", "message")}
@@ -103,76 +103,155 @@ class Catalog:
             columns |= {f"{component}_{kind}": pc.list_element(table[kind], i) for kind in kinds}
         return pa.table(columns)
 
-    def draws(self, id: int | str | bytes) -> Float[np.ndarray, "draws dim_theta ch_theta"]:
-        """The draws of one observation, read from its row group alone.
+    def __getitem__(self, id: Id) -> Float[np.ndarray, "draws dim_theta ch_theta"]:
+        return self.draws(id)
 
-        Raises ValueError for an id that the catalog lacks or that is not done, a row without draws (saying why), or
-        an output without draws.
-        """
-        if "draws" not in self.dataset.schema.names:
-            raise ValueError(f"{self.path} was written with draws=False; it has summaries only.")
+    def __contains__(self, id: object) -> bool:
         try:
-            value = pa.scalar(id, self.dataset.schema.field("id").type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            raise ValueError(f"ids of {self.path} are {self.dataset.schema.field('id').type}; got {id!r}.") from None
-        at = pc.index(self._index["id"], value).as_py()
-        if at < 0:
-            unfinished = "" if len(self.shards) == self.n_shards else " among the finished shards"
-            raise ValueError(f"there is no id {id!r} in {self.path}{unfinished}.")
-        row = self._index["row"][at].as_py()
-        shard = row // self.rows_per_shard
-        with pq.ParquetFile(self._file(shard)) as file:
-            offset, group = row - shard * self.rows_per_shard, 0
-            while offset >= file.metadata.row_group(group).num_rows:
-                offset -= file.metadata.row_group(group).num_rows
-                group += 1
-            found = file.read_row_group(group, columns=["status", "message", "draws"]).slice(offset, 1).combine_chunks()
-        if found["status"][0].as_py() != OK:
-            raise ValueError(
-                f"id {id!r} has no draws: {found['status'][0].as_py()}, {str(found['message'][0].as_py()).rstrip('.')}."
-            )
-        values = found["draws"].chunk(0).storage.flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(self.about["draws_shape"])
+            (at,) = self._find([id])  # type: ignore[list-item]
+            return self._index["status"][int(at)].as_py() == OK
+        except NoDraws:
+            return False
+
+    def __len__(self) -> int:
+        return pc.sum(pc.equal(self._index["status"], OK)).as_py() or 0
+
+    def __iter__(self) -> Iterator[Id]:
+        for id, state in zip(self._index["id"], self._index["status"], strict=True):
+            if state.as_py() == OK:
+                yield id.as_py()
+
+    def items(self) -> Iterator[tuple[Id, Float[np.ndarray, "draws dim_theta ch_theta"]]]:
+        """Every id with its draws, in catalog order, a row group in memory at a time."""
+        self._check_draws()
+        for shard in self.shards:
+            with self._file(shard).open() as source, pq.ParquetFile(source) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=["id", "status", "draws"]).combine_chunks()
+                    good = table.filter(pc.equal(table["status"], OK)).combine_chunks()
+                    if good.num_rows:
+                        yield from zip(good["id"].to_pylist(), self._arrays(good), strict=True)
+
+    def draws(self, id: Id) -> Float[np.ndarray, "draws dim_theta ch_theta"]:
+        """The draws of one observation, read from its row group alone. The same as `catalog[id]`.
+
+        Raises ValueError (a NoDraws, which is a KeyError too) for an id that the catalog lacks or that is not done, or a row
+        without draws, saying why; for an output without draws.
+        """
+        return self.draws_of([id])[0]
+
+    def draws_of(self, ids: Sequence[Id]) -> Float[np.ndarray, "ids draws dim_theta ch_theta"]:
+        """The draws of some observations, in the order of `ids`. Every row group is read once. Raises as `draws`."""
+        self._check_draws()
+        rows = self._index["row"].take(pa.array(self._find(ids))).to_pylist()
+        made = np.empty((len(rows), *self.about["draws_shape"]), np.float32)
+        for shard, places in _grouped((row // self.rows_per_shard, i) for i, row in enumerate(rows)).items():
+            with self._file(shard).open() as source, pq.ParquetFile(source) as file:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                starts = np.cumsum([0, *sizes[:-1]])
+                offsets = {i: rows[i] - shard * self.rows_per_shard for i in places}
+                groups = _grouped((int(np.searchsorted(starts, offsets[i], "right")) - 1, i) for i in places)
+                for group, members in groups.items():
+                    table = file.read_row_group(group, columns=["status", "message", "draws"])
+                    found = table.take([offsets[i] - starts[group] for i in members]).combine_chunks()
+                    for i, state, message in zip(
+                        members, found["status"].to_pylist(), found["message"].to_pylist(), strict=True
+                    ):
+                        if state != OK:
+                            raise NoDraws(f"id {ids[i]!r} has no draws: {state}, {str(message).rstrip('.')}.")
+                    made[members] = self._arrays(found)
+        return made
+
+    def to_xarray(self, ids: Sequence[Id] | Id | None = None) -> Any:
+        """The draws as an xarray.DataArray with dimensions observation, draw, parameter (and channel, where there are
+        several). `ids`: of which observations, or of one; None: of all that have draws, up to 8 GiB. Raises as `draws`."""
+        from distsbi.store import export
+
+        self._check_draws()
+        return export.to_xarray(self, ids)
+
+    def to_inference_data(self, id: Id) -> Any:
+        """The draws of one observation for ArviZ: group `posterior`, a variable for each parameter, one chain. Raises as `draws`."""
+        from distsbi.store import export
+
+        return export.to_inference_data(self, id)
 
     def verify(self) -> list[str]:
-        """Reads everything, checking page checksums, row numbers, fingerprints and that no id comes twice.
+        """Reads everything, checking both checksums of every shard, row numbers, fingerprints and that no id comes twice.
 
-        Returns what is wrong, a sentence each; empty: all is well. Shards not done yet are not wrong.
+        Returns what is wrong, a sentence each; empty: all is well. Shards not done yet are not wrong. `distsbi verify` also
+        draws some rows again and compares.
         """
-        problems = []
-        ids = []
-        for shard in self.shards:
-            path, start = self._file(shard), shard * self.rows_per_shard
-            expected = range(start, min(start + self.rows_per_shard, self.n_rows))
-            try:
-                table = pq.read_table(path, page_checksum_verification=True)
-                about = schema.read_about(table.schema)
-            except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
-                problems.append(f"{path.name} cannot be read ({error}); delete it and sample again.")
-                continue
-            if about["fingerprint"] != self.fingerprint:
-                problems.append(f"{path.name} is of another run ({about['fingerprint']}, not {self.fingerprint}).")
-            if table["row"].to_pylist() != list(expected):
-                problems.append(
-                    f"{path.name} must hold rows {expected.start} to {expected.stop - 1}; it holds {table.num_rows} "
-                    "rows."
-                )
-            ids.append(table["id"])
-        if ids:
-            together = pa.chunked_array([chunk for part in ids for chunk in part.chunks], ids[0].type)
-            repeated = len(together) - pc.count_distinct(together).as_py()
-            if repeated:
-                problems.append(f"{repeated} rows have an id that occurs before.")
-        return problems
+        return [f"{problem.what}." for problem in self.problems()]
 
-    def _file(self, shard: int) -> Path:
-        return layout.shard_file(self.path, shard, self.n_shards)
+    def problems(self) -> Iterator[check.Problem]:
+        """What `verify` finds, shard by shard."""
+        good = []
+        for found in self.checked_shards():
+            if isinstance(found, check.Problem):
+                yield found
+            else:
+                good.append(found["row"][0].as_py() // self.rows_per_shard)
+        yield from check.check_ids(self.place, good, self.n_shards)
+
+    def checked_shards(self) -> Iterator[check.Problem | pa.Table]:
+        """The table of every finished shard that is as it was written, or what is wrong with it."""
+        journal = status.last_lines(layout.read_journal(self.place))
+        return check.check_shards(self.place, self.shards, self.n_rows, self.rows_per_shard, self.fingerprint, journal)
+
+    def _file(self, shard: int) -> Place:
+        return layout.shard_file(self.place, shard, self.n_shards)
+
+    def _check_draws(self) -> None:
+        if "draws" not in self.dataset.schema.names:
+            raise ValueError(f"{self.path} was written with draws=False; it has summaries only.")
+
+    def _find(self, ids: Sequence[Id]) -> np.ndarray:
+        """The places of some ids in the index, which is gone through once. Raises NoDraws naming the first that it lacks."""
+        kind = self.dataset.schema.field("id").type
+        try:
+            wanted = pa.array(list(ids), kind)
+        except _NO_SUCH_IDS:
+            wrong = next(id for id in ids if not _fits(id, kind))
+            raise NoDraws(f"ids of {self.path} are {kind}; got {wrong!r}.") from None
+        different = wanted.unique()
+        numbers = pc.index_in(self._index["id"], value_set=different)  # null for an id that is not wanted
+        there = np.flatnonzero(pc.is_valid(numbers).to_numpy())
+        place = np.full(len(different), -1)
+        place[numbers.drop_null().to_numpy()] = there
+        found = place[pc.index_in(wanted, value_set=different).to_numpy()]
+        if (found < 0).any():
+            lacking = ids[int(np.flatnonzero(found < 0)[0])]
+            unfinished = "" if len(self.shards) == self.n_shards else " among the finished shards"
+            raise NoDraws(f"there is no id {lacking!r} in {self.path}{unfinished}.")
+        return found
+
+    def _arrays(self, table: pa.Table) -> Float[np.ndarray, "rows draws dim_theta ch_theta"]:
+        """The draws of rows that have some."""
+        values = table["draws"].chunk(0).storage.flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(table.num_rows, *self.about["draws_shape"])
 
     @functools.cached_property
     def _index(self) -> pa.Table:
-        return self.dataset.to_table(columns=["id", "row"])
+        return self.dataset.to_table(columns=["id", "row", "status"])
 
 
-def open_catalog(path: str | Path) -> Catalog:
-    """Opens an output folder of `distsbi.sample_catalog`. Raises ValueError if it is none."""
+def _fits(id: object, kind: pa.DataType) -> bool:
+    try:
+        pa.scalar(id, kind)
+    except _NO_SUCH_IDS:
+        return False
+    return True
+
+
+def _grouped(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Second numbers by the first, in order."""
+    groups: dict[int, list[int]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def open_catalog(path: str | os.PathLike[str]) -> Catalog:
+    """Opens an output of `distsbi.sample_catalog`: a folder, or a URI such as s3://bucket/out. Raises ValueError if it is none."""
     return Catalog(path)

@@ -1,110 +1,223 @@
-"""What lies in an output folder, every file name once, and how a file comes to be whole.
+"""What lies in an output folder, every file name once, and its journal.
 
     out/  shard-00000007-of-00000120.parquet     rows with their results; there if and only if complete
-          .shard-00000007-of-00000120.parquet.*  being written; readers ignore it, the next start removes it
-          _distsbi/  run.json                    what defines the draws
-                     journal.jsonl               one line per shard done or failed
-                     lock                        held by the one process that fills the folder
+          .shard-00000007-of-00000120.parquet.*  being written (local disks, as in the folders below); readers ignore it, the next start
+                                                 removes it
+          _distsbi/  run.json                    what defines the draws (or pairs), and where they come from
+                     failures/shard-*.parquet    simulations: rows of that shard that are no pairs, and why; written before it
+                     journal.jsonl               local disks: one line per event (a shard done, failed, searched, ...)
+                     journal/*.jsonl             object stores, where nothing can be appended: the same lines in batches
+                     lock, lease.json            held by the one process that fills the folder (writer.py)
 
 Names that begin with a dot or an underscore are no data to pyarrow and Ray Data, so that both read the folder as it is;
 polars and duckdb take "out/*.parquet".
 """
 
 import contextlib
-import errno
-import fcntl
 import json
+import logging
 import os
 import re
-import socket
 import time
-from collections.abc import Iterator
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
+
+from distsbi.files import sync_folder
+from distsbi.store.place import Place, as_place
 
 HIDDEN = "_distsbi"
+BATCH_SECONDS, BATCH_LINES = 10.0, 1_000  # of the journal in an object store: between writes, and in one object
+RETRY_SECONDS = 5.0  # after a write of it that failed
+READERS = 16  # objects of the journal read at a time
 _SHARD = re.compile(r"^shard-(\d{8})-of-(\d{8})\.parquet$")
 _PARTIAL = re.compile(r"^\.shard-\d{8}-of-\d{8}\.parquet\.[0-9a-f]+$")
+_OWN_PARTIAL = re.compile(r"^\..+\.[0-9a-f]{32}$")  # in our own folders, of any file (distsbi.files.write_whole)
+
+log = logging.getLogger("distsbi")
+
+Folder = TypeVar("Folder", Path, Place)
+Where = str | os.PathLike[str] | Place
 
 
-def run_file(out: str | Path) -> Path:
-    return Path(out) / HIDDEN / "run.json"
+def run_file(out: Folder) -> Folder:
+    return out / HIDDEN / "run.json"
 
 
-def journal_file(out: str | Path) -> Path:
-    return Path(out) / HIDDEN / "journal.jsonl"
+def journal_file(out: Folder) -> Folder:
+    """On local disks."""
+    return out / HIDDEN / "journal.jsonl"
 
 
-def shard_file(out: str | Path, shard: int, shards: int) -> Path:
-    return Path(out) / f"shard-{shard:08d}-of-{shards:08d}.parquet"
+def journal_folder(out: Folder) -> Folder:
+    """In object stores."""
+    return out / HIDDEN / "journal"
 
 
-def shards_done(out: str | Path, shards: int) -> list[int]:
-    """The numbers of the shards that are there, ascending.
+def shard_file(out: Folder, shard: int, shards: int) -> Folder:
+    return out / f"shard-{shard:08d}-of-{shards:08d}.parquet"
+
+
+def failures_file(shard: Path) -> Path:
+    """Beside a shard of simulations, on local disks."""
+    return shard.parent / HIDDEN / "failures" / shard.name
+
+
+def shard_sizes(out: Where, shards: int) -> dict[int, int]:
+    """The shards that are there, ascending, with their bytes.
 
     Raises ValueError if the folder has shards of another division.
     """
-    found = []
-    for entry in os.scandir(out):
-        match = _SHARD.match(entry.name)
+    found = {}
+    for file in as_place(out).files():
+        match = _SHARD.match(file.name)
         if match and int(match[2]) != shards:
             raise ValueError(
-                f"{out} has a file {entry.name} of another division (this run has {shards} shards); use another folder."
+                f"{out} has a file {file.name} of another division (this run has {shards} shards); use another folder."
             )
         if match:
-            found.append(int(match[1]))
-    return sorted(found)
+            found[int(match[1])] = file.size
+    return dict(sorted(found.items()))
 
 
-def has_shards(out: str | Path) -> bool:
-    return any(_SHARD.match(entry.name) for entry in os.scandir(out))
+def shards_done(out: Where, shards: int) -> list[int]:
+    """The numbers of the shards that are there, ascending. Raises as `shard_sizes`."""
+    return list(shard_sizes(out, shards))
 
 
-def remove_partial(out: str | Path) -> int:
-    """Removes what interrupted attempts left. Returns how many. Only for who holds the lock."""
-    left = [entry.path for entry in os.scandir(out) if _PARTIAL.match(entry.name)]
-    for path in left:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+def has_shards(out: Where) -> bool:
+    return any(_SHARD.match(file.name) for file in as_place(out).files())
+
+
+def remove_partial(out: Where) -> int:
+    """Removes what interrupted attempts left. Returns how many. Only for who holds the lock.
+
+    In an object store nothing is seen of them; uploads that were cut off are cleared by a rule of the bucket for
+    incomplete multipart uploads.
+    """
+    place = as_place(out)
+    if not place.local:
+        return 0
+    own = place / HIDDEN
+    folders = ((place, _PARTIAL), (own, _OWN_PARTIAL), (own / "failures", _OWN_PARTIAL))
+    left = [folder / file.name for folder, names in folders for file in folder.files() if names.match(file.name)]
+    for file in left:
+        file.remove()
     return len(left)
 
 
-def append_journal(out: str | Path, line: dict[str, Any]) -> None:
-    """Adds one line, with the time (seconds since 1970)."""
-    with open(journal_file(out), "a") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+class Journal:
+    """What happened, a line each, written by the one process that holds the folder.
+
+    On local disks a line is appended at once. In an object store lines are kept for up to BATCH_SECONDS and written as one object,
+    which grows up to BATCH_LINES: what a kill loses of it are lines, never shards, which are there by themselves. A store that does not take
+    them gets them later; if it still does not at the end of a block that ended well, this raises OSError.
+    """
+
+    def __init__(self, out: Where):
+        self._out = as_place(out)
+        self._lines: list[str] = []
+        self._fresh = False
+        self._due = time.monotonic() + BATCH_SECONDS
+        self._failing = False
+        self._object = self._name()
+        if self._out.local:
+            self._end_torn_line(journal_file(Path(self._out.path)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if kind is not None:  # what ends the block is what must be seen
+            self._try_flush()
+            return
+        try:
+            self.flush()
+        except OSError as error:
+            raise OSError(
+                f"the journal of {self._out} cannot be written ({error}); its shards are whole, so give the same call again "
+                "when the store takes files."
+            ) from error
+
+    def add(self, line: dict[str, Any], *, now: bool = False) -> None:
+        """Adds a line, with the time (seconds since 1970). `now`: it outlives a crash of the machine as soon as this returns; in an object
+        store, unless that does not take it now. Other lines outlive that of the process, on local disks.
+
+        Raises OSError if a local disk does not take it.
+        """
+        text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
+        if self._out.local:
+            self._append(journal_file(Path(self._out.path)), text, sync=now)
+            return
+        self._lines.append(text)
+        self._fresh = True
+        if now and not self._failing:
+            self._due = 0.0
+        self.tick()
+
+    def tick(self) -> None:
+        """Writes what is due; what cannot be written is kept, and due again in RETRY_SECONDS."""
+        if self._fresh and time.monotonic() >= self._due:
+            self._try_flush()
+
+    def flush(self) -> None:
+        """Writes what is not written yet. Raises OSError if the store does not take it; it is kept."""
+        if not self._fresh:
+            return
+        (journal_folder(self._out) / self._object).write("".join(self._lines).encode())
+        self._fresh = self._failing = False
+        self._due = time.monotonic() + BATCH_SECONDS
+        if len(self._lines) >= BATCH_LINES:
+            self._lines, self._object = [], self._name()
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            if not self._failing:
+                log.warning(
+                    "the journal of %s cannot be written now, and is kept and tried again: %s", self._out, error
+                )
+            self._failing, self._due = True, time.monotonic() + RETRY_SECONDS
+
+    @staticmethod
+    def _append(path: Path, text: str, *, sync: bool) -> None:
+        new = not path.exists()
+        with open(path, "a") as file:
+            file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        if new:
+            sync_folder(path.parent)
+
+    @staticmethod
+    def _end_torn_line(path: Path) -> None:
+        """What a crash tore stays a line of its own."""
+        with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+
+    def _name(self) -> str:
+        """Names sort by time, and no two writers ever have the same."""
+        return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
 
 
-def read_journal(out: str | Path) -> list[dict[str, Any]]:
+def read_journal(out: Where) -> list[dict[str, Any]]:
     """All whole lines, oldest first; a line torn by a crash is left out."""
+    place = as_place(out)
+    if place.local:
+        texts = []
+        with contextlib.suppress(FileNotFoundError):
+            texts = [journal_file(place).read()]
+    else:
+        folder = journal_folder(place)
+        with ThreadPoolExecutor(READERS) as readers:
+            texts = list(readers.map(lambda file: (folder / file.name).read(), folder.files()))
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(journal_file(out)) as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
+    for text in texts:
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
                 lines.append(json.loads(line))
     return lines
-
-
-@contextlib.contextmanager
-def one_writer(out: str | Path) -> Iterator[None]:
-    """Holds the folder's lock. The system releases it when the process ends, however it ends.
-
-    Where the file system has no locks (some network ones), two writers are not told apart; their shards are the same
-    bytes.
-
-    Raises ValueError naming the writer that holds it.
-    """
-    with open(Path(out) / HIDDEN / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
-                raise ValueError(
-                    f"{out} is being written by {file.read().strip() or 'another process'}; wait, or use another "
-                    "folder."
-                ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield

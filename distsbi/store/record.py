@@ -1,15 +1,15 @@
-"""run.json: what defines the draws in a folder, so that only the very same run goes on in it."""
+"""run.json: what defines the draws in a folder, so that only the very same run goes on in it, and where they come from."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from distsbi.files import write_json
 from distsbi.store import layout
+from distsbi.store.layout import Where
+from distsbi.store.place import Place, as_place
 
-FORMAT = 1
+FORMAT = 2  # 2: rows may be quarantined
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
@@ -17,41 +17,41 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(definition, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def read_run(out: str | Path) -> dict[str, Any] | None:
+def read_run(out: Where) -> dict[str, Any] | None:
     """run.json of a folder; None if there is none.
 
     Raises ValueError if it is damaged or of a newer format.
     """
-    path = layout.run_file(out)
+    place = layout.run_file(as_place(out))
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(place.read())
         version, _ = found["format"], found["definition"]["n_rows"]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}); restore it, or sample into another folder."
+            f"{place} is damaged ({type(error).__name__}); restore it, or sample into another folder."
         ) from error
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{out} has catalog format {version}; this distsbi reads up to {FORMAT}. Update distsbi.")
     return found
 
 
-def begin(out: str | Path, definition: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Claims a folder for the run that `definition` defines, or checks that it is this run's already.
 
-    `about`: what else to remember (paths, versions, when); it may differ between calls.
+    `about`: what else to remember (paths, versions, when); it may differ between calls, and that of the first is kept. (The device
+    and the versions that made a shard are in its line of the journal.)
 
     Raises ValueError naming what differs, given and found, if another run began in this folder.
     """
-    found = read_run(out)
+    place = as_place(out)
+    found = read_run(place)
     if found is None:
-        if layout.has_shards(out):
-            raise ValueError(
-                f"{out} has shards but no {layout.run_file(out).name} that says what they are; use another folder."
-            )
-        write_json(
-            layout.run_file(out),
+        if layout.has_shards(place):
+            raise ValueError(f"{place} has shards but no run.json that says what they are; use another folder.")
+        _write(
+            place,
             {
                 "format": FORMAT,
                 "fingerprint": fingerprint(definition),
@@ -67,9 +67,21 @@ def begin(out: str | Path, definition: Mapping[str, Any], about: Mapping[str, An
             f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}" for name in differing
         )
         raise ValueError(
-            f"{out} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "
-            f"found to go on with it, or delete {out}."
+            f"{place} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "
+            f"found to go on with it, or delete {place}."
         )
+
+
+def note_device(out: Where, device: str) -> None:
+    """Adds a kind of hardware to those on which the draws were made. Only for who holds the folder."""
+    found = read_run(out)
+    if found is not None and device not in found["about"].setdefault("devices", []):
+        found["about"]["devices"].append(device)
+        _write(as_place(out), found)
+
+
+def _write(out: Place, run: dict[str, Any]) -> None:
+    layout.run_file(out).write((json.dumps(run, indent=1) + "\n").encode())
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,20 +3,21 @@
     id             the catalog's id
     row            row number in the catalog
     observation_id names the observation's random numbers: `posterior.sample(..., observation_id=...)` repeats them
-    status         "ok", "invalid" (x is unusable) or "failed" (sampling it raised)
+    status         "ok", "invalid" (x is unusable), "failed" (sampling it raised) or "quarantined" (it kills or hangs its process)
     message        why, where not ok
     mean, sd, q05, q50, q95 (any quantiles)    float32 [parameters], over all draws
     draws          arrow.fixed_shape_tensor float32 [draws, dim_theta, ch_theta]; every `thin`-th draw; may be left out
 
 Where status is not "ok" the numbers are null, never NaN. Shapes, parameter names and the run's fingerprint are also
-in the schema's metadata, as JSON under "distsbi".
+in the schema's metadata, as JSON under "distsbi"; rows by status and a SHA-256 of the decoded contents in the file's.
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +25,13 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from distsbi.store.place import Place, as_place
+
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
-OK, INVALID, FAILED = "ok", "invalid", "failed"
-STATUSES: tuple[str, ...] = (OK, INVALID, FAILED)
-KEY, COUNTS = b"distsbi", b"distsbi.counts"
+OK, INVALID, FAILED, QUARANTINED = "ok", "invalid", "failed", "quarantined"
+STATUSES: tuple[str, ...] = (OK, INVALID, FAILED, QUARANTINED)
+KEY, COUNTS, DIGEST = b"distsbi", b"distsbi.counts", b"distsbi.sha256"
 ROW_GROUP_BYTES = 32 * 2**20
 
 
@@ -122,7 +125,7 @@ class Format:
     ) -> pa.Table:
         """One row per observation; `draws` holds those with status "ok", in order."""
         ok = np.asarray([s == OK for s in status], bool)
-        flat = draws.reshape(len(draws), -1, self.size)
+        flat = draws.reshape(len(draws), draws.shape[1], self.size)  # -1 would not do where no row is ok
         columns = [
             ids,
             pa.array(rows),
@@ -135,7 +138,9 @@ class Format:
         if self.output.draws:
             kept = np.ascontiguousarray(flat[:, :: self.output.thin])
             columns.append(
-                pa.ExtensionArray.from_storage(schema.field("draws").type, _fixed(kept.reshape(len(kept), -1), ok))
+                pa.ExtensionArray.from_storage(
+                    schema.field("draws").type, _fixed(kept.reshape(len(kept), kept.shape[1] * self.size), ok)
+                )
             )
         columns = [
             column if isinstance(column, pa.ExtensionArray) else column.cast(field.type)
@@ -143,24 +148,60 @@ class Format:
         ]
         return pa.Table.from_arrays(columns, schema=schema)
 
-    def write(self, table: pa.Table, file: BinaryIO) -> None:
-        """Parquet: row groups by bytes, checksums on the pages; floats as they are (they hardly compress)."""
+    def write(self, table: pa.Table, file: Any) -> None:
+        """Parquet: row groups by bytes, checksums on the pages; floats as they are (they hardly compress). Rows by status and the
+        digest of the contents go into the footer."""
         row_bytes = 4 * (self.size * (2 + len(self.output.quantiles)) + int(np.prod(self.draws_shape))) + 64
         compression: Any = {"id": "ZSTD", "row": "ZSTD", "status": "ZSTD", "message": "ZSTD"}
-        counts = {name: pc.sum(pc.equal(table["status"], name)).as_py() for name in STATUSES}
         with pq.ParquetWriter(
             file, table.schema, use_dictionary=False, compression=compression, write_page_checksum=True
         ) as writer:
             writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes))
-            writer.add_key_value_metadata({COUNTS: json.dumps(counts)})
+            writer.add_key_value_metadata({COUNTS: json.dumps(count_rows(table)), DIGEST: digest(table)})
+
+    def encode(self, table: pa.Table) -> pa.Buffer:
+        """The bytes of a whole shard file."""
+        stream = pa.BufferOutputStream()
+        self.write(table, stream)
+        return stream.getvalue()
 
 
-def read_counts(path: str | Path) -> dict[str, int]:
+def count_rows(table: pa.Table) -> dict[str, int]:
+    """Rows by status."""
+    return {name: pc.sum(pc.equal(table["status"], name)).as_py() for name in STATUSES}
+
+
+def read_counts(path: str | os.PathLike[str] | Place) -> dict[str, int]:
     """Rows by status of one shard, from its footer. Raises ValueError naming a file that is damaged."""
+    place = as_place(path)
     try:
-        return json.loads(pq.read_metadata(path).metadata[COUNTS])
+        with place.open() as file:
+            return json.loads(pq.read_metadata(file).metadata[COUNTS])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # the last two: no such metadata
-        raise ValueError(f"{path} cannot be read ({error}); delete it and sample again.") from error
+        raise ValueError(f"{place} cannot be read ({error}); delete it and sample again.") from error
+
+
+def digest(table: pa.Table) -> str:
+    """SHA-256 of the decoded contents, column by column: names, which values are null, and the others. Hexadecimal.
+
+    The same however the table is cut into chunks or stored.
+    """
+    sha = hashlib.sha256()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        sha.update(name.encode() + b"\0")
+        valid = pc.is_valid(column).to_numpy()
+        sha.update(np.packbits(valid).tobytes())
+        for chunk in column.chunks:
+            values = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+            if pa.types.is_fixed_size_list(values.type):
+                values = values.flatten()  # without nulls
+            if pa.types.is_primitive(values.type):
+                sha.update(np.ascontiguousarray(values.drop_null().to_numpy(zero_copy_only=False)).data)
+            else:
+                for value in values.drop_null().to_pylist():
+                    text = value if isinstance(value, bytes) else value.encode()
+                    sha.update(len(text).to_bytes(8, "little") + text)
+    return sha.hexdigest()
 
 
 def summaries(flat: Float[np.ndarray, "rows nsamples size"], quantiles: Sequence[float]) -> list[np.ndarray]:

@@ -1,10 +1,11 @@
 """How to train: plain numbers, each default written once. Keys follow GenSBI's `training_config`."""
 
 import dataclasses
-import difflib
 import math
 import numbers
 from typing import Any, Self
+
+from distsbi.hints import did_you_mean
 
 OPTIMIZERS = ("muon", "adamw")
 COUNTS = (
@@ -104,9 +105,9 @@ class TrainingConfig:
         known = sorted(f.name for f in dataclasses.fields(cls))
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f" Did you mean {close[0]}?" if close else ""
-                raise ValueError(f"unknown training option {name!r};{hint} The options are {', '.join(known)}.")
+                raise ValueError(
+                    f"unknown training option {name!r};{did_you_mean(name, known)} The options are {', '.join(known)}."
+                )
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,10 +123,12 @@ class TrainingConfig:
         n = simulations if simulations is not None else 100_000
         nsteps = self.nsteps or int(min(20_000, max(1_500, 100 * round(0.5 * math.sqrt(n)))))
         batch = self.batch_size or 2 ** int(min(9, max(6, round(math.log2(max(n, 1) / 100)))))
-        val_every = min(self.val_every or max(100, nsteps // 4000 * 100), nsteps)
+        val_every = self.val_every or min(max(100, nsteps // 4000 * 100), nsteps)
         save_every = self.save_every or max(val_every, val_every * (nsteps // (8 * val_every)))
         if save_every % val_every:
             raise ValueError(f"save_every must be a multiple of val_every; got {save_every} and {val_every}.")
+        if val_every > nsteps:  # once, at the end
+            val_every = save_every = nsteps
         return dataclasses.replace(
             self,
             nsteps=nsteps,

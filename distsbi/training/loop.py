@@ -2,12 +2,15 @@
 
 Checkpoints fall on validations and validations on dispatch boundaries, so a resumed run replays the very dispatches that the
 uninterrupted one makes, and ends with the same bits on the same devices.
+
+Several processes run this same loop in step: the state and every batch are global arrays on the mesh of all of them.
 """
 
 import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import math
 import os
 import time
@@ -20,14 +23,17 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from distsbi import keys, mesh as meshes
+from distsbi import keys, mesh as meshes, processes
 from distsbi.data.source import Pairs, Source
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.base import Network
+from distsbi.training import rows
 from distsbi.training.checkpoints import Checkpoints
 from distsbi.training.config import TrainingConfig
-from distsbi.training.update import Augment, Learner, Pose, TrainState, conditional
+from distsbi.training.update import Augment, Learner, Pose, TrainState, as_kept, conditional, in_float32
+
+log = logging.getLogger("distsbi")
 
 DISPATCH = 100  # most updates per dispatch
 DISPATCH_BYTES = (
@@ -64,16 +70,25 @@ def train(
     """Trains `network` and returns its best averaged weights; writes and resumes `config.checkpoint_dir` if there is one.
 
     `config` must be resolved. `pose`: what is learned of a pair. `identity`: what a resumed run must share with the one that began, JSON-able;
-    the weights that it begins with and the seed are added. A stream that ends early ends the training, with a warning.
+    the weights that it begins with and the seed are added. Several processes whose devices are in `mesh` all call this with the same arguments:
+    batches are the same as in one process, and each process keeps only its part of the data on its devices. Only where each process reads row
+    groups of its own (a streamed folder with enough of them) batches depend on the number of processes. A stream that ends early ends the training,
+    with a warning.
 
-    Raises ValueError for a run directory of another training and a stream of less than one batch, RuntimeError if the loss becomes NaN.
+    Raises ValueError for a run directory of another training, processes that differ in what they train and a stream of less than one batch, RuntimeError if the loss becomes NaN.
     """
     key = keys.as_key(key)
     nsteps, val_every, save_every = config.nsteps or 1, config.val_every or 1, config.save_every or 1
-    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    graphdef, own, rest = nnx.split(network, nnx.Param, ...)
+    what = {**(identity or {}), "seed": keys.key_words(key), "initial weights": _digest(own)}
+    root = run_root(config)
+    place = root if root is None or "://" in root else os.path.abspath(root)
+    processes.agree_on({**what, "run directory": place}, "give all of them the same command and the same data")
+    meshes.meet(mesh)
 
     batch, devices = config.batch_size or 1, meshes.data_size(mesh)
-    if batch % devices:
+    several, first_process = meshes.is_shared(mesh), processes.is_first()
+    if batch % devices and first_process:
         warnings.warn(
             f"batch_size={batch} is no multiple of the {devices} devices, so each of them does all of the work; "
             f"give batch_size={max(1, round(batch / devices)) * devices}.",
@@ -85,6 +100,7 @@ def train(
     # by the options and shapes alone, so that a resumed run makes the same dispatches
     chunk = max(k for k in range(1, min(most, val_every) + 1) if val_every % k == 0)
     shuffled = source.size if source.arrays is not None else 0
+    divided = source.arrays is not None and rows.is_divided(source.arrays, mesh)
     learner = Learner(
         graphdef,
         rest,
@@ -92,18 +108,24 @@ def train(
         standardizer,
         config,
         mesh,
-        source.draw,
+        rows.take(mesh) if divided else source.draw,
         epoch=(shuffled or 0) // batch,
         augment=augment,
         pose=pose,
+        divided=divided,
     )
     whole = meshes.replicated(mesh)
-    data = jax.device_put(source.arrays, whole) if source.arrays is not None else None
-    held_out = jax.device_put(_stack(validation, mesh), meshes.batch_sharding(mesh, axis=1))
+    data = None
+    if source.arrays is not None:
+        data = rows.place(source.arrays, mesh) if divided else jax.device_put(source.arrays, whole)
+    held_out = meshes.put(_stack(validation, mesh), meshes.batch_sharding(mesh, axis=1))
 
     begin = functools.partial(learner.init, shuffled=shuffled or 0)
-    shardings = meshes.state_shardings(mesh, jax.eval_shape(begin, params, key), fsdp=config.fsdp)
-    state: TrainState = jax.jit(begin, out_shardings=shardings)(params, key)
+    seed = np.asarray(jax.random.key_data(key))
+    params = in_float32(own)
+    given = meshes.put(jax.device_get(params), whole) if several else params
+    shardings = meshes.state_shardings(mesh, jax.eval_shape(begin, params, seed), fsdp=config.fsdp)
+    state: TrainState = jax.jit(begin, out_shardings=shardings)(given, seed)
     options = meshes.compiler_options(mesh, getattr(network, "cpu_compiler_options", {}))
     advance = jax.jit(
         learner.advance,
@@ -114,13 +136,21 @@ def train(
     )
     validate = jax.jit(learner.validate, donate_argnums=0, out_shardings=(shardings, whole))
 
-    root = run_root(config)
+    ready: set[tuple[Any, ...]] = set()
+
+    def together(program: Any, *arguments: Any, static: int = 0) -> Any:
+        """A call that all processes make when all have compiled it: collectives of gloo wait half a minute for the others, and no longer."""
+        if several and (program, static) not in ready:
+            program.lower(*arguments).compile()
+            processes.wait_for_all()
+            ready.add((program, static))
+        return program(*arguments)
+
     losses: list[float] = []
     val_losses: list[float] = []
     checkpoints = None
     if root:
-        begun = {"seed": keys.key_words(key), "initial weights": _digest(params)}
-        checkpoints = Checkpoints(root, {**(identity or {}), **begun})
+        checkpoints = Checkpoints(root, what)
     started, first = time.perf_counter(), 0
     try:
         if checkpoints is not None:
@@ -130,10 +160,10 @@ def train(
                 state, first = restored, int(restored.step)
                 losses = [line["loss"] for line in history]
                 val_losses = [line["val_loss"] for line in history]
-        stream = source.batches(first, batch) if source.batches is not None else None
+        stream, parted = _stream(source, first, batch, mesh)
         with tqdm(
             total=nsteps, initial=first, desc="training", unit="update",
-            disable=None if config.show_progress is None else not config.show_progress,
+            disable=True if not first_process else None if config.show_progress is None else not config.show_progress,
         ) as bar:  # fmt: skip
             step, saved, ended = first, first, False
             while step < nsteps and not ended and not (config.early_stopping and int(state.stale) >= config.patience):
@@ -143,10 +173,15 @@ def train(
                     count = wanted = min(chunk, until - step)
                     given: Any = data
                     if stream is not None:
-                        given, count = _stacked(stream, wanted, mesh)
+                        given, count = _stacked(stream, wanted, mesh, parted)
+                        if several and not parted and len(set(counts := processes.gather(count))) > 1:
+                            raise ValueError(
+                                f"the training iterable gave the processes {counts} batches after update {step}; it must give the same "
+                                f"pairs to all of them."
+                            )
                         ended = count < wanted
                     if count:
-                        state, loss = advance(state, given, count)
+                        state, loss = together(advance, state, given, count, static=count)
                         parts.append((count, loss))
                         step += count
                         bar.update(count)
@@ -155,7 +190,7 @@ def train(
                         f"the training iterable ended before one batch of {batch} pairs; give more pairs, one that can be iterated "
                         f"again, or a smaller batch_size."
                     )
-                if ended:
+                if ended and first_process:
                     warnings.warn(
                         f"the training iterable ended at update {step} of {nsteps}, and the training with it; give one that can be iterated "
                         f"again to go on.",
@@ -169,10 +204,12 @@ def train(
                         f"the training loss became {train_loss} by update {step}: lower max_lr (now {config.max_lr}) or check the data "
                         f"for extreme values." + (f" The last good state is kept in {root}." if root else "")
                     )
-                state, val = validate(state, held_out, jax.numpy.float32(train_loss))
+                state, val = together(validate, state, held_out, np.float32(train_loss))
                 losses.append(train_loss)
                 val_losses.append(float(val))
                 bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{val_losses[-1]:.4f}")
+                if first_process and bar.disable:  # a bar says it by itself
+                    log.info("update %d of %d: loss %.4f, validation %.4f", step, nsteps, train_loss, val_losses[-1])
                 if checkpoints is not None:
                     checkpoints.log({"step": step, "loss": train_loss, "val_loss": val_losses[-1]})
                     if step % save_every == 0:
@@ -190,8 +227,9 @@ def train(
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
         "updates_per_second": round((int(state.step) - first) / seconds, 2),
     }  # fmt: skip
-    whole_state = jax.jit(lambda tree: tree, out_shardings=whole)
-    merge = lambda tree: nnx.merge_state(whole_state(tree), rest)  # noqa: E731
+    whole_state = jax.jit(lambda tree: as_kept(tree, own), out_shardings=whole)
+    local = lambda tree: jax.tree.map(jax.numpy.asarray, jax.device_get(tree)) if several else tree  # noqa: E731
+    merge = lambda tree: nnx.merge_state(local(whole_state(tree)), rest)  # noqa: E731
     return Trained(merge(best), merge(state.params), losses, val_losses, facts)
 
 
@@ -203,25 +241,40 @@ def run_root(config: TrainingConfig) -> str | None:
 
 
 def _stack(pairs: Pairs, mesh: jax.sharding.Mesh) -> Pairs:
-    """Validation pairs as equal batches [count, rows, ...], rows a multiple of the device count; what is left over is dropped."""
+    """Validation pairs as equal batches [count, rows, ...] of at most VALIDATION_ROWS, rows a multiple of the device count; what is left over,
+    less than a row of each batch for each device, is dropped."""
     n, devices = len(pairs[0]), meshes.data_size(mesh)
-    rows = min(VALIDATION_ROWS, n) // devices * devices
-    if rows == 0:
+    if n < devices:
         repeat = np.resize(np.arange(n), devices)
         return tuple(part[repeat][None] for part in pairs)  # type: ignore[return-value]
-    count = n // rows
+    count = min(-(-n // VALIDATION_ROWS), n // devices)
+    rows = n // count // devices * devices
     return tuple(part[: count * rows].reshape(count, rows, *part.shape[1:]) for part in pairs)  # type: ignore[return-value]
 
 
-def _stacked(stream: Iterator[Pairs], count: int, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
-    """(the next `count` batches of a stream, stacked, on the mesh; how many they are: fewer where it ends)."""
+def _stream(source: Source, first: int, batch: int, mesh: jax.sharding.Mesh) -> tuple[Iterator[Pairs] | None, bool]:
+    """(batches from update `first` on; whether they are this process' part of each batch alone)."""
+    if source.batches is None:
+        return None, False
+    if not meshes.is_shared(mesh) or source.part is None or batch % meshes.data_size(mesh):
+        return source.batches(first, batch), False
+    return source.part(processes.index(), processes.count())(first, batch), True
+
+
+def _stacked(stream: Iterator[Pairs], count: int, mesh: jax.sharding.Mesh, parted: bool = False) -> tuple[Any, int]:
+    """(the next `count` batches of a stream, stacked, on the mesh; how many they are: fewer where it ends). `parted`: they are this process' part."""
     batches = list(itertools.islice(stream, count))
     if not batches:
         return None, 0
     theta, x = (np.stack(parts) for parts in zip(*batches, strict=True))
+    split = meshes.batch_sharding(mesh, axis=1)
+    if parted:
+        return (
+            jax.make_array_from_process_local_data(split, theta),
+            jax.make_array_from_process_local_data(split, x),
+        ), len(batches)
     even = theta.shape[1] % meshes.data_size(mesh) == 0
-    sharding = meshes.batch_sharding(mesh, axis=1) if even else meshes.replicated(mesh)
-    return jax.device_put((theta, x), sharding), len(batches)
+    return meshes.put((theta, x), split if even else meshes.replicated(mesh)), len(batches)
 
 
 def _digest(params: Any) -> str:

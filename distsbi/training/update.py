@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
@@ -20,6 +21,7 @@ from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.base import encode
+from distsbi.networks.joint import Conditional
 from distsbi.training.config import TrainingConfig
 
 Batch = tuple[Array, Array]
@@ -51,18 +53,18 @@ class Pose(Protocol):
 
     def __call__(
         self, network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
-    ) -> tuple[Array, Any, Array | None]:
-        """(y, context, keep): y [batch, dim, ch] is to be noised and predicted given the context; `keep` [batch, dim], where its
-        prediction counts, None: everywhere."""
+    ) -> tuple[Any, Array, Any, Array | None]:
+        """(network, y, context, keep): y [batch, dim, ch] is to be noised and predicted by the network given the context; `keep` [batch, dim],
+        where its prediction counts, None: everywhere."""
         ...
 
 
 def conditional(
     network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
-) -> tuple[Array, Any, None]:
+) -> tuple[Any, Array, Any, None]:
     """theta given x."""
     context, centre = encode(network, standardizer, x)
-    return standardizer.forward(theta, centre), context, None
+    return network, standardizer.forward(theta, centre), context, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ConditionMasks:
     """All tokens (theta, x) given a random part of them, a new one for each pair (Gloeckler et al. 2404.09636, sec. 3.3).
 
     `kind`: "structured", shares of p(theta | x), p(theta, x), p(x | theta) and two Bernoulli masks; "bernoulli", the latter alone;
-    "posterior", p(theta | x) alone.
+    "posterior", p(theta | x) alone, which as a fixed pattern costs less: no data are noised, and they are encoded once for all noise levels.
     """
 
     kind: str = "structured"
@@ -78,11 +80,14 @@ class ConditionMasks:
 
     def __call__(
         self, network: Any, standardizer: Standardizer, theta: Array, x: Array, key: Array
-    ) -> tuple[Array, Any, Array]:
-        tokens = jnp.concatenate([theta, x], 1)
+    ) -> tuple[Any, Array, Any, Array | None]:
+        tokens, n = jnp.concatenate([theta, x], 1), theta.shape[1]
         v = standardizer.forward(tokens, jnp.zeros_like(standardizer.theta_mean))
-        given = self.draw(key, theta.shape[0], theta.shape[1], x.shape[1])
-        return v, network.encode(v, given), ~given
+        if self.kind == "posterior":
+            fixed = Conditional(network, tuple(range(n)), tuple(range(n, v.shape[1])))
+            return fixed, v[:, :n], fixed.encode(v[:, n:]), None
+        given = self.draw(key, theta.shape[0], n, x.shape[1])
+        return network, v, network.encode(v, given), ~given
 
     def draw(self, key: Array, batch: int, dim_theta: int, dim_x: int) -> Bool[Array, "batch tokens"]:
         """Which tokens are given: never all of them."""
@@ -152,6 +157,17 @@ def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def in_float32(params: Any) -> Any:
+    """Weights as they are trained, whatever type the network keeps them in: what one update adds to an average, and often to a weight, is
+    less than the last bit of a bfloat16."""
+    return jax.tree.map(lambda a: a if a.dtype.itemsize >= 4 else a.astype(np.float32), params)
+
+
+def as_kept(params: Any, own: Any) -> Any:
+    """Trained weights in the types of `own`, the network's."""
+    return jax.tree.map(lambda a, kept: a.astype(kept.dtype), params, own)
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """What is fixed while training: turns states into states."""
@@ -168,15 +184,16 @@ class Learner:
     epoch: int  # updates per epoch where `order` is used, else 0
     augment: Augment | None = None
     pose: Pose = conditional
+    divided: bool = False  # whether the rows of the training set are divided over the devices
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", make_optimizer(self.config))
 
-    def init(self, params: Any, key: Array, shuffled: int) -> TrainState:
-        """The first state. Run under jit with sharded outputs."""
+    def init(self, params: Any, seed: UInt32[Array, "2"], shuffled: int) -> TrainState:
+        """The first state; `seed`: the words of the key. Run under jit with sharded outputs."""
         copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
         return TrainState(
-            step=jnp.zeros((), jnp.int32), seed=jax.random.key_data(key), params=params, ema=copy(params), best=copy(params),
+            step=jnp.zeros((), jnp.int32), seed=jnp.asarray(seed), params=params, ema=copy(params), best=copy(params),
             best_loss=jnp.full((), jnp.inf, jnp.float32), stale=jnp.zeros((), jnp.int32), opt=self.optimizer.init(params),  # type: ignore[attr-defined]
             order=jnp.arange(max(shuffled, 1), dtype=jnp.int32),
         )  # fmt: skip
@@ -187,7 +204,7 @@ class Learner:
         """Mean loss of a batch of (theta, x), with `draws` noise levels per pair."""
         theta, x = batch
         network = nnx.merge(self.graphdef, params, self.rest)
-        y, context, keep = self.pose(network, self.standardizer, theta, x, key_pose)
+        network, y, context, keep = self.pose(network, self.standardizer, theta, x, key_pose)
         t = self.method.draw_times(key_times, (y.shape[0], draws))
         z = jax.random.normal(key_noise, (y.shape[0], draws, *y.shape[1:]))
         times = t[..., None, None]
@@ -216,7 +233,9 @@ class Learner:
                 size = self.config.batch_size or 1
                 at = (state.step % max(self.epoch, 1)) * size
                 index = jax.lax.dynamic_slice(order, (at,), (size,)) if self.epoch else jnp.arange(size)
-                batch = self.draw(k_data, jax.lax.with_sharding_constraint(index, self._split(size)), data)
+                if not self.divided:  # each device takes its rows of the batch from its own copy of the set
+                    index = jax.lax.with_sharding_constraint(index, self._split(size))
+                batch = self.draw(k_data, index, data)
             if self.augment is not None:
                 batch = self.augment(k_augment, *batch)
             batch = jax.lax.with_sharding_constraint(batch, self._split(batch[0].shape[0]))

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distsbi.data import parquet
-from distsbi.data.pairs import as_pairs, iter_pairs, open_pairs, read_pairs, simulate_pairs, write_pairs
+from distsbi.data.pairs import as_pairs, open_pairs, read_pairs, simulate_pairs, write_pairs
+from distsbi.data.stream import iter_pairs
 from distsbi.tasks import get_task
 
 RNG = np.random.default_rng(0)
@@ -110,6 +111,20 @@ class TestFolder:
         file.write_bytes(content)
         with pytest.raises(ValueError, match="pairs-00002.parquet"):
             read_pairs(folder)
+
+    @pytest.mark.parametrize("values", [THETA, X], ids=["theta", "x"])
+    def test_one_bit_of_a_number_is_enough(self, folder, values):
+        """A reader that does not look at the checksums takes it for another number."""
+        file = folder / "pairs-00002.parquet"
+        content = bytearray(file.read_bytes())
+        content[content.index(values[40:60].tobytes()[:16]) + 10] ^= 1
+        file.write_bytes(content)
+        pq.read_table(file)
+        said = r"pairs-00002.parquet cannot be read .* may be damaged .*checksum"
+        with pytest.raises(ValueError, match=said):
+            read_pairs(folder)
+        with pytest.raises(ValueError, match=said):
+            list(iter_pairs(folder, 10, seed=0))
 
     def test_missing_empty_and_foreign(self, tmp_path):
         with pytest.raises(ValueError, match="not a folder of pairs"):
@@ -207,49 +222,6 @@ class TestFolder:
         pq.write_table(pa.table({"theta": theta, "x": column}), tmp_path / "words.parquet")
         with pytest.raises(ValueError, match=r"words.parquet must have columns .* x of type fixed_size_list.*string"):
             read_pairs(tmp_path)
-
-
-class TestStream:
-    def epoch(self, folder, **options):
-        return [theta[:, 0, 0] for theta, _ in iter_pairs(folder, 8, seed=1, **options)]
-
-    def test_an_epoch_is_a_permutation_short_of_one_batch(self, folder):
-        batches = self.epoch(folder)
-        assert [len(b) for b in batches] == [8] * (103 // 8)
-        rows = np.concatenate(batches)
-        assert len(np.unique(rows)) == len(rows)
-        assert np.isin(rows, THETA[:, 0]).all()
-
-    def test_theta_and_x_stay_together(self, folder):
-        row_of = {float(t): i for i, t in enumerate(THETA[:, 0])}
-        for theta, x in iter_pairs(folder, 8, seed=1):
-            np.testing.assert_array_equal(x, X[[row_of[float(t)] for t in theta[:, 0, 0]]])
-
-    def test_order_depends_on_seed_and_epoch_alone(self, folder):
-        first = np.concatenate(self.epoch(folder))
-        np.testing.assert_array_equal(first, np.concatenate(self.epoch(folder)))
-        assert not np.array_equal(first, np.concatenate(self.epoch(folder, epoch=1)))
-        other_seed = np.concatenate([theta[:, 0, 0] for theta, _ in iter_pairs(folder, 8, seed=2)])
-        assert not np.array_equal(first, other_seed)
-
-    @pytest.mark.parametrize("files_in_memory", [1, 2, 4, 100])
-    def test_resumes_at_any_batch(self, folder, files_in_memory):
-        whole = self.epoch(folder, files_in_memory=files_in_memory)
-        for batch in range(len(whole) + 1):
-            rest = self.epoch(folder, batch=batch, files_in_memory=files_in_memory)
-            np.testing.assert_array_equal(np.array(rest), np.array(whole[batch:]))
-
-    def test_rows_mix_within_a_group(self, folder):
-        """With everything in memory a batch comes from many files."""
-        row_of = {float(t): i for i, t in enumerate(THETA[:, 0])}
-        first = self.epoch(folder, files_in_memory=100)[0]
-        assert len({row_of[float(t)] // 20 for t in first}) >= 3
-
-    def test_errors_come_at_the_call(self, folder):
-        with pytest.raises(ValueError, match="batch_size=104 is more than the 103 pairs"):
-            iter_pairs(folder, 104, seed=0)
-        with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
-            iter_pairs(folder, 0, seed=0)
 
 
 def simulate(folder, n=100, seed=3, **options):

@@ -1,5 +1,9 @@
 """Priors: which supports are understood, which refused and how, named joints, and the check of theta."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,3 +198,26 @@ def test_a_prior_takes_seeds_and_counts_and_refuses_bounds_that_are_swapped():
     np.testing.assert_array_equal(prior.sample(0, 5), prior.sample(jax.random.key(0), (5,)))
     with pytest.raises(ValueError, match="the part 'spin' cannot be a prior here: a support needs low < high"):
         Prior(spin=dist.Uniform(1.0, -1.0))
+
+
+def test_a_wrapped_prior_is_described_alike_in_every_process():
+    """numpyro gathers what a distribution holds in a set, whose order differs from process to process."""
+    code = (
+        "import numpyro.distributions as d; from distsbi.data.prior import describe; "
+        "print(describe(d.TruncatedNormal(0.0, 1.0, low=0.5))); print(describe(d.Normal(0, 2).expand((2,)).to_event(1)))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    (one,) = said
+    assert one.splitlines() == [
+        "LeftTruncatedDistribution(_support=0.5, base_dist=Normal(loc=0, scale=1), low=0.5)",
+        "Independent(base_dist=ExpandedDistribution(base_dist=Normal(loc=0, scale=2), shape=2), shape=2)",
+    ]

@@ -2,8 +2,9 @@
 
     theta | x ~ N(x[:dim_theta], 1), noise from (seed, observation id, draw index)
 
-x[0] is the switch: RAISE raises, DEVICE raises as a device out of memory does, KILL kills the process, KILL_ONCE and
-SLEEP_ONCE do so only the first time. `bad_starts`: so many workers that replace a killed one fail to load.
+x[0] is the switch: RAISE raises, DEVICE raises as a device out of memory does, KILL and ABORT kill the process, SLEEP hangs,
+KILL_ONCE and SLEEP_ONCE do so only the first time. `bad_starts`: so many workers that replace a killed one fail to load;
+`kill_at_rename`: the first worker that has written a shard dies before it gives it its name.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from distsbi import files
 from distsbi.mesh import make_mesh
 from distsbi.methods import make_method
 from distsbi.sampling import Tile
 from distsbi.solvers import make_solver
 
-RAISE, KILL, KILL_ONCE, SLEEP_ONCE, DEVICE = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
+RAISE, KILL, KILL_ONCE, SLEEP_ONCE, DEVICE, ABORT, SLEEP = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0, 1006.0, 1007.0
 
 
 class FakePosterior:
@@ -40,8 +42,20 @@ class FakePosterior:
         self.tile, self.most_slots = Tile(2, 4), 1_000
         self.mesh = make_mesh({"data": 1})
         self.calls: list[int] = []  # rows of each call of draw
+        if config.get("kill_at_rename"):
+            replace = os.replace
+
+            def rename(source: Any, target: Any) -> None:
+                if Path(target).name.startswith("shard-") and self._first("killed"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+
+            files.os = type("os", (), {**vars(os), "replace": staticmethod(rename)})  # type: ignore[attr-defined]
         if (run / "killed").exists() and any(self._first(f"start-{i}") for i in range(config.get("bad_starts", 0))):
             raise OSError("the disk is away")
+
+    def far(self, xs: np.ndarray) -> dict[int, str]:
+        return {}
 
     def check_x(self, x: np.ndarray) -> np.ndarray:
         if x.shape != (3, 1):
@@ -64,7 +78,9 @@ class FakePosterior:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         if switch == KILL or (switch == KILL_ONCE and self._first("killed")):
             os.kill(os.getpid(), signal.SIGKILL)
-        if switch == SLEEP_ONCE and self._first("slept"):
+        if switch == ABORT:
+            os.abort()
+        if switch == SLEEP or (switch == SLEEP_ONCE and self._first("slept")):
             time.sleep(120)
         time.sleep(self.seconds_per_row)
         words = np.asarray(jax.random.key_data(key)).astype(np.uint64)

@@ -1,5 +1,6 @@
 """A catalog in this process: what is written, what is refused, and how it goes on."""
 
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -19,10 +20,11 @@ from distsbi import open_catalog
 from distsbi.fanout import sample_catalog
 from distsbi.fanout.catalog import _rows_per_shard
 from distsbi.fanout.pool import InProcess
-from distsbi.fanout.worker import Job, Worker
+from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.keys import hash_id
 from distsbi.store import Output, SourceSpec, layout, schema
 from distsbi.store.source import glance
+from distsbi.store.writer import one_writer
 
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
 
@@ -67,7 +69,7 @@ def test_bad_rows_get_a_reason_and_the_others_go_on(run, make_catalog, tmp_path)
     bad = {3: [1.0, float("nan"), 2.0], 4: [1.0, float("inf"), 2.0], 9: [1.0, 2.0], 13: None, 20: [1.0, None, 2.0]}
     catalog = make_catalog(rows=bad, switches={30: RAISE})
     result = sample_catalog(run, catalog, tmp_path / "out", **QUICK)
-    assert result.counts == {"ok": 34, "invalid": 5, "failed": 1}
+    assert result.counts == {"ok": 34, "invalid": 5, "failed": 1, "quarantined": 0}
     out = result.open()
     rows = {row["id"]: row for row in out.table().to_pylist()}
     assert "NaN" in rows["g3"]["message"]
@@ -132,6 +134,21 @@ def test_a_worker_refuses_another_copy_of_the_catalog(worker, make_catalog):
         worker.ready()
 
 
+def test_a_worker_refuses_other_versions_than_the_driver_has(worker, monkeypatch):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1" if name == "jax" else version(name))
+    with pytest.raises(ValueError, match="has distsbi .*, jax 0.0.1, .* made with .* Install the same everywhere"):
+        worker.ready()
+
+
+def test_why_workers_do_not_go_together(worker):
+    first, told = worker.ready(), worker.ready()
+    told["definition"]["tile"], told["worker"]["device"] = [128, 512], "gpu: H100"
+    assert "(gpu: H100) draws in tiles of [128, 512]" in unlike(first, told, "runs/a")
+    told["definition"]["posterior"] = "another"
+    assert "found another posterior at runs/a" in unlike(first, told, "runs/a")
+
+
 def test_goes_on_where_it_stopped(run, make_catalog, tmp_path):
     catalog, out = make_catalog(), tmp_path / "out"
     sample_catalog(run, catalog, out, **QUICK)
@@ -171,21 +188,28 @@ def test_another_run_is_refused_by_name(run, make_catalog, tmp_path):
     assert draws_hash(out) == before
 
 
-def test_a_damaged_shard_is_named(run, make_catalog, tmp_path):
+def test_a_shard_that_is_damaged_is_made_again(run, make_catalog, tmp_path, caplog):
     catalog, out = make_catalog(), tmp_path / "out"
     sample_catalog(run, catalog, out, **QUICK)
-    path = layout.shard_file(out, 2, 7)
+    before, path = draws_hash(out), layout.shard_file(out, 2, 7)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{path.name} cannot be read .*; delete it and sample again"):
-        sample_catalog(run, catalog, out, **QUICK)
-    path.unlink()
+    result = sample_catalog(run, catalog, out, **QUICK)
+    assert (result.shards_now, result.n_ok) == (1, 40)
+    assert f"shard 2 is made again: {path} has" in caplog.text
+    layout.journal_file(out).unlink()  # what the journal does not know is read
+    path.write_bytes(path.read_bytes()[:-100])
     assert sample_catalog(run, catalog, out, **QUICK).shards_now == 1
+    assert f"shard 2 is made again: {path} cannot be read" in caplog.text
+    assert draws_hash(out) == before
+    lines = layout.read_journal(out)
+    assert {line["shard"] for line in lines if line["event"] == "found"} == {0, 1, 3, 4, 5, 6}
+    assert result.open().status().counts["ok"] == 40
 
 
 def test_a_folder_has_one_writer(run, make_catalog, tmp_path):
     out = tmp_path / "out"
     (out / layout.HIDDEN).mkdir(parents=True)
-    with layout.one_writer(out), pytest.raises(ValueError, match=f"being written by process {os.getpid()}"):
+    with one_writer(out), pytest.raises(ValueError, match=f"being written by process {os.getpid()}"):
         sample_catalog(run, make_catalog(), out, **QUICK)
 
 
@@ -281,21 +305,26 @@ def test_ctrl_c_keeps_what_is_finished(run, make_catalog, tmp_path, monkeypatch)
     assert sample_catalog(run, catalog, out, **QUICK).shards_now == 5
 
 
-def test_sigkill_of_the_driver_loses_nothing(make_catalog, tmp_path):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_signal_to_the_driver_loses_nothing(make_catalog, tmp_path, name):
     catalog, out = make_catalog(), tmp_path / "out"
     slow = make_run(tmp_path / "slow", seconds_per_row=0.05)
     call = f"sample_catalog({str(slow)!r}, {str(catalog)!r}, {str(out)!r}, nsamples=9, workers=0, rows_per_shard=3)"
     code = f"import distsbi.fanout.catalog as c; c.LOADER = 'fake_posterior:load'; c.{call}"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while len(list(out.glob("shard-*"))) < 4:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(getattr(signal, name))
+        err = process.communicate(timeout=60)[1]
     there = layout.shards_done(out, 14)
     assert 4 <= len(there) < 14
+    if name == "SIGTERM":
+        assert f"stopped by SIGTERM, {len(there)} of 14 shards are finished in {out}; the same call goes on" in err
+        assert not list(out.glob(".shard*"))
     result = sample_catalog(slow, catalog, out, **{**QUICK, "rows_per_shard": 3})
     assert result.shards_now == 14 - len(there)
     sample_catalog(make_run(tmp_path / "run"), catalog, tmp_path / "calm", **QUICK)

@@ -1,14 +1,19 @@
 """A catalog on Ray: the same draws, and worker deaths that cost nothing but time. Faults are real signals."""
 
 import contextlib
+import json
 import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fake_posterior import KILL, KILL_ONCE, RAISE, SLEEP_ONCE, draws_hash, make_run
+from fake_posterior import ABORT, DEVICE, KILL_ONCE, RAISE, SLEEP, SLEEP_ONCE, draws_hash, make_run
 
 import distsbi
 from distsbi.fanout import catalog as catalog_module, cluster, sample_catalog
@@ -47,17 +52,19 @@ def test_workers_do_not_change_draws(run, make_catalog, tmp_path, calm_hash):
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_worker_is_replaced(run, make_catalog, tmp_path, calm_hash):
-    catalog = make_catalog(switches={10: KILL_ONCE, 25: RAISE})
+@pytest.mark.parametrize("when", ["sampling", "renaming"])
+def test_a_killed_worker_is_replaced(make_catalog, tmp_path, when):
+    """Also one that dies between writing a shard and giving it its name: it leaves a hidden file, which the next call removes."""
+    run = make_run(tmp_path / "run", kill_at_rename=when == "renaming")
+    catalog = make_catalog(12, switches={4: KILL_ONCE if when == "sampling" else 0.0, 8: RAISE})
     result = sample_catalog(run, catalog, tmp_path / "out", **ON_RAY)
     assert (run / "killed").exists()
-    assert result.counts == {"ok": 39, "invalid": 0, "failed": 1}
+    assert result.counts == {"ok": 11, "invalid": 0, "failed": 1, "quarantined": 0}
     assert result.open().verify() == []
     failed = [line for line in layout.read_journal(tmp_path / "out") if line["event"] == "failed"]
-    assert [(line["shard"], line["attempt"]) for line in failed] == [(3, 1)]
-    make_run(tmp_path / "again")
-    (tmp_path / "again" / "killed").touch()
-    sample_catalog(tmp_path / "again", catalog, tmp_path / "calm", nsamples=9, workers=0)
+    assert [line["attempt"] for line in failed] == [1]
+    assert len(list((tmp_path / "out").glob(".shard-*"))) == (when == "renaming")
+    sample_catalog(run, catalog, tmp_path / "calm", nsamples=9, workers=0)
     assert draws_hash(tmp_path / "out") == draws_hash(tmp_path / "calm")
 
 
@@ -89,8 +96,31 @@ def test_a_local_ray_listens_on_the_loopback_interface_alone():
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_shard_that_always_kills_is_given_up_at_the_end(run, make_catalog, tmp_path):
-    catalog = make_catalog(switches={4: KILL})
+@pytest.mark.parametrize("seconds", [None, pytest.param(2.0, marks=pytest.mark.slow)])
+def test_a_row_that_kills_or_hangs_is_quarantined_alone(run, make_catalog, tmp_path, caplog, seconds):
+    switches = {5: ABORT if seconds is None else SLEEP}
+    catalog = make_catalog(20, switches=switches)
+    caplog.set_level("INFO", "distsbi")
+    few = {**ON_RAY, "rows_per_shard": 4, "max_failures": 1}
+    result = sample_catalog(run, catalog, tmp_path / "out", **few, time_limit=seconds)
+    assert result.counts == {"ok": 20 - len(switches), "invalid": 0, "failed": 0, "quarantined": len(switches)}
+    bad = [row for row in result.open().table(["row", "status", "message"]).to_pylist() if row["status"] != "ok"]
+    assert [row["row"] for row in bad] == list(switches)
+    assert ("time limit of 2 s" if seconds else "ActorDiedError") in bad[0]["message"]
+    lines = layout.read_journal(tmp_path / "out")
+    assert {line["row"] for line in lines if line["event"] == "quarantined"} == set(switches)
+    assert any(re.match(r"shard \d of 5: 4 rows in .* s on .* \(process \d+, cpu: ", text) for text in caplog.messages)
+    with pytest.raises(ValueError, match="quarantined, "):
+        result.open().draws("g5")
+    make_catalog(20)
+    calm = sample_catalog(run, catalog, tmp_path / "calm", nsamples=9, workers=0).open()
+    for i in set(range(20)) - set(switches):
+        np.testing.assert_array_equal(result.open().draws(f"g{i}"), calm.draws(f"g{i}"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_shard_whose_device_always_fails_is_given_up_at_the_end(run, make_catalog, tmp_path):
+    catalog = make_catalog(switches={4: DEVICE})
     with pytest.raises(
         RuntimeError, match=r"1 of 14 shards failed 2 times each .* shard 1 \(rows 3 to 5\).*All others are finished"
     ):
@@ -119,6 +149,25 @@ def test_errors_of_workers_are_the_users_errors(run, make_catalog, tmp_path, sma
     assert sample_catalog(run, make_catalog(), small_disk.path / "out", **{**ONE, "nsamples": 3000}).n_ok == 40
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_whether_a_cluster_grows(monkeypatch):
+    """An autoscaler cannot be had here: what this Ray tells, and what autoscalers make of it."""
+    import ray
+    from ray.experimental import internal_kv
+
+    (node,) = ray.nodes()
+    assert node["Labels"]["ray.io/node-id"] == node["NodeID"]
+    assert not cluster.grows()
+    for kinds, grows in (({f"node_{node['NodeID']}": 1}, False), ({"ray.head.default": 1}, True)):
+        report = json.dumps({"autoscaler_report": {"active_nodes": kinds}}).encode()
+        with monkeypatch.context() as patch:
+            patch.setattr(internal_kv, "_internal_kv_get", lambda key, report=report: report)
+            assert cluster.grows() is grows
+    labelled = {**node, "Labels": {**node["Labels"], "ray.io/node-group": "workers"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [labelled])
+    assert cluster.grows()
+
+
 def test_environment_of_a_worker(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
     cpu = worker_environment(2, 0)
@@ -127,6 +176,7 @@ def test_environment_of_a_worker(monkeypatch):
     assert gpu["XLA_CLIENT_MEM_FRACTION"] == "0.450"
     assert "JAX_PLATFORMS" not in gpu
     assert str(Path(distsbi.__file__).parents[1]) in cpu["PYTHONPATH"].split(os.pathsep)
+    assert cpu["PYTHONPATH"].endswith(os.pathsep + "${PYTHONPATH}")  # the machine's own, which Ray fills in
 
 
 def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog, monkeypatch):
@@ -157,7 +207,7 @@ def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog
     assert not ray.is_initialized()
     assert dict(os.environ) == before
     out = distsbi.open_catalog(tmp_path / "out")
-    assert out.status().counts == {"ok": 10, "invalid": 2, "failed": 0}
+    assert out.status().counts == {"ok": 10, "invalid": 2, "failed": 0, "quarantined": 0}
     assert "1 values that are NaN (or null) or infinite" in out.table(["message"])["message"][7].as_py()
     x = np.asarray(pq.read_table(catalog)["x"][9].as_py(), np.float32).reshape(1, 3, 1)
     observation_id = out.table(["observation_id"])["observation_id"][9].as_py()
@@ -182,6 +232,23 @@ def test_an_address_where_nothing_listens_is_named(monkeypatch, address):
     monkeypatch.setattr(cluster, "PROBE_SECONDS", 0.1)
     with pytest.raises(ValueError, match=f"no Ray cluster answers at '{address}'"), connected(address, 1, 1, 0):
         pass
+
+
+def test_a_token_that_is_not_there_is_told(tmp_path):
+    """In a process of its own, for Ray reads its settings once. Without a token it does not even ask."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        code = f"from distsbi.fanout.cluster import connected\nwith connected({address!r}, 1, 1, 0): pass"
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**env, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"ValueError: the Ray cluster at {address!r} asks for a token, and this call has none; set RAY_AUTH_MODE=token, and "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's."
+    )
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -9,7 +9,8 @@ from flax import nnx
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import METHODS
 from distsbi.networks import MLP, MLPParams
-from distsbi.sampling import Posterior
+from distsbi.sampling import Posterior, tiles
+from distsbi.sampling.checks import unsolved
 from distsbi.sampling.flow import Divergence, log_density
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
 from tests.solvers.test_solvers import MEAN, SD, gaussian_field
@@ -149,15 +150,20 @@ def test_maximum_a_posteriori():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"solver": "multistep"}, "solver 'multistep' gives no log_prob; euler, midpoint, heun, rk4, tsit5"),
+        ({"solver": "multistep"}, "solver 'multistep' gives no log_prob; euler, midpoint, heun, rk3, rk4, tsit5"),
         ({"solver": "zero_ends"}, "gives no log_prob"), ({"divergence": "trace"}, '"exact" or "hutchinson"'),
         ({"divergence": "hutchinson", "probes": 0}, "probes >= 1"), ({"steps": 0}, "positive integer"),
+        ({"check": 0.1}, "check goes with sample; leave it out"), ({"return_trajectory": True}, "return_trajectory goes with sample"),
+        ({"observation_id": 3}, "The keywords are theta, x_o, divergence"),
     ],
 )  # fmt: skip
 def test_errors(options, says):
     posterior = gaussian_posterior()
     with pytest.raises(ValueError, match=says):
         posterior.log_prob(np.zeros((2, 3, 1)), X, **options)
+    if "check" in options:
+        with pytest.raises(ValueError, match=says):
+            posterior.sample_and_log_prob(0, X, 5, **options)
 
 
 def test_trajectories_and_the_check_at_run_time():
@@ -176,6 +182,8 @@ def test_trajectories_and_the_check_at_run_time():
     assert posterior.last_check["q95"] < 0.01
     with pytest.warns(UserWarning, match="use more steps"):
         gaussian_posterior().sample(0, X, 200, solver="euler", steps=2, check=1.0)
+    with pytest.raises(ValueError, match="one draw has not"):
+        posterior.sample(0, xs[:1], 1, steps=4, check=1.0)
     with pytest.raises(ValueError, match="share of the draws"):
         posterior.sample(0, xs[:1], 5, check=2.0)
 
@@ -186,3 +194,13 @@ def test_stochastic_draws_are_placement_invariant_too():
     other = random_mlp_posterior(mesh={"data": 8}).sample(5, x, 700, solver="euler_maruyama", steps=8)
     np.testing.assert_array_equal(other[:300], first)
     assert not np.array_equal(first, random_mlp_posterior().sample(5, x, 300, solver="euler", steps=8))
+
+
+def test_a_draw_counts_once_as_unsolved():
+    """Infinite draws and undefined densities, not a density of -inf."""
+    draws = np.zeros((5, 2, 1), np.float32)
+    draws[0, 0], draws[1, 1] = np.inf, np.nan
+    density = np.asarray([0.0, np.nan, -np.inf, np.nan, 0.0], np.float32)
+    assert unsolved([draws, density], tiles.DRAWS_AND_DENSITY).sum() == 3
+    assert unsolved([draws], tiles.DRAWS).sum() == 2
+    assert unsolved([density], tiles.DENSITY).sum() == 2

@@ -1,13 +1,16 @@
 """A student draws in its own few steps what its teacher draws in many."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from distsbi import MLPFlowPipeline, MLPParams, get_task, load
 from distsbi.diagnostics import sliced_wasserstein
-from distsbi.sampling import DistillConfig
+from distsbi.networks import MLP
+from distsbi.sampling import DistillConfig, distill
+from tests.gaussian import random_mlp_posterior
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,17 @@ def test_two_steps_come_near_many(pipeline, student):
     assert 0 < distance["sliced"] < 0.2
 
 
+@pytest.mark.parametrize("objective", ["consistency", "mean_flow"])
+def test_the_other_objectives_come_near_too(pipeline, objective, monkeypatch):
+    """Nearer than half of what the teacher's own two Euler steps leave."""
+    monkeypatch.setattr("distsbi.pipelines.base.distance", lambda *a: {})
+    made = pipeline.distill(2, nsteps=400, batch_size=256, objective=objective, show_progress=False)
+    x = np.zeros((1, 2, 1), np.float32)
+    many = pipeline.sample(rng=0, x_o=x, nsamples=4_000)[..., 0]
+    few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver="euler", time_grid=made.default_solver.times)[..., 0]
+    assert sliced_wasserstein(made.sample(1, x, 4_000)[..., 0], many) < sliced_wasserstein(few, many) / 2
+
+
 def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
     student.save(tmp_path / "student")
     again = load(tmp_path / "student", mesh={"data": 8})
@@ -56,8 +70,23 @@ def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
             call()
 
 
+def test_bfloat16_weights_are_distilled_in_float32():
+    """As the same weights kept in float32 are, and rounded once, at the end."""
+    config = DistillConfig(1, nsteps=50, batch_size=16, teacher_steps=2, max_lr=1e-2, show_progress=False)
+    single = MLP(MLPParams(2, 3, width=8, depth=1), rngs=nnx.Rngs(0))
+    single.theta_out[...] = 0.3 * jax.random.normal(jax.random.key(1), single.theta_out.shape)
+    half = nnx.clone(single)
+    nnx.update(half, jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(single)))
+    nnx.update(single, jax.tree.map(lambda a: a.astype(jnp.float32), nnx.state(half)))
+    teachers = [random_mlp_posterior(network=network) for network in (half, single)]
+    students = [distill(teacher, np.zeros((1, 3, 1)), config)[0].weights.params for teacher in teachers]
+    for a, b in zip(*map(jax.tree.leaves, students), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-6)
+
+
 def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
-    monkeypatch.setattr("distsbi.pipelines.distance", lambda *a: {})
+    monkeypatch.setattr("distsbi.pipelines.base.distance", lambda *a: {})
     options = {"nsteps": 20, "batch_size": 64, "show_progress": False}
     first, second = (pipeline.distill(1, **options) for _ in range(2))
     assert first.fingerprint == second.fingerprint
@@ -70,6 +99,7 @@ def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
         ({"segments": 0}, "1 to 8 segments"), ({"nsteps": 0}, "nsteps must be at least 1"),
         ({"segments": 3, "boundaries": (0.5,)}, "need 2 increasing boundaries"),
         ({"boundaries": (1.5,)}, "increasing boundaries"), ({"on_policy": 2.0}, "fractions"),
+        ({"objective": "adversarial"}, "must be one of endpoint, consistency, mean_flow; got 'adversarial'"),
     ],
 )  # fmt: skip
 def test_errors(options, says):

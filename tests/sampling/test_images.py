@@ -181,6 +181,8 @@ def test_a_users_own_embedding_net_is_trained_and_needed_to_load(tmp_path):
         np.testing.assert_array_equal(
             load(tmp_path / "run", network=network).sample(KEY, image[:1], 10, steps=2), expected
         )
+    other = MLPFlowPipeline(None, None, 2, (SIDE, SIDE), params=SMALL, prior=PRIOR, mesh=TWO, embedding=Summary())
+    np.testing.assert_array_equal(other.restore(tmp_path / "run").sample(KEY, image[:1], 10, steps=2), expected)
 
 
 class OwnNetwork(nnx.Module):

@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 
 from distsbi import Flux1JointFlowPipeline, JointPipeline, UnconditionalPipeline, load
-from distsbi.data import Prior
+from distsbi.data import Prior, Standardizer
+from distsbi.data.standardise import Support
+from distsbi.methods import FlowMatching
 from distsbi.networks import NETWORKS, Conditional, Flux1Joint, Flux1JointParams, Simformer, SimformerParams
+from distsbi.sampling.joint import JointPosterior
 from distsbi.training import ConditionMasks
 
 JOINT = {
@@ -77,6 +80,28 @@ def test_condition_masks():
     assert abs(posterior - expected) < 4 * 0.5 / np.sqrt(20_000)
     only = np.asarray(ConditionMasks("posterior").draw(jax.random.key(0), 50, 2, 3))
     assert (only == [False, False, True, True, True]).all()
+
+
+@pytest.mark.parametrize("conditioning", ["one_way", "joint"])
+def test_posterior_alone_is_learned_as_a_fixed_pattern(conditioning):
+    """The same function as under a mask that gives all data, without noised data."""
+    theta, x = (a[:4] for a in gaussian_pairs())
+    network, theta, x = (
+        shaken(JOINT["Simformer"], conditioning),
+        jnp.asarray(theta),
+        jnp.asarray(np.tile(x, (1, 2, 1))[:, :3]),
+    )
+    nothing = np.zeros((4, 0, 1), np.float32)
+    standardizer = Standardizer.fit(np.concatenate([theta, x], 1), nothing, [Support()] * 5, linear=False)
+    fixed, y, context, keep = ConditionMasks("posterior")(network, standardizer, theta, x, jax.random.key(0))
+    assert keep is None and y.shape == (4, 2, 1)
+    v_t = jax.random.normal(jax.random.key(1), (4, 2, 5, 1))
+    v = standardizer.forward(jnp.concatenate([theta, x], 1), jnp.zeros_like(standardizer.theta_mean))
+    mask = jnp.broadcast_to(jnp.arange(5) >= 2, (4, 5))
+    np.testing.assert_array_equal(y, v[:, :2])
+    np.testing.assert_allclose(
+        fixed(0.4, v_t[:, :, :2], context), network(0.4, v_t, network.encode(v, mask))[:, :, :2], rtol=2e-5, atol=2e-6
+    )
 
 
 QUICK = {"nsteps": 30, "batch_size": 32, "val_every": 15, "calibrate": False, "show_progress": False}
@@ -159,6 +184,7 @@ def test_certificates_and_densities_of_patterns(trained, tmp_path, monkeypatch):
         ({"given": {"x": [1.0]}}, r"given\['x'\] must have shape \(2, 1\); got \(1,\)"),
         ({"given": {"x": [1.0, 2.0], "x_0": 1.0}}, "x_0 is named twice"),
         ({"given": {"x": [1.0, np.nan]}}, "NaN"),
+        ({"given": {"a": 3.0, "b": 1.5}}, r"b is given as 1.5, outside its prior \(0, 1\)"),
         ({"given": {"x": [1.0, 2.0], "theta": [0.0, 0.5]}}, "all tokens are given"),
         ({"given": {"a": 1.0}, "of": ["a"]}, "'a' is given"),
     ],
@@ -168,7 +194,23 @@ def test_errors_of_given(trained, options, says):
         trained.sample(rng=0, nsamples=5, **options)
 
 
-def test_a_users_own_joint_module(tmp_path):
+def test_channels_of_given_are_not_guessed():
+    network = Flux1Joint(
+        Flux1JointParams(in_channels=2, dim_joint=4, num_heads=2, depth_single_blocks=1, val_emb_dim=8)
+    )
+    posterior = JointPosterior(network, FlowMatching(), Standardizer.identity(4, 0, ch_theta=2), 2, mesh={"data": 1})
+    x = np.arange(4.0).reshape(2, 2)
+    for value in (x, x[None]):
+        np.testing.assert_array_equal(posterior.condition({"x": value})[1][0], x)
+    np.testing.assert_array_equal(posterior.condition({"x_0": [3.0, 4.0]})[1][0], [[3.0, 4.0]])
+    with pytest.raises(ValueError, match=r"given= goes with sample alone: posterior.pattern\(\["):
+        posterior.sample_batched(0, x[None], 5, given={"x": x})
+    for value in (x.ravel(), x.reshape(2, 1, 2)):
+        with pytest.raises(ValueError, match=r"must have shape \(2, 2\)"):
+            posterior.condition({"x": value})
+
+
+def test_a_users_own_joint_module(tmp_path, monkeypatch):
     class Own(nnx.Module):
         def __init__(self):
             self.linear = nnx.Linear(13, 4, rngs=nnx.Rngs(0))
@@ -191,6 +233,15 @@ def test_a_users_own_joint_module(tmp_path):
     assert pipeline.sample(rng=0, given={"b": 0.5, "x_1": 0.1}, nsamples=9).shape == (9, 2, 1)
     pipeline.save(tmp_path / "run")
     np.testing.assert_array_equal(load(tmp_path / "run", network=Own).sample(0, x_o, 9), draws)
+    monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("multistep", 3),))
+    certificate = pipeline.calibrate(["x"])  # the pattern that the posterior itself is
+    pipeline.save(tmp_path / "run")
+    for posterior in (pipeline.posterior, load(tmp_path / "run", network=Own)):
+        assert posterior.default_solver.evaluations == 3
+        assert posterior.facts["certificate"] == certificate
+    unfit = JointPipeline(Own(), None, None, 2, 2, mesh={"data": 2}).restore(tmp_path / "run")
+    with pytest.raises(ValueError, match="calibrating needs observations"):
+        unfit.calibrate(["x"])
 
 
 @pytest.mark.parametrize("kind", [pytest.param("joint", marks=pytest.mark.slow), "mlp"])
@@ -212,6 +263,8 @@ def test_density_estimation_without_conditions(kind, tmp_path):
     np.testing.assert_allclose(np.cov(draws.T), np.cov(theta.T), atol=0.2)
     density = pipeline.log_prob(draws[:5, :, None])
     assert density.shape == (5,) and np.isfinite(density).all()
+    top, height = pipeline.map(nsamples=50, starts=2, steps=20)
+    assert top.shape == (2, 1) and height > density.min()
     pipeline.save(tmp_path / "run")
     nothing = np.zeros((1, 1, 1))
     np.testing.assert_array_equal(load(tmp_path / "run").sample(0, nothing, 7), pipeline.sample(rng=0, nsamples=7))

@@ -1,12 +1,14 @@
 """Draws are right (exact Gaussian posteriors), the same everywhere, compiled once, and errors say what to do."""
 
+import pickle
+
 import jax
 import numpy as np
 import pytest
 
 from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
-from distsbi.sampling import Posterior, SolveError, Tile, tiles
+from distsbi.sampling import Posterior, SolveError, Tile, posterior as posterior_module, tiles
 from distsbi.solvers import make_solver
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
 
@@ -184,6 +186,10 @@ def test_user_errors(arguments, says):
 
 def test_batch_errors_and_failed_solves():
     posterior = random_mlp_posterior()
+    with pytest.raises(ValueError, match=r"'observation_id'. Did you mean observation_ids\?"):
+        posterior.sample_batched(0, np.ones((2, 3, 1)), 5, observation_id=1)
+    with pytest.raises(ValueError, match="given= is for joint networks"):
+        posterior.sample_batched(0, np.ones((2, 3, 1)), 5, given={})
     with pytest.raises(ValueError, match=r"observation_ids must have shape \(2,\)"):
         posterior.draw(0, np.ones((2, 3, 1)), 5, observation_ids=[1])
     with pytest.raises(
@@ -211,6 +217,9 @@ def test_an_observation_that_fails_does_not_cost_the_others():
         posterior.draw(0, xs, 5)
     good = [0, 1, 2, 4]
     assert caught.value.failed == [3]
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.failed) == (str(caught.value), [3])
+    np.testing.assert_array_equal(copy.made, caught.value.made)
     np.testing.assert_array_equal(caught.value.made[good], posterior.draw(0, xs[good], 5, observation_ids=good))
 
 
@@ -235,6 +244,33 @@ def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
     assert rows == [128]
     np.testing.assert_array_equal(posterior.draw(0, xs, 1)[0], one)
     assert rows == [128] * 7
+
+
+def test_a_dispatch_is_taken_at_once(monkeypatch):
+    """13 observations of three blocks, the last of them not whole, in dispatches of eight: 39 blocks of 4, 4 and 2 draws."""
+    taken, look = [], posterior_module.unsolved
+    monkeypatch.setattr(
+        posterior_module, "unsolved", lambda parts, make: (taken.append(len(parts[0])), look(parts, make))[1]
+    )
+    posterior = random_mlp_posterior(tile=Tile(4, 4))
+    monkeypatch.setattr(Tile, "for_draws", lambda tile, *_: tile)
+    xs = np.random.default_rng(0).normal(size=(13, 3, 1)).astype("f4")
+    drawn = posterior.draw(0, xs, 10)
+    assert len(taken) == 5 and sum(taken) == 130
+    np.testing.assert_array_equal(drawn[7], posterior.sample(0, xs[7:8], 10, observation_id=7))
+
+
+def test_far_observations_are_found_on_the_host_in_blocks(monkeypatch):
+    posterior, seen = gaussian_posterior(facts={"x_extent": [1.0, 1.5]}), []
+    forward = Standardizer.forward_x
+    monkeypatch.setattr(Standardizer, "forward_x", lambda s, x: (seen.append(forward(s, x)), seen[-1])[1])
+    monkeypatch.setattr(posterior, "draw", lambda key, xs, nsamples, **_: np.zeros((len(xs), nsamples, 3, 1)))
+    xs = np.zeros((9_000, 2, 1), np.float32)
+    xs[100, 1], xs[8_500, 1] = 4.0, 9.0
+    with pytest.warns(UserWarning, match=r"x\[8500\] lies far .* its entry 1, 9, is 6 times"):
+        posterior.sample_batched(0, xs, 1)
+    assert [len(z) for z in seen] == [4_096, 4_096, 808]
+    assert all(type(z) is np.ndarray for z in seen)
 
 
 def test_tiles_fit_what_they_hold():

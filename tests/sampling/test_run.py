@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from distsbi.sampling import Tile, load
+from distsbi.sampling import Tile, load, tiles
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
 
 X = np.ones((1, 3, 1), np.float32)
@@ -32,6 +32,29 @@ def test_round_trip_onto_another_mesh(saved):
     assert again.default_solver == posterior.default_solver
     posterior.save(path)  # over itself
     assert load(path).spec == posterior.spec
+
+
+def test_each_kind_of_device_has_its_tile(saved, monkeypatch):
+    """A run loaded on another kind than it was made on gets that kind's default, and keeps both; its identity is the same."""
+    posterior, path = saved
+    assert json.loads((path / "spec.json").read_text())["tile"] == {"cpu": {"slots": 4, "draws": 16}}
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "kind_name", lambda mesh: "gpu")
+        there = load(path)
+        assert there.tile == tiles.KINDS["gpu"].tile
+        assert there.fingerprint == posterior.fingerprint
+        there.tile = Tile(2, 32)  # a choice of this run's, for this kind
+        there.save(path)
+        assert load(path).tile == Tile(2, 32)
+    both = {"cpu": Tile(4, 16), "gpu": Tile(2, 32)}
+    again = load(path)
+    assert (again.tile, again.tile_by_kind, again.fingerprint) == (Tile(4, 16), both, posterior.fingerprint)
+    np.testing.assert_array_equal(again.sample(0, X, 77), posterior.sample(0, X, 77))
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "bytes_per_row", lambda *_: tiles.KINDS["tpu"].step_bytes / tiles.LIVE / 1_024)
+        patch.setattr(tiles, "kind_name", lambda mesh: "tpu")
+        assert load(path).tile == Tile(2, 512)  # as far as it fits
+        assert set(load(path).spec["tile"]) == {"cpu", "gpu", "tpu"}
 
 
 def test_nothing_is_pickled(saved):
@@ -81,7 +104,7 @@ DAMAGE = {
     "unfinished": (lambda p: ((p / "spec.json").unlink(), (p / "checkpoints").mkdir()), "has not finished"),
     "cut short": (lambda p: (p / "spec.json").write_text((p / "spec.json").read_text()[:100]), "is damaged"),
     "missing key": (lambda p: _edit(p, lambda s: s.pop("method")), "is damaged"),
-    "older": (lambda p: _edit(p, lambda s: s.update(format=1)), "Train again"),
+    "older": (lambda p: _edit(p, lambda s: s.update(format=4)), "run format 4 of an earlier distsbi.*Train again"),
     "newer": (lambda p: _edit(p, lambda s: s.update(format=99)), "Update distsbi"),
     "no weights": (lambda p: shutil.rmtree(p / "weights"), "missing or damaged"),
     "other weights": (lambda p: _edit(p, lambda s: s.update(weights_sha256="0")), "does not hold the weights"),
@@ -89,6 +112,8 @@ DAMAGE = {
     "no kinds": (lambda p: _edit(p, lambda s: s["standardizer"].update(kinds=[])), "was changed since"),
     "no scales": (lambda p: _edit(p, lambda s: s.update(standardizer=[1, 2])), "is damaged"),
     "no times": (lambda p: _edit(p, lambda s: s["solver"].update(times=[])), "spec.json is damaged"),
+    "one tile": (lambda p: _edit(p, lambda s: s.update(tile={"slots": 4, "draws": 16})), "spec.json is damaged"),
+    "no tile": (lambda p: _edit(p, lambda s: s["tile"].update(gpu={"slots": 0, "draws": 16})), "spec.json is damaged"),
     "unknown network": (lambda p: _edit(p, lambda s: s["network"].update(name="Transformer9")), "does not have"),
 }
 

@@ -7,13 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distsbi.store import SourceSpec, open_source, source
+from distsbi.store import SourceSpec, open_source, parquet, source
 from distsbi.store.rows import rows_of
 from distsbi.store.source import check_ids, fingerprint, glance
 
 N = 23
 X = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)
 IDS = [f"g{i}" for i in range(N)]
+
+
+def all_ids(opened):
+    return [value for chunk in opened.id_chunks() for value in chunk.to_pylist()]
 
 
 def tensor(x):
@@ -38,7 +42,7 @@ COLUMNS = {
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("kept", [0, 2**28])
 def test_parquet(tmp_path, monkeypatch, kind, folder, kept):
-    monkeypatch.setattr(source, "GROUP_BYTES", kept)
+    monkeypatch.setattr(parquet, "GROUP_BYTES", kept)
     table = pa.table({"id": IDS, **COLUMNS[kind]})
     path = tmp_path / ("catalog" if folder else "catalog.parquet")
     if folder:
@@ -90,8 +94,8 @@ def test_numpy_ids_of_any_kind(tmp_path, ids):
     path = tmp_path / "c.npz"
     np.savez(path, x=np.zeros((3, 2)), id=ids)
     opened = open_source(SourceSpec(str(path)))
-    assert opened.read(0, 3)[0].to_pylist() == opened.ids().to_pylist() == ids.tolist()
-    assert opened.ids().type == opened.id_type
+    assert opened.read(0, 3)[0].to_pylist() == all_ids(opened) == ids.tolist()
+    assert {chunk.type for chunk in opened.id_chunks()} == {opened.id_type}
 
 
 def test_numpy_that_cannot_be_used(tmp_path):
@@ -193,7 +197,7 @@ def test_every_file_of_a_folder_is_checked(tmp_path, second, message):
     with pytest.raises(ValueError, match=message):
         open_source(SourceSpec(str(tmp_path)))
     pq.write_table(pa.table({"id": pa.array([2], pa.int64()), "x": [[1]]}), tmp_path / "part-1.parquet")
-    assert open_source(SourceSpec(str(tmp_path))).ids().to_pylist() == [1, 2]
+    assert all_ids(open_source(SourceSpec(str(tmp_path)))) == [1, 2]
 
 
 def test_ids_that_cannot_be_used(tmp_path):
@@ -219,7 +223,7 @@ def test_ids_of_any_kind(tmp_path, kind):
     pq.write_table(pa.table({"id": pa.array(values).cast(kind), "x": [[1.0]] * 3}), path)
     opened = open_source(SourceSpec(str(path)))
     assert opened.read(1, 3)[0].to_pylist() == values[1:]
-    assert opened.ids().type == opened.id_type
+    assert {chunk.type for chunk in opened.id_chunks()} == {opened.id_type}
 
 
 def test_what_cannot_be_read(tmp_path):

@@ -9,10 +9,11 @@ import numpyro.distributions as dist
 import pytest
 from flax import nnx
 
-from distsbi import ConditionalPipeline, MLPFlowPipeline, MLPParams, Prior
+from distsbi import ConditionalPipeline, MLPFlowPipeline, MLPParams, Prior, mesh as meshes
 from distsbi.data import write_pairs
+from distsbi.networks import MLP
 from distsbi.tasks import get_task
-from distsbi.training import TrainingConfig
+from distsbi.training import TrainingConfig, loop, rows
 
 SMALL = MLPParams(2, 2, width=16, depth=2)
 # AdamW compiles in half the time of Muon, which the tests of accuracy, of meshes and of kills use.
@@ -81,8 +82,6 @@ def test_mesh_and_fsdp_do_not_change_what_is_learned():
 
 
 def test_fsdp_really_splits():
-    from distsbi import mesh as meshes
-
     pipeline = _pipeline(mesh={"data": 8}, fsdp=True)
     params = nnx.state(pipeline.model)
     shardings = meshes.state_shardings(pipeline.mesh, params, fsdp=True)
@@ -177,7 +176,7 @@ def test_batches_on_the_devices_are_bounded_in_bytes(monkeypatch, bytes_, expect
     """A dispatch of a stream holds as many batches as there is room for, of 10 a divisor."""
     from distsbi.training import loop
 
-    def counting(stream, count, mesh):
+    def counting(stream, count, mesh, parted):
         assert count == expected
         raise _Stop
 
@@ -210,6 +209,12 @@ def test_whole_floats_are_integers():
     config = TrainingConfig.from_dict(options)
     for name in options:
         assert type(getattr(config, name)) is int
+
+
+def test_fewer_steps_than_to_a_validation():
+    config = TrainingConfig(val_every=100, save_every=200, nsteps=30).resolve(1_000)
+    assert (config.val_every, config.save_every) == (30, 30)
+    assert TrainingConfig(save_every=30, nsteps=30).resolve(1_000).val_every == 30
 
 
 def test_a_folder_larger_than_memory_is_streamed(tmp_path, monkeypatch):
@@ -262,6 +267,45 @@ def test_scales_and_validation_see_what_augment_adds():
     np.testing.assert_allclose(np.diag(root), np.sqrt(0.5), rtol=0.15)
 
 
+def test_pairs_are_augmented_in_blocks_and_some_for_scales(monkeypatch):
+    monkeypatch.setattr("distsbi.pipelines.base.AUGMENT_BYTES", 100 * 16)
+    monkeypatch.setattr("distsbi.pipelines.base.FIT_PAIRS", 250)
+    traced = []
+
+    def augment(key, theta, x):
+        traced.append(len(x))
+        return theta, x + jax.random.normal(key, x.shape)
+
+    zeros = np.zeros((400, 2, 1), np.float32)
+    pipeline = MLPFlowPipeline(
+        (zeros, zeros), None, 2, 2, params=SMALL, training_config=QUICK, mesh=TWO, augment=augment
+    )
+    theta, x = pipeline._fit_pairs()
+    assert len(theta) == 250 and traced == [100, 50]
+    assert len(np.unique(x)) == x.size  # every block has noise of its own
+
+
+@pytest.mark.parametrize(("n", "devices", "used"), [(1_000, 2, 1_000), (513, 2, 512), (600, 8, 592), (3, 8, 8)])
+def test_hardly_a_validation_pair_is_dropped(n, devices, used):
+    pairs = np.arange(n, dtype=np.float32)[:, None, None], np.zeros((n, 1, 1), np.float32)
+    theta, _ = loop._stack(pairs, meshes.make_mesh({"data": devices}))
+    assert theta.shape[1] % devices == 0 and theta.shape[1] <= loop.VALIDATION_ROWS
+    assert theta[..., 0, 0].size == used and len(np.unique(theta)) == min(n, used)
+
+
+def test_a_set_that_is_large_for_a_device_is_divided(monkeypatch):
+    """360 pairs of 16 bytes, of which two devices have room for all, for half, and for less."""
+    whole, half = _pipeline(), _pipeline()
+    whole.train(nnx.Rngs(0))
+    monkeypatch.setattr(rows, "_room", lambda mesh: 3_000)
+    half.train(nnx.Rngs(0))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(p.model)) for p in (whole, half)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    monkeypatch.setattr(rows, "_room", lambda mesh: 2_000)
+    with pytest.raises(ValueError, match=r"train on distsbi.data.StreamedPairs\(folder\), or on more devices"):
+        _pipeline().train(nnx.Rngs(0))
+
+
 def test_a_stream_that_cannot_be_held_out_says_so():
     theta, x = _pairs(200)
     rng = np.random.default_rng(0)
@@ -307,29 +351,53 @@ def test_named_parameters_travel():
     assert np.abs(draws[:, 1]).max() <= 1
 
 
-def test_a_users_own_module():
-    class Own(nnx.Module):
-        def __init__(self):
-            self.linear = nnx.Linear(5, 2, rngs=nnx.Rngs(0))
+class _Own(nnx.Module):
+    def __init__(self, kept=jnp.float32):
+        self.linear = nnx.Linear(5, 2, dtype=jnp.float32, param_dtype=kept, rngs=nnx.Rngs(0))
 
-        def encode(self, x):
-            return x[..., 0]
+    def encode(self, x):
+        return x[..., 0]
 
-        def __call__(self, t, theta_t, context):
-            batch, draws = theta_t.shape[:2]
-            shared = jnp.broadcast_to(context[:, None], (batch, draws, 2))
-            t = jnp.broadcast_to(jnp.reshape(t, jnp.shape(t) + (1,) * (3 - jnp.ndim(t))), (batch, draws, 1))
-            return self.linear(jnp.concatenate([theta_t[..., 0], shared, t], -1))[..., None]
+    def __call__(self, t, theta_t, context):
+        batch, draws = theta_t.shape[:2]
+        shared = jnp.broadcast_to(context[:, None], (batch, draws, 2))
+        t = jnp.broadcast_to(jnp.reshape(t, jnp.shape(t) + (1,) * (3 - jnp.ndim(t))), (batch, draws, 1))
+        return self.linear(jnp.concatenate([theta_t[..., 0], shared, t], -1))[..., None]
 
-    pipeline = ConditionalPipeline(Own(), _pairs(), None, 2, 2, training_config=QUICK, mesh=TWO)  # type: ignore[arg-type]
+
+def test_a_users_own_module(tmp_path):
+    own = _Own()
+    own.network = MLP(SMALL, rngs=nnx.Rngs(0))  # an attribute of a name that this library uses too
+    pipeline = ConditionalPipeline(own, _pairs(), None, 2, 2, training_config=QUICK, mesh=TWO)  # type: ignore[arg-type]
     pipeline.train(nnx.Rngs(0))
-    assert pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5).shape == (5, 2, 1)
+    draws = pipeline.sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5)
+    assert draws.shape == (5, 2, 1)
+    pipeline.save(str(tmp_path / "run"))
+    nnx.update(pipeline.model, jax.tree.map(jnp.zeros_like, nnx.state(pipeline.model)))
+    np.testing.assert_array_equal(
+        pipeline.restore(tmp_path / "run").sample(rng=0, x_o=np.zeros((1, 2, 1)), nsamples=5), draws
+    )
+    with pytest.raises(ValueError, match="this run holds a user's own network"):
+        _pipeline().restore(tmp_path / "run")
     with pytest.raises(ValueError, match=r"flax.nnx.Module with encode"):
         ConditionalPipeline(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), _pairs(), None, 2, 2)  # type: ignore[arg-type]
-    own = Own()
+    own = _Own()
     own.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="Own keeps state beside its weights"):
+    with pytest.raises(ValueError, match="_Own keeps state beside its weights"):
         ConditionalPipeline(own, _pairs(), None, 2, 2)  # type: ignore[arg-type]
+
+
+def test_bfloat16_weights_are_trained_in_float32():
+    """As the same weights kept in float32 are, and rounded once, at the end."""
+    half, single = (
+        ConditionalPipeline(_Own(kept), _pairs(), None, 2, 2, training_config=QUICK, mesh=TWO)
+        for kept in (jnp.bfloat16, jnp.float32)
+    )
+    nnx.update(single.model, jax.tree.map(lambda a: a.astype("f4"), nnx.state(half.model)))
+    assert half.train(nnx.Rngs(0)) == single.train(nnx.Rngs(0))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(p.model)) for p in (half, single)), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
 def _with_row(index, value):

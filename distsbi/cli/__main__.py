@@ -1,0 +1,5 @@
+"""`python -m distsbi.cli`."""
+
+from distsbi.cli.entry import main
+
+main()

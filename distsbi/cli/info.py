@@ -1,0 +1,75 @@
+"""`distsbi info | demo`: what a run holds, and all of distsbi at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distsbi.cli.group import cli
+from distsbi.cli.options import DEVICES, RUN, make_mesh
+
+
+@cli.command()
+@RUN
+@click.option("--json", "as_json", is_flag=True, help="All of spec.json.")
+def info(run: Path, as_json: bool) -> None:
+    """Say what RUN holds."""
+    from distsbi.sampling.run import read_spec
+
+    spec = read_spec(run)
+    if as_json:
+        click.echo(json.dumps(spec, indent=1))
+        return
+    dim_theta, ch_theta, dim_x, ch_x = spec["sizes"]
+    rows = [
+        ("network", spec["network"]["name"] or "a user's own module"),
+        *([("embedding", json.dumps(spec["network"]["embedded"]["nets"]))] if "embedded" in spec["network"] else []),
+        ("method", spec["method"]["name"]),
+        ("parameters", f"({dim_theta}, {ch_theta}): {_parameters(spec)}"),
+        ("data", f"({dim_x}, {ch_x})"),
+        ("solver", json.dumps(spec["solver"])),
+        ("certificate", _certificate(spec["facts"].get("certificate"))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in spec["versions"].items())),
+        ("fingerprint", spec["fingerprint"][:16]),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:<12} {value}")
+
+
+def _parameters(spec: dict[str, Any]) -> str:
+    """Names, with the interval of each that has bounds."""
+    scales = spec["standardizer"]
+    ends = {"interval": "({low:g}, {high:g})", "above": "({low:g}, inf)", "below": "(-inf, {high:g})"}
+    said = []
+    for name, kind, (low,), (high,) in zip(
+        spec["parameter_names"], scales["kinds"], scales["low"], scales["high"], strict=False
+    ):
+        said.append(f"{name} in {ends[kind].format(low=low, high=high)}" if kind in ends else name)
+    return ", ".join(said)
+
+
+def _certificate(found: dict[str, Any] | None) -> str:
+    """What the choice of the grid says of its error."""
+    if not found or "chosen" not in found:
+        return f"none: {(found or {}).get('says', 'the grid was not chosen by measurement')}"
+    verdict = "under tolerance" if found["met"] else "NOT under tolerance"
+    return (
+        f"{verdict}: 95 % of draws within {found['chosen']['q95']:.2g} of the posterior's local scale of a tight solve"
+    )
+
+
+@cli.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder for all it writes."
+)
+@click.option("--quick", is_flag=True, help="A tenth of the work, for a first look; the posterior is rougher.")
+@DEVICES
+def demo(out: Path, quick: bool, devices: int | None) -> None:
+    """Simulate, train, draw a million samples, run a catalog on Ray, and compare with the exact posterior."""
+    mesh = make_mesh(devices, None)
+    if devices is None:
+        make_mesh(2, None)  # two virtual devices where there are no others; a GPU or TPU machine uses all that it has
+    from distsbi.demo import run_demo
+
+    run_demo(out, quick=quick, mesh=mesh)

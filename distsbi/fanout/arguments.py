@@ -1,0 +1,32 @@
+"""Checks of the arguments that catalogs and simulations share."""
+
+from typing import Any
+
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """numpy's numbers as Python's: they are counted, compared and written as JSON."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_whole(name: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raises ValueError if `value` is no integer of at least `least`, nor None where it is optional."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least else "None, 0 (no Ray) or a positive integer"
+        raise ValueError(f"{name} must be {wanted}; got {value!r}.")
+
+
+def check_resources(workers: Any, cpus: Any, gpus: Any, max_failures: Any, time_limit: Any) -> None:
+    """Raises ValueError naming the first that is out of range."""
+    check_whole("workers", workers, 0, optional=True)
+    check_whole("cpus_per_worker", cpus)
+    check_whole("max_failures", max_failures)
+    if gpus < 0:
+        raise ValueError(f"num_gpus_per_worker must not be negative; got {gpus!r}.")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be a positive number of seconds or None; got {time_limit!r}.")
+    if time_limit is not None and workers == 0:
+        raise ValueError("time_limit needs workers of their own to kill; give workers >= 1.")

@@ -1,0 +1,88 @@
+"""Whether a folder of pairs, simulated or given, or of draws of one observation holds what was written: every checksum.
+
+Only reads. Nothing is made again to compare, as `distsbi.fanout.verify` does of catalogs.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distsbi.data import parquet
+from distsbi.data.pairs import UNFINISHED
+from distsbi.fanout import simulation
+from distsbi.fanout.simulation_worker import read_failures
+from distsbi.files import sha256_of
+from distsbi.sampling import dataset
+from distsbi.store import layout, record, status
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderVerdict:
+    """What was found: `what` the folder holds ("pairs" or "draws"), files that were read, whether all are there that were asked for, a sentence for
+    each problem, and what to do about them."""
+
+    what: str
+    files: int
+    complete: bool
+    problems: tuple[str, ...]
+    advice: str
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+
+def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
+    """Reads every file: the checksums of its pages, and of simulations those of whole files too.
+
+    Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog.
+    """
+    folder = Path(path).absolute()
+    if (folder / dataset.DEFINITION).exists():
+        complete, checked = dataset.check(folder)
+        return _verdict("draws", complete, checked, "give the same call again, which draws these parts anew")
+    run, complete = record.read_run(folder), not (folder / UNFINISHED).exists()
+    if run is not None and "simulator" in run["definition"]:
+        again = simulation.command(run, str(path)) or "the same call of distsbi.simulate"
+        checked = _check_simulations(folder, run["definition"], complete)
+        return _verdict("pairs", complete, checked, f"remove these files, and make them again with: {again}")
+    files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith((".", "_")))
+    if run is not None or not files:
+        raise ValueError(f"{folder} holds neither pairs nor draws of one observation; give a folder that does.")
+    checked = (_wrong(file) for file in files)
+    return _verdict("pairs", complete, checked, "remove the folder, and make the pairs again")
+
+
+def _verdict(what: str, complete: bool, checked: Iterator[str | None], advice: str) -> FolderVerdict:
+    """`checked`: for each file what is wrong with it."""
+    found = list(checked)
+    return FolderVerdict(what, len(found), complete, tuple(said for said in found if said), advice)
+
+
+def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool) -> Iterator[str | None]:
+    lines = status.last_lines(layout.read_journal(folder))
+    count = math.ceil(definition["n_rows"] / definition["rows_per_shard"])
+    for shard in range(count):
+        file = layout.shard_file(folder, shard, count)
+        written = lines.get(shard, {}).get("sha256")  # not there if the line was lost
+        if file.exists():
+            altered = written is not None and sha256_of(file) != written
+            yield f"{file} is not the file that was written: its checksum differs." if altered else _wrong(file)
+        elif complete:
+            yield f"{file} is missing."
+    try:
+        read_failures(folder)
+    except ValueError as error:
+        yield str(error)
+
+
+def _wrong(file: Path) -> str | None:
+    """What is wrong with a file of pairs."""
+    try:
+        parquet.check_file(file)
+    except ValueError as error:
+        return str(error)
+    return None

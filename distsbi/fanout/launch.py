@@ -1,0 +1,192 @@
+"""One training over the machines of a Ray cluster, by Ray Train: a worker process on each host, which all of its devices belong to.
+
+Ray places the workers, joins them in JAX (GPUs and TPUs; on CPUs, where Ray Train's JAX backend does nothing, they join by themselves) and starts
+them again where a machine is lost. Nothing of the training passes through Ray: the run directory is on a file system that all hosts share, and
+a training that is started again resumes from its last checkpoint.
+"""
+
+import dataclasses
+import importlib
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from distsbi.fanout.cluster import connected, worker_environment
+from distsbi.processes import Place
+from distsbi.processes.meeting import free_port
+
+RESTARTS = 3  # of all workers, after one or its machine was lost
+STORAGE = "ray-train"  # Ray Train's own files, in the run directory until the training is done
+CONTROLLER_FAILURES = 3  # of Ray Train's own process: without a number it tries for ever
+HOSTS_SECONDS = 300.0  # for the hosts of a cluster to come
+
+log = logging.getLogger("distsbi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """What each worker takes of its host: `kind` is "cpu", "gpu" or "tpu", `topology` and `accelerator` are a TPU slice's. `apart`: each has a
+    host of its own, on CPUs too."""
+
+    kind: str
+    workers: int
+    cpus: int
+    accelerators: int = 0
+    topology: str | None = None
+    accelerator: str | None = None
+    apart: bool = False
+
+    def scaling(self) -> dict[str, Any]:
+        """Keywords of Ray Train's `ScalingConfig`. On GPUs one worker on each host: Ray Train shows several workers of a host the same GPUs."""
+        resources: dict[str, float] = {"CPU": self.cpus}
+        if self.kind == "tpu":
+            slice_ = {"topology": self.topology, "accelerator_type": self.accelerator} if self.workers > 1 else {}
+            return {"use_tpu": True, "resources_per_worker": {**resources, "TPU": self.accelerators}, **slice_}
+        if self.kind == "gpu":
+            gpu = {"resources_per_worker": {**resources, "GPU": self.accelerators}, "use_gpu": True}
+            return {**gpu, "placement_strategy": "STRICT_SPREAD"}
+        return {"resources_per_worker": resources, "placement_strategy": "STRICT_SPREAD" if self.apart else "SPREAD"}
+
+
+def hosts_for(workers: int, nodes: list[dict[str, Any]], *, apart: bool = False) -> Hosts:
+    """What `workers` workers take of these nodes (`ray.nodes()`): TPUs where there are some, else GPUs, else CPUs. `apart`: on CPUs too each has a
+    host of its own.
+
+    Raises ValueError if there are too few hosts, or no CPU for each worker.
+    """
+    if workers < 1:
+        raise ValueError(f"the number of workers must be at least 1; got {workers}.")
+    alive = [(node.get("Resources", {}), node.get("Labels", {})) for node in nodes if node.get("Alive", True)]
+    for kind in ("TPU", "GPU"):
+        found = sorted((have for have in alive if have[0].get(kind, 0) >= 1), key=lambda have: -have[0][kind])
+        if not found:
+            continue
+        if len(found) < workers:
+            raise ValueError(
+                f"{workers} workers, one for each host, need as many hosts with {kind}s; Ray has {len(found)}: give --ray-workers {len(found)}, which "
+                f"take all devices of their hosts, or wait for more."
+            )
+        chosen = found[:workers]
+        each, cpus = (int(min(have.get(name, 0) for have, _ in chosen)) for name in (kind, "CPU"))
+        labels = chosen[0][1]
+        name = next((n.split(":", 1)[1] for n in chosen[0][0] if n.startswith("accelerator_type:TPU")), None)
+        slice_ = {"topology": labels.get("ray.io/tpu-topology"), "accelerator": name} if kind == "TPU" else {}
+        if kind == "TPU" and workers > 1 and None in slice_.values():
+            raise ValueError(
+                "Ray does not know the topology of the TPU slice (the node label ray.io/tpu-topology); see cluster/README.md."
+            )
+        return Hosts(kind.lower(), workers, cpus, each, **slice_)
+    cpus = sorted((int(have.get("CPU", 0)) for have, _ in alive if have.get("CPU", 0) >= 1), reverse=True)
+    if apart and len(cpus) < workers:
+        raise ValueError(
+            f"{workers} workers, one for each host, need as many hosts; Ray has {len(cpus)} with CPUs: give fewer --ray-workers, or wait for more."
+        )
+    if apart:
+        return Hosts("cpu", workers, cpus[workers - 1], apart=True)
+    if sum(cpus) < workers:
+        raise ValueError(
+            f"{workers} workers need a CPU each; Ray has {sum(cpus)}: give fewer --ray-workers, or wait for more."
+        )
+    return Hosts(
+        "cpu", workers, next(each for each in range(cpus[0], 0, -1) if sum(n // each for n in cpus) >= workers)
+    )
+
+
+def _wait_for_hosts(workers: int) -> Hosts:
+    """Hosts of the cluster that is joined: those of a new one may still be starting."""
+    import ray
+
+    deadline, told = time.monotonic() + HOSTS_SECONDS, False
+    while True:
+        try:
+            return hosts_for(workers, ray.nodes(), apart=True)
+        except ValueError as error:
+            if workers < 1 or time.monotonic() > deadline:
+                raise ValueError(f"{error} (waited {HOSTS_SECONDS:.0f} s)") from error
+            if not told:
+                log.warning("waiting up to %.0f s for hosts: %s", HOSTS_SECONDS, error)
+                told = True
+            time.sleep(1.0)
+
+
+def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, address: str | None = None) -> Any:
+    """Calls `target`, "module:function", as `function(place, join_jax=..., **arguments)` in `workers` processes of a Ray cluster, and returns what the first
+    returns; workers that are lost are started again, all together.
+
+    Args:
+        arguments: plain values.
+        out: a folder that all hosts share.
+        address: of the cluster; None: $RAY_ADDRESS, else this machine.
+
+    Raises ValueError for too few hosts, and where the function raises one; RuntimeError if it fails otherwise, or workers are lost again and again.
+    """
+    with connected(address, workers, 1, 0):
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+        from ray.train.v2.jax import JaxTrainer
+
+        joined = _address(address) is not None
+        out.mkdir(parents=True, exist_ok=True)
+        for attempt in range(RESTARTS + 1):
+            hosts = (
+                _wait_for_hosts(workers) if joined else hosts_for(workers, ray.nodes())
+            )  # a lost one may be replaced
+            log.info(
+                "training on %d %s workers, each with %d CPUs and %d accelerators",
+                workers,
+                hosts.kind,
+                hosts.cpus,
+                hosts.accelerators,
+            )
+            environment = {"RAY_TRAIN_V2_ENABLED": "1", **worker_environment(hosts.cpus, hosts.accelerators)}
+            environment.pop("XLA_CLIENT_MEM_FRACTION", None)  # of catalogs' workers
+            trainer = JaxTrainer(
+                _member,
+                train_loop_config={"target": target, "arguments": arguments, "join_jax": hosts.kind == "cpu"},
+                scaling_config=ScalingConfig(num_workers=workers, **hosts.scaling()),
+                run_config=RunConfig(
+                    name="run",
+                    storage_path=str(out.absolute() / STORAGE),
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
+                    worker_runtime_env={"env_vars": environment},
+                ),
+            )
+            try:
+                returned = trainer.fit().return_value
+                break
+            except TrainingFailedError as error:
+                failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+                raised = [getattr(failure, "_base_exc", failure) for failure in failures]
+                own = [
+                    e for e in raised if not type(e).__module__.startswith("ray.")
+                ]  # the others say that a worker is gone
+                if wrong := [e for e in own if isinstance(e, ValueError)]:
+                    raise ValueError(str(wrong[0])) from error
+                if own or attempt == RESTARTS:
+                    raise RuntimeError(f"a worker failed: {own[0] if own else error}") from error
+        shutil.rmtree(out / STORAGE, ignore_errors=True)
+        return returned
+
+
+def _address(given: str | None) -> str | None:
+    """Of a cluster that is there already, as `connected` reads it."""
+    found = given or os.environ.get("RAY_ADDRESS")
+    return None if found == "local" else found
+
+
+def _member(given: dict[str, Any]) -> Any:
+    """What each worker runs."""
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context = ray.train.get_context()
+    index, count = context.get_world_rank(), context.get_world_size()
+    own = f"{ray.util.get_node_ip_address()}:{free_port()}"
+    place = Place(broadcast_from_rank_zero(own), count, index)
+    module, _, function = given["target"].partition(":")
+    return getattr(importlib.import_module(module), function)(place, join_jax=given["join_jax"], **given["arguments"])

@@ -1,0 +1,238 @@
+"""The loop of a catalog or a simulation: keeps the pool filled, journals what happens, stops when it is told to."""
+
+import contextlib
+import errno
+import logging
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from distsbi.fanout.agenda import Agenda, Outcome, Shards
+from distsbi.fanout.metrics import Metrics
+from distsbi.fanout.pool import Pool
+from distsbi.files import is_disk_full
+from distsbi.store import layout, record, schema, status
+from distsbi.store.place import Place
+from distsbi.store.writer import Writer
+
+GRACE_SECONDS = 25.0  # for shards at work when SIGTERM comes; Kubernetes and preemption notices give 30
+
+log = logging.getLogger("distsbi")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, and the shards at work are finished. The message says how far it is."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+ReadManifest = Callable[[Place], dict[str, Any]]  # rows by status, and the reasons of the bad ones, from a shard itself
+
+
+def work(
+    pool: Pool,
+    shards: Shards,
+    out: Place,
+    writer: Writer,
+    max_failures: int,
+    show_progress: bool,
+    metrics: Metrics,
+    *,
+    what: str = "catalog",
+    read_manifest: ReadManifest = status.read_manifest,
+) -> tuple[Counter[str], int, int]:
+    """Does what is left. Returns rows by status of the whole catalog, shards done now and rows done now.
+
+    `what`: the bar's name; `read_manifest`: of a shard that the journal does not know.
+
+    Where the folder does not take a line or a note it is kept and tried again: workers report their own trouble with it.
+
+    Raises RuntimeError at the end if shards were given up (or, as a safeguard, were never done), or if another process took
+    the folder over, or may have; OSError if the last lines cannot be written; Terminated after SIGTERM.
+    """
+    with layout.Journal(out) as journal:
+        counts, present = take_stock(out, shards, journal, read_manifest)
+        agenda = Agenda(shards, present, max_failures, layout.read_journal(out))
+        journal.add({"event": "began", "shards": agenda.left}, now=True)
+        shards_now = rows_now = 0
+        devices, noted = set(), set()
+        bar = tqdm(
+            total=shards.n_rows,
+            initial=counts.total(),
+            unit="rows",
+            desc=what,
+            disable=None if show_progress else True,
+        )
+        with bar, _told_to_stop() as told:
+            deadline = None
+            task = agenda.next()
+            while task or pool.busy:
+                if told.is_set() and deadline is None:
+                    deadline = time.monotonic() + GRACE_SECONDS
+                    pool.hold()
+                if deadline is not None and (not pool.busy or time.monotonic() > deadline):
+                    raise Terminated
+                writer.check()
+                while task and pool.room():
+                    pool.submit(task)
+                    task = agenda.next()
+                metrics.in_flight(pool.busy)
+                for outcome in pool.wait():
+                    if outcome.manifest is None and is_disk_full(outcome.error):
+                        raise outcome.error  # type: ignore[misc]
+                    for event in agenda.take(outcome):
+                        journal.add(event, now=event["event"] not in ("done", "failed"))
+                        _say(event, shards)
+                    _count(metrics, outcome)
+                    if not outcome.manifest:  # failed, or a probe
+                        continue
+                    counts.update({name: outcome.manifest[name] for name in schema.STATUSES})
+                    shards_now, rows_now = shards_now + 1, rows_now + outcome.manifest["rows"]
+                    bar.update(outcome.manifest["rows"])
+                    bar.set_postfix(bad=counts.total() - counts[schema.OK])
+                    devices.add(outcome.manifest["device"])
+                for device in devices - noted:
+                    with contextlib.suppress(OSError):  # tried again, and at the end not suppressed
+                        record.note_device(out, device)
+                        noted.add(device)
+                journal.tick()
+                task = task or agenda.next()
+        for device in devices - noted:
+            record.note_device(out, device)
+    missing = shards.count - len(present) - shards_now - len(agenda.given_up)
+    if missing:
+        raise RuntimeError(
+            f"{missing} of {shards.count} shards in {out} are neither done nor given up, a defect of distsbi; report it with "
+            f"{layout.HIDDEN}/journal, and give the same call again, which makes them."
+        )
+    if agenda.given_up:
+        shard, reason = next(iter(agenda.given_up.items()))
+        rows = shards.rows(shard)
+        raise RuntimeError(
+            f"{len(agenda.given_up)} of {shards.count} shards failed {max_failures} times each and were given up, e.g. shard "
+            f"{shard} (rows {rows.start} to {rows.stop - 1}): {reason}. All others are finished in {out}; the same "
+            "call tries these again."
+        )
+    return counts, shards_now, rows_now
+
+
+def take_stock(
+    out: Place, shards: Shards, journal: layout.Journal, read_manifest: ReadManifest = status.read_manifest
+) -> tuple[Counter[str], list[int]]:
+    """Rows by status, and the shards that are there and whole.
+
+    A shard that is not as large as it was written, or cannot be read, is removed, and so made again. One that the journal does
+    not know (a kill came between shard and line) is read, and known from now on.
+    """
+    sizes = layout.shard_sizes(out, shards.count)
+    lines = layout.read_journal(out)
+    written = status.last_lines(lines)
+    known = status.manifests(lines, sizes)
+    counts, present = Counter(dict.fromkeys(schema.STATUSES, 0)), []
+    for shard, size in sizes.items():
+        file = layout.shard_file(out, shard, shards.count)
+        found = known.get(shard)
+        try:
+            if found is None and "bytes" in written.get(shard, {}):
+                raise ValueError(f"{file} has {size:,} bytes of {written[shard]['bytes']:,}")
+            if found is None:
+                found = read_manifest(file)
+                journal.add(
+                    {
+                        "event": "found",
+                        "shard": shard,
+                        "rows": sum(found[s] for s in schema.STATUSES if s in found),
+                        **found,
+                        "bytes": size,
+                    }
+                )
+        except ValueError as error:
+            log.warning("shard %d is made again: %s", shard, error)
+            journal.add({"event": "removed", "shard": shard, "reason": str(error)}, now=True)
+            file.remove()
+            continue
+        counts.update({name: found.get(name, 0) for name in schema.STATUSES})
+        present.append(shard)
+    journal.flush()
+    return counts, present
+
+
+def _say(event: dict, shards: Shards) -> None:
+    """A log line of an event."""
+    kind, shard = event["event"], event["shard"]
+    where = f"shard {shard}" + (f" rows {event['piece'][0]} to {event['piece'][1] - 1}" if "piece" in event else "")
+    if kind == "done":
+        log.info(
+            "shard %d of %d: %d rows in %.2f s on %s (process %d, %s)",
+            *(shard, shards.count, event["rows"], event["seconds"], event["host"], event["pid"], event["device"]),
+        )
+    elif kind == "failed":
+        log.warning("%s failed: %s", where, event["error"])
+    elif kind == "halved":
+        log.warning("%s: searched in halves for the row that kills or hangs its worker", where)
+    elif kind == "quarantined":
+        rows = f"rows {event['row']} to {event['stop'] - 1}" if "stop" in event else f"row {event['row']}"
+        log.warning("%s (shard %d) is quarantined: %s", rows, shard, event["error"])
+    elif kind == "given_up":
+        log.error("%s is given up: %s", where, event["error"])
+
+
+def _count(metrics: Metrics, outcome: Outcome) -> None:
+    if outcome.manifest is None:
+        if outcome.blamed:
+            metrics.failed()
+    elif outcome.task.rows is None:
+        metrics.done(outcome.manifest["rows"], outcome.manifest[schema.OK])
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM sets; a second one interrupts. Outside the main thread, which alone may ask for
+    signals, it is never set."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def take_note(*_: object) -> None:
+        if told.is_set():
+            raise Terminated
+        told.set()
+
+    before = signal.signal(signal.SIGTERM, take_note)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def says_how_far(folder: Place) -> Iterator[None]:
+    """What interrupts the block, or a full disk, says how far the folder is and that the same call goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        by = " by SIGTERM" if isinstance(stop, Terminated) else ""
+        raise type(stop)(f"stopped{by}{_so_far(folder)}; the same call goes on from there.") from None
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk that holds {folder} is full{_so_far(folder)}; free some space, and the same call goes on "
+            "from there",
+        ) from error
+
+
+def _so_far(folder: Place) -> str:
+    """ ", 12 of 100 shards are finished in out", or nothing before a run began."""
+    found = record.read_run(folder)
+    if found is None:
+        return ""
+    count = -(-found["definition"]["n_rows"] // found["definition"]["rows_per_shard"])
+    return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"

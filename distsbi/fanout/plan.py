@@ -1,0 +1,271 @@
+"""How long a catalog will take, before it is begun.
+
+A rehearsal on this machine samples made-up observations through the very path of a catalog (workers, tiles, files), in
+shards of two sizes. The seconds of a shard are a + b rows, so both give the rate of a worker and the overhead of a shard,
+and with them
+
+    hours = start-up + ceil(shards / workers) (a + b rows)
+
+for any number of observations and workers of this kind. For another kind of device a rate is given, or estimated from
+the arithmetic of a draw and the device's peak.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distsbi.fanout import catalog as catalogs, cluster
+from distsbi.fanout.catalog import sample_catalog
+from distsbi.store import layout
+
+REHEARSED_SHARDS = 4  # for each worker, of either size
+LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
+ACHIEVED = 0.15  # of the peak, which small networks reach on accelerators: an assumption, not a measurement
+ROW_BYTES = 200  # of a row's id, status and summaries beside 3 numbers for each parameter
+PROCESS_BYTES = 700 * 2**20  # Python, JAX, Arrow and Ray of one worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device's published peak in float32 products (FLOP/s; TF32 on NVIDIA's tensor cores) and its memory (bytes)."""
+
+    flops: float
+    memory: float
+
+
+DEVICES = {
+    "a100": Device(156e12, 80e9),
+    "h100": Device(495e12, 80e9),
+    "h200": Device(495e12, 141e9),
+    "l4": Device(60e12, 24e9),
+    "t4": Device(8.1e12, 16e9),
+    "v100": Device(15.7e12, 32e9),
+    "tpu-v4": Device(68e12, 32e9),
+    "tpu-v5e": Device(49e12, 16e9),
+    "tpu-v5p": Device(115e12, 95e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a catalog will cost.
+
+    `rate`: draws/s of one worker, `overhead`: seconds of a shard beside its draws, `start_up`: seconds before the first
+    shard; `how`: where these come from. `seconds`: of the whole run. `stored_bytes`: of the output, without compression.
+    `worker_bytes`: of one worker's memory, without an accelerator's own. `tile`: slots and draws.
+    """
+
+    observations: int
+    nsamples: int
+    workers: int
+    device: str
+    how: str
+    rate: float
+    overhead: float
+    start_up: float
+    rows_per_shard: int
+    shards: int
+    tile: tuple[int, int]
+    seconds: float
+    stored_bytes: int
+    worker_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def plan(
+    run: str | os.PathLike[str],
+    *,
+    observations: float,
+    nsamples: float,
+    workers: int | None = None,
+    device: str | None = None,
+    rate: float | None = None,
+    rows_per_shard: int | None = None,
+    draws: bool = True,
+    thin: int = 1,
+    cpus_per_worker: int = 1,
+    num_gpus_per_worker: float = 0,
+    network: str | None = None,
+    seconds: float = 15.0,
+    **options: Any,
+) -> Plan:
+    """What `sample_catalog` of so many `observations` with `nsamples` draws each will take.
+
+    Args:
+        run: the run directory.
+        workers: processes of the run; None: as many as this machine has room for. More than that are taken to be as fast
+            as those here.
+        device: None: this machine, rehearsed. Else a name of `DEVICES`, whose rate is estimated.
+        rate: draws/s of one worker, if it is known; with it nothing is rehearsed.
+        rows_per_shard, draws, thin, cpus_per_worker, num_gpus_per_worker, network: as for `sample_catalog`.
+        seconds: about how long the draws of the rehearsal take.
+        options: solver, steps, ... as for `sample_catalog`.
+
+    Raises ValueError for an unknown device, counts that are no positive whole numbers, or a missing run.
+    """
+    n_rows, n = _whole("observations", observations), _whole("nsamples", nsamples)
+    here = max(1, cluster.own_cpus() // cpus_per_worker)
+    count = here if workers is None else _whole("workers", workers)
+    if device is not None and device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, or left out for this machine; got {device!r}.")
+    if rate is not None and not rate > 0:
+        raise ValueError(f"rate must be draws per second of one worker, positive; got {rate!r}.")
+    posterior = _load(run, network)
+    size = posterior.dim_theta * posterior.ch_theta
+    rows = rows_per_shard or catalogs._rows_per_shard(n_rows, n, size, workers)
+    overhead, start_up = 0.05, 20.0
+    if rate is not None:
+        how = "the rate that was given"
+    elif device is not None:
+        flops = flops_per_draw(posterior, **options)
+        rate = ACHIEVED * DEVICES[device].flops / flops
+        how = f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the peak; rehearse on that device to know"
+    else:
+        at_once = min(count, here)
+        rate, overhead, start_up = _rehearse(
+            posterior, str(run), n, rows, at_once, seconds,
+            {"cpus_per_worker": cpus_per_worker, "num_gpus_per_worker": num_gpus_per_worker, "network": network,
+             "draws": draws, "thin": thin, **options},
+        )  # fmt: skip
+        how = f"rehearsed here with {at_once} workers at once"
+    shards = math.ceil(n_rows / rows)
+    tile = posterior.tile.for_draws(n, posterior.most_slots)
+    kept = math.ceil(n / thin) if draws else 0
+    each = ROW_BYTES + 4 * size * (kept + 5)
+    platform = posterior.mesh.devices.flat[0]
+    return Plan(
+        n_rows, n, count, device or f"{platform.platform}: {platform.device_kind}", how, rate, overhead, start_up, rows,
+        shards, (tile.slots, tile.draws), _total(n_rows, n, rows, count, rate, overhead, start_up), n_rows * each,
+        # a shard's draws as they are made, and again as a table
+        PROCESS_BYTES + 2 * 4 * size * rows * n,
+    )  # fmt: skip
+
+
+def _total(n_rows: int, n: int, rows: int, workers: int, rate: float, overhead: float, start_up: float) -> float:
+    """Seconds. The last round of shards keeps some workers waiting: it is counted whole, unless it holds less work."""
+    shards = math.ceil(n_rows / rows)
+    rounds = math.ceil(shards / workers)
+    return start_up + rounds * (overhead + min(rows, n_rows) * n / rate)
+
+
+def flops_per_draw(posterior: Any, **options: Any) -> float:
+    """Floating-point operations of one draw, as XLA counts them for one evaluation of the network, times evaluations."""
+    import jax
+    import jax.numpy as jnp
+
+    from distsbi.networks.base import encode
+    from distsbi.sampling import SampleOptions
+
+    rows = 256
+    solver = SampleOptions.parse(options).make_solver(posterior.method, posterior.default_solver)
+    evaluations = solver.evaluations or 100
+    network, scales = posterior.network, posterior.weights.standardizer
+    x = jax.ShapeDtypeStruct((1, posterior.dim_x, posterior.ch_x), jnp.float32)
+    context = jax.eval_shape(lambda x: encode(network, scales, x)[0], x)
+    theta = jax.ShapeDtypeStruct((1, rows, posterior.dim_theta, posterior.ch_theta), jnp.float32)
+    step = jax.jit(lambda t, theta, context: network(t, theta, context))
+    lowered = step.lower(jax.ShapeDtypeStruct((), jnp.float32), theta, context)
+    cost = lowered.cost_analysis() or {}
+    # a scanned block is counted once; its repetitions are those of the weights
+    blocks = max((leaf.shape[0] for leaf in jax.tree.leaves(posterior.weights.params) if leaf.ndim > 2), default=1)
+    return evaluations * blocks * float(cost.get("flops", 0.0)) / rows
+
+
+def _rehearse(
+    posterior: Any, run: str, n: int, rows: int, workers: int, seconds: float, options: dict[str, Any]
+) -> tuple[float, float, float]:
+    """(draws/s of a worker, seconds of a shard beside its draws, seconds before the first shard)."""
+    least = min(rows, math.ceil(catalogs.SHARD_DRAWS / n))
+    with tempfile.TemporaryDirectory(prefix="distsbi-plan-") as folder:
+        small, start_up = _times(posterior, run, Path(folder), n, least, workers * REHEARSED_SHARDS, workers, options)
+        room = max(1, int(seconds / REHEARSED_SHARDS / small))  # the larger shard, in smaller ones
+        most = min(rows, least * min(LARGER, room))
+        if most < 2 * least:
+            return least * n / small, 0.0, start_up
+        large, _ = _times(posterior, run, Path(folder), n, most, workers * REHEARSED_SHARDS, workers, options)
+    slope = max((large - small) / (most - least), 0.5 * large / most)  # noise may not make draws free
+    return n / slope, max(0.0, small - slope * least), start_up
+
+
+def _times(
+    posterior: Any, run: str, folder: Path, n: int, rows: int, shards: int, workers: int, options: dict[str, Any]
+) -> tuple[float, float]:
+    """(seconds from one shard of a worker to its next, seconds before the first) of a catalog of made-up observations."""
+    source, out = folder / f"x-{rows}.npz", folder / f"out-{rows}"
+    np.savez(source, **made_up(posterior, rows * shards))  # type: ignore[arg-type]
+    result = sample_catalog(
+        run,
+        source,
+        out,
+        nsamples=n,
+        workers=workers,
+        address="local",  # the folder is this machine's, also in a job of a cluster, where $RAY_ADDRESS is set
+        rows_per_shard=rows,
+        id_column=None,
+        show_progress=False,
+        **options,
+    )
+    done = [line for line in layout.read_journal(out) if line["event"] == "done"]
+    each = float(np.median([line["seconds"] for line in done]))
+    first, last = min(line["time"] for line in done), max(line["time"] for line in done)
+    between = (last - first) * workers / max(1, len(done) - workers)  # with what the driver and the files cost
+    return max(each, between), max(0.0, result.seconds - (last - first) - each)
+
+
+def made_up(posterior: Any, n: int) -> dict[str, np.ndarray]:
+    """n observations by the columns of a catalog, float32: standard normal in the units of the training set."""
+    scales, shape = posterior.weights.standardizer, (n, posterior.dim_x, posterior.ch_x)
+    noise = np.random.default_rng(0).normal(size=shape)
+    packed = (np.asarray(scales.x_mean) + np.asarray(scales.x_std) * noise).astype(np.float32)
+    if posterior.layout.is_plain:
+        return {"x": packed}
+    parts = posterior.layout.unpack(packed)
+    return {name: np.asarray(part) for name, part in parts.items()} if isinstance(parts, dict) else {"x": parts}
+
+
+def _load(run: Any, network: str | None) -> Any:
+    from distsbi.sampling import load
+
+    return load(run, network=network)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or value < 1 or value != int(value):
+        raise ValueError(f"{name} must be a positive whole number, such as 1e6; got {value!r}.")
+    return int(value)
+
+
+def report(made: Plan) -> str:
+    """The plan in lines of text."""
+    days, hours = divmod(made.seconds / 3600, 24)
+    took = f"{days:.0f} d {hours:.1f} h" if days else f"{hours:.2f} h" if hours >= 1 else f"{made.seconds / 60:.1f} min"
+    rows = (
+        ("time", f"{took} with {made.workers:,} workers ({made.how})"),
+        ("rate", f"{made.rate:,.0f} draws/s a worker on {made.device}, {made.overhead * 1e3:.0f} ms beside for each shard"),
+        ("start-up", f"{made.start_up:.0f} s"),
+        ("output", f"{_bytes(made.stored_bytes)} for {made.observations:,} rows of {made.nsamples:,} draws: the storage must take {_bytes(made.stored_bytes / made.seconds)}/s"),
+        ("memory", f"{_bytes(made.worker_bytes)} a worker"),
+        ("shards", f"{made.shards:,} of {made.rows_per_shard:,} rows (--rows-per-shard {made.rows_per_shard})"),
+        ("tile", f"{made.tile[0]} slots x {made.tile[1]} draws"),
+    )  # fmt: skip
+    return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def to_json(made: Plan) -> str:
+    return json.dumps(made.to_dict(), indent=1)

@@ -1,0 +1,322 @@
+"""Simulations of a user's own simulator, by many workers into one folder of pairs that `train` reads.
+
+    prior, seed -> theta of every row (simulator.py) -> workers (simulation_worker.py), on Ray or in this process (pool.py) -> shards of pairs
+
+Resume is: list the shards that are there, do the rest.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import math
+import os
+import platform
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+import distsbi
+from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
+from distsbi.fanout import cluster, provenance, simulator as simulators
+from distsbi.fanout.agenda import Shards, one_line
+from distsbi.fanout.arguments import check_resources, check_whole, plain
+from distsbi.fanout.loop import says_how_far, work
+from distsbi.fanout.metrics import Metrics
+from distsbi.fanout.pool import InProcess, Pool, RayPool
+from distsbi.fanout.simulation_worker import (
+    Job,
+    Look,
+    Plan,
+    SimulationWorker,
+    read_failures,
+    read_manifest,
+    unlike,
+)
+from distsbi.store import layout, record, schema
+from distsbi.store.place import Place, as_place, is_url
+from distsbi.store.status import Status, read_status
+from distsbi.store.writer import one_writer
+
+SHARD_SECONDS = 10.0  # of work in a shard: little is lost with a worker, and the file costs nothing beside it,
+SHARD_BYTES = 64 * 2**20  # but at most this much of x in a worker's memory,
+SHARDS_EACH = 16  # at least so many shards for each worker: in the last round some have nothing to do,
+LEAST_SECONDS = 0.5  # of at least so much work,
+SHARD_COUNT = 10_000  # and not many more files than this
+LOOKS = 32  # rows that may fail in succession before the simulator is taken for broken
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationResult:
+    """A folder of pairs that is done.
+
+    `n_ok`, `n_bad`: rows that are pairs and rows that are not, of the whole folder; `counts`: by status; `shards`: all, `shards_now`: those done in
+    this call, in `seconds` with `rows_now` rows.
+    """
+
+    path: Path
+    n_rows: int
+    n_ok: int
+    n_bad: int
+    counts: dict[str, int]
+    shards: int
+    shards_now: int
+    rows_now: int
+    seconds: float
+
+    def read(self) -> Pairs:
+        """The pairs, in memory. Raises ValueError if every row failed."""
+        return read_pairs(self.path)
+
+    def failures(self) -> pa.Table:
+        """The rows that are no pairs: row, status, message, theta."""
+        return read_failures(self.path)
+
+
+def simulate(
+    simulator: str | Callable[..., Any],
+    prior: Any,
+    n: int,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    address: str | None = None,
+    shard_size: int | None = None,
+    batch_size: int | None = None,
+    missing: bool = False,
+    num_gpus_per_worker: float = 0,
+    cpus_per_worker: int = 1,
+    max_failures: int = 3,
+    time_limit: float | None = None,
+    show_progress: bool = True,
+) -> SimulationResult:
+    """Simulates n rows (theta, x) into a folder of Parquet files for training, theta from the prior.
+
+    Called again with the same arguments it goes on where it stopped. Row i depends on the simulator, the prior, the seed and i alone (and
+    `batch_size`), not on workers, shards, order or failures. A row whose simulator raises gets status "failed", one with NaN, inf or another shape "invalid", one that
+    kills its worker or exceeds `time_limit` "quarantined": these are no pairs, are recorded with their theta (`result.failures()`), and the others go on.
+
+    SIGTERM ends it after the shards that are at work (at most loop.GRACE_SECONDS; without Ray, the one at work).
+
+    Args:
+        simulator: "module:function", importable on every worker, or a function. Its arguments are (theta), (theta, rng) or (key, theta); see
+            `distsbi.fanout.simulator`. A function that cannot be imported (a lambda, one of the script itself) is carried over by Ray.
+        prior: a numpyro distribution, `distsbi.Prior`, any object with `sample(key, shape)`, `log_prob` and `support`, or texts by name as {"mass":
+            "LogNormal(0, 0.5)"}, which training then knows of itself. Names of its parameters go into the files.
+        n: rows. Those that fail are not made up for.
+        out: the output folder, made if missing; with a cluster, one that all its machines share. A shard is there if and only if it is complete. One call at a time
+            writes in a folder.
+        seed: integer seed.
+        workers: processes, replaced when they die and put on machines as these join; None: as many as the cluster or this machine has room
+            for, more when machines join; 0: this process, without Ray, which a row that kills its process takes along.
+        address: of a Ray cluster; None: the one in $RAY_ADDRESS, else this machine.
+        shard_size: rows of each file; None: by time and size, from a first look.
+        batch_size: the simulator takes so many rows at a time: theta is [batch_size, dim_theta], with one `rng` or `key`. If it raises, all of them
+            fail; NaN marks single ones.
+        missing: NaN in x is an entry that is missing, not a failure; training takes such x with networks that take missing data.
+        num_gpus_per_worker, cpus_per_worker: what each worker gets.
+        max_failures: attempts at a shard. If the last killed its worker or took too long, it is halved until the guilty row is found,
+            which is quarantined after as many attempts of its own; if it raised (a full disk of a worker's, ...), the shard is given up.
+        time_limit: seconds for one shard before its worker is killed, which counts as a failure. Without it a row that hangs is waited for.
+        show_progress: a progress bar, on a terminal.
+
+    Raises:
+        ValueError: arguments that cannot be used, a simulator that cannot be imported or fails at each of its first rows, or an output folder of
+            another run; says what to do.
+        RuntimeError: at the end, if shards were given up. All others are finished.
+        OSError: the disk is full. What is finished stays.
+        KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
+    """
+    began = time.monotonic()
+    n, seed, workers, shard_size, batch_size, cpus_per_worker, max_failures = map(
+        plain, (n, seed, workers, shard_size, batch_size, cpus_per_worker, max_failures)
+    )
+    check_whole("n", n)
+    check_whole("shard_size", shard_size, optional=True)
+    check_whole("batch_size", batch_size, optional=True)
+    check_resources(workers, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
+    step = batch_size or 1
+    if shard_size is not None and shard_size % step:
+        raise ValueError(f"shard_size must be a multiple of batch_size={step}; got {shard_size}.")
+    folder = _folder(out)
+    job = Job(simulators.by_name(simulator), _checked(prior), _words(seed), folder.path, batch_size, missing)
+    if isinstance(job.simulator, str) and not address:  # on a cluster this machine may lack what the simulator needs
+        simulators.arranged(simulators.import_simulator(job.simulator))
+    elif not isinstance(job.simulator, str):
+        simulators.arranged(job.simulator)
+    with says_how_far(folder), contextlib.ExitStack() as stack:
+        (folder / layout.HIDDEN).make_folder()
+        writer = stack.enter_context(one_writer(folder))
+        found = record.read_run(folder)
+        if workers == 0:
+            pool: Pool = InProcess(SimulationWorker(job))
+        else:
+            cpus, gpus = cpus_per_worker, num_gpus_per_worker
+            stack.enter_context(cluster.connected(address, workers, cpus, gpus))
+            environment, most = cluster.worker_environment(cpus, gpus), -(-n // step)
+            pool = RayPool(
+                SimulationWorker, job, workers, environment, cpus, gpus, time_limit, max_failures, unlike, most=most
+            )
+        stack.enter_context(pool)
+        told = pool.start()
+        there = found["definition"] if found is not None else {}
+        shape, seconds = tuple(there.get("x", ())), 0.0
+        if "x" not in there or "rows_per_shard" not in there:
+            shape, seconds = _look(pool, n, step, max_failures)
+        count = cluster.cluster_workers(cpus_per_worker, num_gpus_per_worker) if workers is None else max(workers, 1)
+        size = shard_size or there.get("rows_per_shard")
+        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), count, time_limit)
+        definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
+        record.begin(folder, definition, _about(job, told))
+        layout.remove_partial(folder)
+        shards = Shards(n, size, record.fingerprint(definition), step)
+        texts = dict(job.prior) if isinstance(job.prior, Mapping) else None
+        source = {"simulator": definition["simulator"]["name"], "prior": texts, "fingerprint": shards.fingerprint}
+        pool.begin(Plan(shards, shape, tuple(told["parameter_names"]), source))
+        mark_unfinished(Path(folder.path), n)
+        counts, shards_now, rows_now = work(
+            pool, shards, folder, writer, max_failures, show_progress,
+            Metrics(str(folder), 1, ray=workers != 0, of="simulation"), what="simulations", read_manifest=read_manifest,
+        )  # fmt: skip
+        mark_finished(Path(folder.path))
+        n_ok, taken = counts[schema.OK], time.monotonic() - began
+        return SimulationResult(
+            Path(folder.path), n, n_ok, n - n_ok, dict(counts), shards.count, shards_now, rows_now, taken
+        )
+
+
+def status(out: str | os.PathLike[str]) -> tuple[Status, str | None]:
+    """(how far a folder of simulations is, the command that goes on with it; None where only the same call does).
+
+    Raises ValueError if it is none, or is damaged.
+    """
+    place = as_place(out)
+    found = record.read_run(place)
+    if found is None or "simulator" not in found["definition"]:
+        raise ValueError(f"{out} is no folder of simulations (no {layout.run_file(place)} of one).")
+    definition = found["definition"]
+    return read_status(place, definition["n_rows"], definition["rows_per_shard"], read_manifest), command(
+        found, str(out)
+    )
+
+
+def command(run: dict[str, Any], out: str) -> str | None:
+    """The command that goes on with a folder, from its run.json; None where only the same call does."""
+    definition, prior = run["definition"], run["about"]["prior"]
+    if prior is None or "<" in definition["simulator"]["name"]:
+        return None
+    high, low = definition["seed"]
+    words = ["distsbi", "simulate", "--simulator", definition["simulator"]["name"]]
+    words += [word for name, text in prior.items() for word in ("--prior", f"{name}={text}")]
+    words += ["--n", str(definition["n_rows"]), "--out", out]
+    words += ["--seed", str((high << 32) | low)] if high or low else []
+    words += ["--batch-size", str(definition["batch"])] if definition["batch"] else []
+    return shlex.join([*words, *(["--missing"] if definition["missing"] else [])])
+
+
+def _look(pool: Pool, n: int, step: int, max_failures: int) -> tuple[tuple[int, ...], float]:
+    """The shape of one x and the seconds of a row, from the first row (or batch) that can be simulated.
+
+    Raises ValueError if the first LOOKS cannot, or if `max_failures` of them kill or hang their worker.
+    """
+    reason, deaths, looked = "", 0, 0
+    for row in range(0, min(n, LOOKS * step), step):
+        manifest: dict[str, Any] = {}
+        while not manifest:
+            while not pool.room():
+                pool.wait()
+            pool.submit(Look(row))
+            outcomes: list[Any] = []
+            while not outcomes:
+                outcomes = pool.wait()
+            outcome = outcomes[0]
+            if outcome.manifest is None and not outcome.blamed:
+                continue
+            deaths += outcome.died
+            manifest = outcome.manifest or {"error": one_line(outcome.error)}
+        if "shape" in manifest:
+            return tuple(manifest["shape"]), manifest["seconds"]
+        reason, looked = manifest["error"], row + step
+        if deaths >= max_failures:
+            break
+    what = "kills or hangs its worker" if deaths >= max_failures else "fails"
+    raise ValueError(
+        f"the simulator {what} at the first rows (0 to {min(n, looked) - 1}), the last with {reason}; mend it"
+        f"{', or give missing=True if NaN is an entry that was not observed.' if 'NaN' in reason else '.'}"
+    )
+
+
+def _shard_size(
+    n: int, step: int, seconds: float, row_bytes: int, workers: int, time_limit: float | None = None
+) -> int:
+    """Rows of a shard where none is given and the folder has no run yet: a multiple of `step`. `seconds`: of a row."""
+    each = max(seconds, 1e-9)
+    size = min(SHARD_SECONDS / each, max(n / (SHARDS_EACH * workers), LEAST_SECONDS / each))
+    floor = n / SHARD_COUNT
+    if time_limit is not None:  # a quarter of it; where that makes too many files, up to half
+        size, floor = min(size, time_limit / each / 4), min(floor, time_limit / each / 2)
+    size = min(max(size, floor), max(1, SHARD_BYTES // max(1, row_bytes)), n)
+    shards = math.ceil(n / math.ceil(size))
+    if workers < shards < SHARDS_EACH * workers:  # few of them: as many for each worker
+        size = n / min(workers * math.ceil(shards / workers), n)
+    return max(1, math.ceil(size / step)) * step
+
+
+def _folder(out: str | os.PathLike[str]) -> Place:
+    """Raises ValueError if `out` is no folder on disks, or holds files that are not of a simulation like this."""
+    if is_url(out):
+        raise ValueError(
+            f"out must be a folder on disks that the workers share, for training reads it there; got {out}."
+        )
+    place = as_place(out)
+    folder = Path(place.path)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out must be a folder; {there} is a file. Give another path.")
+    other = [file.name for file in folder.glob("*.parquet") if not file.name.startswith(("shard-", ".", "_"))]
+    if other:
+        raise ValueError(
+            f"{out} holds other files, such as {sorted(other)[0]}, which training would read too; give a new folder."
+        )
+    return place
+
+
+def _checked(prior: Any) -> Any:
+    """The prior. Raises ValueError for one that is none, or cannot be read."""
+    from distsbi.data.prior import parse_prior, supports
+
+    if isinstance(prior, Mapping):
+        if not prior:
+            raise ValueError("a prior needs at least one parameter, such as {'mass': 'LogNormal(0, 0.5)'}.")
+        parse_prior(prior)
+        return {str(name): str(text) for name, text in prior.items()}
+    if prior is None:
+        raise ValueError(
+            "a prior is needed to draw theta from; give one, such as Prior(mass=dist.LogNormal(0.0, 0.5))."
+        )
+    supports(prior)
+    return prior
+
+
+def _words(seed: Any) -> tuple[int, int]:
+    from distsbi.keys import key_words
+
+    return key_words(seed)
+
+
+def _about(job: Job, told: dict[str, Any]) -> dict[str, Any]:
+    """For run.json: where the pairs come from."""
+    return {
+        "simulator": simulators.name_of(job.simulator),
+        "prior": dict(job.prior) if isinstance(job.prior, Mapping) else None,
+        "parameter_names": told["parameter_names"],
+        "first_worker": told["worker"],
+        "devices": [told["worker"]["device"]],
+        "distsbi": distsbi.__version__,
+        "versions": {"distsbi": distsbi.__version__, "python": platform.python_version(), **provenance.versions()},
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,368 @@
+"""A pipeline holds data, a network and a method; it trains, and samples.
+
+    datasets -> scales -> `train` -> `calibrate` -> Posterior, which every way to sample is handed on to
+
+`ConditionalPipeline` is all of it for p(theta | x), `obs` being theta and `cond` x. What another kind of pipeline decides for itself are the
+methods under that heading.
+"""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from distsbi import keys, mesh as meshes
+from distsbi.data.prior import parameter_names, supports
+from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
+from distsbi.data.standardise import Standardizer
+from distsbi.diagnostics.distance import distance
+from distsbi.methods import FlowMatching, Method
+from distsbi.networks import Embedded, Layout, Network, Unconditional, network_name, takes_missing
+from distsbi.networks.embedding import embedded_shape
+from distsbi.networks.observation import Dims
+from distsbi.pipelines.given import check_module, check_state, names_of, nets_by_part, on_packed
+from distsbi.pipelines.identity import training_identity
+from distsbi.sampling import DistillConfig, Posterior, distill
+from distsbi.sampling.calibrate import calibrate
+from distsbi.sampling.checks import one_of, standardised
+from distsbi.sampling.joint import JointPosterior
+from distsbi.sampling.run import load, model_spec, read_spec, versions
+from distsbi.solvers import Solver
+from distsbi.training import Trained, TrainingConfig, train
+from distsbi.training.loop import run_root
+from distsbi.training.update import Pose, conditional
+
+UNFINISHED = "training was interrupted before the grid was chosen; give it again to choose one"
+EXTENT_ENTRIES = 4_096
+AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside training
+
+
+class ConditionalPipeline:
+    """Trains `model` to p(theta | x) and samples from it.
+
+    Args:
+        model: an `nnx.Module` with `encode(x)` and `__call__(t, theta_t, context)`; see `distsbi.networks.Network`.
+        train_dataset: arrays `(theta, x)` of shapes (n, dim_obs, ch_obs) and (n, dim_cond, ch_cond), an iterable of such
+            batches, a Parquet folder, a `Task`, or None for inference only.
+        val_dataset: the same, or None: a part of the training set is held out.
+        dim_obs, dim_cond: number of parameters and of data. Of images dim_cond is (rows, columns), of several instruments a dict
+            such as {"image": (32, 32), "spectrum": 100}; x is then an array (n, 32, 32, ch_cond) or a dict of arrays.
+        ch_obs, ch_cond: channels of each; of several instruments a number or a dict.
+        training_config: a dict or `TrainingConfig`; see there.
+        mesh: where to train: None or "auto" (all devices, of several processes those of all), a dict of axis sizes, or a `jax.sharding.Mesh`.
+        prior: gives parameter names and the support that no draw leaves: a numpyro distribution, `distsbi.Prior`, or any
+            object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own.
+        method: what is learned; default flow matching.
+        augment: `augment(key, theta, x) -> (theta, x)`, traceable: noise or nuisances added afresh to every training batch.
+        embedding: an `nnx.Module` that makes tokens (batch, tokens, features) of x (batch, ...), or a dict with one for each instrument.
+            It is trained with the rest and runs once per observation. The named pipelines make one for images and instruments: a
+            `CNN` before an MLP, a `PatchEmbedding` before Flux1.
+
+    Raises ValueError for datasets of wrong shape or length, non-finite rows and theta outside the prior.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        train_dataset: Any,
+        val_dataset: Any,
+        dim_obs: int,
+        dim_cond: Dims,
+        ch_obs: int = 1,
+        ch_cond: int | Mapping[str, int] = 1,
+        training_config: dict[str, Any] | TrainingConfig | None = None,
+        *,
+        mesh: meshes.MeshLike = None,
+        prior: Any = None,
+        method: Method | None = None,
+        augment: Callable[[Array, Any, Any], tuple[Array, Any]] | None = None,
+        embedding: Any = None,
+    ):
+        self.layout = Layout.of(dim_cond, ch_cond)
+        self.model = self._adopted(model, dim_obs, ch_obs, nets_by_part(self.layout, embedding))
+        self.dim_obs, self.ch_obs = dim_obs, ch_obs
+        self.dim_cond, self.ch_cond = self.layout.packed
+        self.method = method or FlowMatching()
+        self.mesh = meshes.make_mesh(mesh, shared=True)
+        self.prior = prior if prior is not None else getattr(train_dataset, "prior", None)
+        self.augment = augment if augment is None or self.layout.is_plain else on_packed(augment, self.layout)
+        self.training_config = (
+            training_config
+            if isinstance(training_config, TrainingConfig)
+            else TrainingConfig.from_dict(training_config or {})
+        )
+        self._shapes = Shapes((dim_obs, ch_obs), self.layout.packed, takes_missing(self.model), self.layout)
+        self._supports = supports(self.prior, dim_obs)
+        names = getattr(train_dataset, "parameter_names", None)
+        if isinstance(train_dataset, (str, os.PathLike)):
+            names = names_of(train_dataset, prior)
+        self.parameter_names = tuple(names) if names and prior is None else parameter_names(self.prior, dim_obs)
+        self._source, self._validation = self._datasets(train_dataset, val_dataset)
+        self._standardizer: Standardizer | None = None
+        self._posterior: Posterior | None = None
+        self._last: Posterior | None = None
+
+    def __repr__(self) -> str:
+        state = "trained" if self._posterior is not None else "not trained"
+        return f"<{type(self).__name__} of {', '.join(self.parameter_names)} given {self.layout.describe()}, {state}>"
+
+    # What a kind of pipeline decides for itself
+
+    pose: Pose = staticmethod(conditional)  # type: ignore[assignment]
+
+    def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
+        """The model, checked and behind its embedding nets; a user's own gets the sizes that the contract asks for."""
+        own = not isinstance(model, Network)
+        if own:
+            check_module(model)
+            seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
+            for name, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), (dim_obs, ch_obs, *seen), strict=True):
+                setattr(model, name, value)
+        for net in (nets or {}).values():
+            check_state(net)
+        if isinstance(model, Embedded) or (nets is None and self.layout.is_plain):
+            return model
+        if nets is None and not own:
+            raise ValueError(
+                f"{type(model).__name__} takes data of shape (n, dim, channels), these are {self.layout.describe()}: give embedding=, such as "
+                f"distsbi.networks.CNN, or use a named pipeline, which makes one."
+            )
+        return Embedded(model, nets, self.layout)
+
+    def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
+        return Standardizer.fit(theta, x, self._supports, pool=self.layout.pooled)
+
+    def _make_posterior(
+        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
+    ) -> Posterior:
+        network = nnx.merge(nnx.graphdef(self.model), params)
+        return Posterior(
+            network, self.method, standardizer, names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts
+        )
+
+    def _datasets(self, train_dataset: Any, val_dataset: Any) -> tuple[Source | None, Pairs | None]:
+        if train_dataset is None:
+            return None, None
+        source = make_source(train_dataset, self._shapes, self.prior)
+        if val_dataset is not None:
+            return source, make_source(val_dataset, self._shapes, self.prior).fit()
+        assert source.hold_out is not None
+        return source.hold_out(self.training_config.val_fraction)
+
+    def train(
+        self, rngs: nnx.Rngs | Any, nsteps: int | None = None, **overrides: Any
+    ) -> tuple[list[float], list[float]]:
+        """Trains, or goes on training from the present weights; returns (training losses, validation losses), one per validation.
+
+        With `checkpoint_dir` in the training configuration the run directory is written while training; a killed run started
+        again resumes from its last checkpoint and ends with the same bits. A directory holds one training: to go on from a finished
+        one, also with more simulations, `restore` it and give another `checkpoint_dir`. `overrides`: training options for this call.
+
+        Raises ValueError without a training set, or where `checkpoint_dir` holds another training.
+        """
+        if self._source is None or self._validation is None:
+            raise ValueError(
+                "this pipeline was made for inference (train_dataset=None); make one with a training set to train."
+            )
+        key = keys.as_key(rngs() if isinstance(rngs, nnx.Rngs) else rngs)
+        base = dataclasses.replace(
+            TrainingConfig.from_dict({**self.training_config.to_dict(), **overrides}),
+            **({} if nsteps is None else {"nsteps": nsteps}),
+        )
+        config = base.resolve(self._source.size)
+        validation = self._augmented(self._validation, 1)
+        standardizer = self._standardizer if self._standardizer is not None else self._fit(*self._fit_pairs())
+        standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
+        identity = training_identity(
+            self.model, self.method, config, self.pose, self._source.fingerprint, validation, standardizer
+        )
+        trained = train(
+            self.model, self.method, standardizer, self._source, validation, key, config,
+            mesh=self.mesh, augment=self.augment, pose=self.pose, identity=identity,
+        )  # fmt: skip
+        self._finish(trained, standardizer, validation[1], config)
+        return trained.losses, trained.val_losses
+
+    def _augmented(self, pairs: Pairs, seed: int) -> Pairs:
+        """Pairs as training sees them, under fixed random numbers: what scales are fitted on, and validation is made of. Block by block: all
+        of a training set need not fit on a device."""
+        if self.augment is None:
+            return pairs
+        augment, key, made = jax.jit(self.augment), jax.random.key(seed), []
+        rows = max(1, AUGMENT_BYTES // sum(part[0].nbytes for part in pairs))
+        for number, start in enumerate(range(0, len(pairs[0]), rows)):
+            block_key = jax.random.fold_in(key, number) if number else key
+            made.append(jax.device_get(augment(block_key, *(part[start : start + rows] for part in pairs))))
+        thetas, xs = zip(*made, strict=True)
+        return np.concatenate(thetas), np.concatenate(xs)
+
+    def _fit_pairs(self) -> Pairs:
+        """Pairs to fit scales on, as training sees them: evenly spaced ones where many would have to be augmented."""
+        assert self._source is not None
+        pairs = self._source.fit()
+        if self.augment is not None and len(pairs[0]) > FIT_PAIRS:
+            some = np.linspace(0, len(pairs[0]) - 1, FIT_PAIRS).round().astype(int)
+            pairs = pairs[0][some], pairs[1][some]
+        return self._augmented(pairs, 0)
+
+    def _finish(self, trained: Trained, standardizer: Standardizer, xs: np.ndarray, config: TrainingConfig) -> None:
+        assert self._source is not None
+        facts: dict[str, Any] = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
+        self._last = self._make_posterior(trained.last, standardizer, None, facts)
+        facts["x_extent"] = self._extent(self._last.scales)
+        self._last.facts = facts
+        self._posterior = self._make_posterior(trained.params, standardizer, None, facts)
+        nnx.update(self.model, trained.params)
+        root = run_root(config)
+        if config.calibrate:
+            if root is not None:  # what was learned is on the disk before anything else can fail
+                self._posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
+                self._posterior.save(root)
+            solver, certificate = calibrate(self._posterior, xs)
+            if not certificate["met"]:
+                warnings.warn(
+                    f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
+                    f"posterior's local scale (tolerance {certificate['tolerance']['q95']}); the velocity may be rough, so train longer, or sample with "
+                    f'solver="tsit5".',
+                    stacklevel=3,
+                )
+            facts = {**facts, "certificate": certificate}
+            self._posterior = self._make_posterior(trained.params, standardizer, solver, facts)
+        if root is not None:
+            self._posterior.save(root)
+
+    def _extent(self, scales: Standardizer) -> list[float]:
+        """The largest absolute standardised value of every entry of x among pairs of the training set; one number for all where they are
+        many."""
+        x = self._fit_pairs()[1]
+        largest = np.zeros(x[0].size)
+        for _, z in standardised(x, scales):
+            largest = np.fmax(largest, np.fmax.reduce(z, axis=0))
+        return [float(f"{v:.4g}") for v in (largest if largest.size <= EXTENT_ENTRIES else [largest.max()])]
+
+    @property
+    def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:
+        """An observation that was held out of training. Raises ValueError without a training set."""
+        if self._validation is None:
+            raise ValueError("this pipeline was made for inference (train_dataset=None): it holds no observations.")
+        return self._augmented(self._validation, 1)[1][:1]
+
+    def restore(self, path: str | os.PathLike[str]) -> Self:
+        """Takes up a saved run of the same network and method: its weights, scales and sampling grid, to sample from or to go on training
+        from. Returns the pipeline.
+
+        Raises ValueError for a run of another network or method, and as `distsbi.load` does.
+        """
+        found = load(path, mesh=self.mesh, network=self._own_for(read_spec(path)["network"]))
+        scales = found.joint_standardizer if isinstance(found, JointPosterior) else found.weights.standardizer
+        made = self._make_posterior(nnx.state(self.model, nnx.Param), jax.tree.map(np.asarray, scales), None, {})
+        here, there = model_spec(made), model_spec(found)
+        differing = [name for name in ("network", "sizes", "method") if here[name] != there[name]]
+        if differing:
+            raise ValueError(
+                f"{path} holds a run of another {' and '.join(differing)} than this pipeline; make the pipeline that it was trained with, or "
+                f"distsbi.load it."
+            )
+        weights = found.joint if isinstance(found, JointPosterior) else found.network
+        nnx.update(self.model, nnx.state(weights, nnx.Param))
+        self._standardizer, self._posterior, self._last = jax.tree.map(np.asarray, scales), found, None
+        self.parameter_names = found.parameter_names
+        return self
+
+    def _own_for(self, described: dict[str, Any]) -> Any:
+        """Of this model what a run so described cannot make by itself: a user's own network, or one behind a user's own embedding nets."""
+        model, nets = self.model, described.get("embedded", {}).get("nets") or {}
+        inner = model.network if isinstance(model, (Embedded, Unconditional)) else model
+        if described["name"] is None and network_name(inner) is None:
+            return nnx.clone(inner if isinstance(model, Unconditional) else model)
+        return nnx.clone(model) if None in nets.values() and isinstance(model, Embedded) else None
+
+    @property
+    def posterior(self) -> Posterior:
+        """The trained posterior. Raises ValueError before training."""
+        if self._posterior is None:
+            raise ValueError(
+                "this pipeline is not trained yet: call pipeline.train(nnx.Rngs(0)), or pipeline.restore(run) a saved one."
+            )
+        return self._posterior
+
+    def _chosen(self, use_ema: bool) -> Posterior:
+        posterior = self.posterior
+        if use_ema:
+            return posterior
+        if self._last is None:
+            raise ValueError(
+                "the weights before averaging are not kept in a saved run; use_ema=False works after train() only."
+            )
+        return self._last
+
+    def sample(
+        self,
+        key: Any = None,
+        x_o: Any = None,
+        nsamples: int | None = None,
+        *,
+        rng: Any = None,
+        use_ema: bool = True,
+        **options: Any,
+    ) -> Float[np.ndarray, "nsamples dim_obs ch_obs"]:
+        """Draws from p(theta | x_o); `rng=` or `key=`. See `Posterior.sample`."""
+        return self._chosen(use_ema).sample(key, x_o, nsamples, rng=rng, **options)
+
+    def get_sampler(self, x_o: Any, *, use_ema: bool = True, **options: Any) -> Callable[..., np.ndarray]:
+        """A function `sampler(key, nsamples)` for one observation, compiled once. See `Posterior.get_sampler`."""
+        return self._chosen(use_ema).get_sampler(x_o, **options)
+
+    def sample_batched(
+        self,
+        key: Any = None,
+        xs: Any = None,
+        nsamples: int = 10_000,
+        *,
+        rng: Any = None,
+        use_ema: bool = True,
+        **options: Any,
+    ) -> Float[np.ndarray, "nsamples batch dim_obs ch_obs"]:
+        """Draws for many observations. See `Posterior.sample_batched`."""
+        return self._chosen(use_ema).sample_batched(one_of("rng", rng, "key", key), xs, nsamples, **options)
+
+    def log_prob(self, theta: Any, x_o: Any, **options: Any) -> Float[np.ndarray, "n"]:
+        """log p(theta | x_o). See `Posterior.log_prob`."""
+        return self.posterior.log_prob(theta, x_o, **options)
+
+    def log_prob_batched(self, theta: Any, xs: Any, **options: Any) -> Float[np.ndarray, "n batch"]:
+        """log p(theta[:, i] | xs[i]) for many observations. See `Posterior.log_prob_batched`."""
+        return self.posterior.log_prob_batched(theta, xs, **options)
+
+    def sample_and_log_prob(self, key: Any = None, x_o: Any = None, nsamples: int = 10_000, **options: Any) -> Any:
+        """(draws, their log p(theta | x_o)). See `Posterior.sample_and_log_prob`."""
+        return self.posterior.sample_and_log_prob(key, x_o, nsamples, **options)
+
+    def map(self, x_o: Any, **options: Any) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:
+        """(theta, log p) at the maximum a posteriori. See `Posterior.map`."""
+        return self.posterior.map(x_o, **options)
+
+    def distill(self, segments: int = 2, **options: Any) -> Posterior:
+        """A student that draws in `segments` evaluations, trained on the data x of the training set without new simulations; a
+        `Posterior`, to be saved as a run of its own.
+
+        Its distance from this posterior on held-out observations is in `student.facts["distance"]`. `options`: see `DistillConfig`.
+        Raises ValueError without a training set.
+        """
+        if self._source is None or self._validation is None:
+            raise ValueError("distilling needs data x: make the pipeline with its training set.")
+        _, xs = self._fit_pairs()
+        student, _ = distill(self.posterior, xs, DistillConfig(segments=segments, **options))
+        held_out = self._augmented(self._validation, 1)[1]
+        student.facts["distance"] = distance(self.posterior, student, held_out)
+        return student
+
+    def save(self, path: str) -> None:
+        """Writes the run directory, for `distsbi.load`."""
+        self.posterior.save(path)

@@ -1,0 +1,64 @@
+"""What a user gives a pipeline, checked and brought into its form: networks, embedding nets, augmentations, names of parameters."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array
+
+from distsbi.data.pairs import open_pairs
+from distsbi.networks import Layout
+
+
+def check_module(model: Any) -> None:
+    """Raises ValueError for what is no user's own network."""
+    if not isinstance(model, nnx.Module) or not callable(getattr(model, "encode", None)) or not callable(model):
+        raise ValueError(
+            f"model must be a flax.nnx.Module with encode(x) and __call__(t, theta_t, context); got {type(model).__name__}. "
+            f"See distsbi.networks.Network."
+        )
+    check_state(model)
+
+
+def check_state(model: Any) -> None:
+    """Raises ValueError for a module that keeps more than weights."""
+    other = {type(leaf).__name__ for _, leaf in nnx.to_flat_state(nnx.state(model)) if not isinstance(leaf, nnx.Param)}
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} keeps state beside its weights ({', '.join(sorted(other))}), which sampling could not carry: "
+            f"leave out dropout and batch norm (layer norm does)."
+        )
+
+
+def nets_by_part(layout: Layout, embedding: Any) -> dict[str, Any] | None:
+    """The embedding net of every part by name. Raises ValueError for nets of other parts."""
+    if embedding is None:
+        return None
+    nets = dict(embedding) if isinstance(embedding, Mapping) else dict.fromkeys(layout.names[:1], embedding)
+    if set(nets) != set(layout.names):
+        raise ValueError(f"embedding must be a dict with a net for each of {list(layout.names)}; got {sorted(nets)}.")
+    return nets
+
+
+def on_packed(augment: Callable[..., tuple[Array, Any]], layout: Layout) -> Callable[..., tuple[Array, Array]]:
+    """The user's `augment` on data that are packed."""
+
+    def packed(key: Array, theta: Array, x: Array) -> tuple[Array, Array]:
+        theta, x = augment(key, theta, layout.unpack(x))
+        return theta, layout.join(x)
+
+    return packed
+
+
+def names_of(folder: str | os.PathLike[str], prior: Any) -> tuple[str, ...]:
+    """The parameters of a folder of pairs. Raises ValueError if the prior has other names for them, or another order."""
+    names = open_pairs(folder).names
+    given = getattr(prior, "names", None)
+    unnamed = names == tuple(f"theta_{i}" for i in range(len(names)))
+    if given is not None and not unnamed and len(given) == len(names) and tuple(given) != names:
+        raise ValueError(
+            f"the pairs in {folder} are of {', '.join(names)}, in this order; the prior is of {', '.join(given)}. Give the prior in the order of "
+            f"the pairs, with their names."
+        )
+    return names

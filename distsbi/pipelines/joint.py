@@ -1,0 +1,144 @@
+"""Pipelines of other densities than p(theta | x): all conditionals of (theta, x), and theta alone.
+
+A joint model learns them by random masks of what is given. A density without conditions is one whose x is always 0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from distsbi.data.standardise import Standardizer, Support
+from distsbi.networks import JointNetwork, Unconditional
+from distsbi.networks.flux1_joint import check_channels
+from distsbi.pipelines.base import ConditionalPipeline
+from distsbi.pipelines.given import check_module
+from distsbi.sampling import Posterior
+from distsbi.sampling.calibrate import calibrate
+from distsbi.sampling.joint import JointPosterior, pattern_key
+from distsbi.solvers import Solver
+from distsbi.training import ConditionMasks, TrainingConfig
+from distsbi.training.update import MASK_SHARES
+
+NOTHING: Any = np.zeros((1, 1, 1), np.float32)  # the x of a density without conditions
+
+
+class JointPipeline(ConditionalPipeline):
+    """Trains `model` to all conditionals of (theta, x), by random masks of what is given, and samples any of them.
+
+    Args:
+        model: a joint network over dim_obs + dim_cond tokens (`Flux1Joint`, `Simformer`), or an `nnx.Module` with
+            `encode(values, mask)` and `__call__(t, v_t, context)` over all tokens; see `distsbi.networks.JointNetwork`.
+        condition_mask: how masks are drawn, "structured", "bernoulli" or "posterior"; see `ConditionMasks`.
+        other arguments: as for `ConditionalPipeline`; parameters and data need the same channels.
+    """
+
+    def __init__(self, *args: Any, condition_mask: str = "structured", **options: Any):
+        if condition_mask not in MASK_SHARES:
+            raise ValueError(f"condition_mask must be one of {', '.join(MASK_SHARES)}; got {condition_mask!r}.")
+        self.pose = ConditionMasks(condition_mask)
+        super().__init__(*args, **options)
+
+    def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
+        if nets is not None or not self.layout.is_plain:
+            raise ValueError(
+                "a joint model draws data too, so it takes them as they are, (n, dim, channels): images, instruments and embedding nets go with "
+                "conditional networks, such as Flux1FlowPipeline."
+            )
+        dim_cond, ch_cond = self.layout.packed
+        check_channels(ch_obs, ch_cond)
+        total = dim_obs + dim_cond
+        if not isinstance(model, JointNetwork):
+            check_module(model)
+            for name, value in {"num_tokens": total, "ch_theta": ch_obs}.items():
+                setattr(model, name, value)
+        elif (model.num_tokens, model.ch_theta) != (total, ch_obs):
+            raise ValueError(
+                f"the model has {model.num_tokens} tokens of {model.ch_theta} channels; dim_obs + dim_cond is {total}, ch_obs {ch_obs}."
+            )
+        return model
+
+    def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
+        tokens = np.concatenate([theta, x], 1)
+        nothing = np.zeros((len(tokens), 0, tokens.shape[2]), np.float32)
+        return Standardizer.fit(tokens, nothing, [*self._supports, *[Support()] * self.dim_cond], linear=False)
+
+    def _make_posterior(
+        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
+    ) -> Posterior:
+        network = nnx.merge(nnx.graphdef(self.model), params)
+        return JointPosterior(
+            network, self.method, standardizer, self.dim_obs,
+            names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts,
+        )  # fmt: skip
+
+    def calibrate(self, given: Sequence[str]) -> dict[str, Any]:
+        """Chooses and certifies the sampling grid of the pattern where the tokens named are given, on validation pairs; it is used from
+        then on, and saved with the run. Returns the certificate. Raises ValueError before training, and without a training set."""
+        posterior = self.posterior
+        if self._validation is None:
+            raise ValueError("calibrating needs observations: make the pipeline with its training set.")
+        assert isinstance(posterior, JointPosterior)
+        fixed = sorted(posterior.tokens(given))
+        tokens = np.concatenate(self._augmented(self._validation, 1), 1)
+        pattern = posterior.pattern(given)
+        solver, certificate = calibrate(pattern, tokens[:, fixed])
+        if pattern is posterior:
+            posterior.default_solver, posterior.facts["certificate"] = solver, certificate
+        else:
+            patterns = posterior.facts.setdefault("patterns", {})
+            patterns[pattern_key(fixed)] = {"solver": solver.to_dict(), "certificate": certificate}
+        posterior.forget_patterns()
+        return certificate
+
+
+class UnconditionalPipeline(ConditionalPipeline):
+    """Trains `model` to the density of theta alone, and samples it.
+
+    Args:
+        model: a joint network over dim_obs tokens, or a network made for one datum (which is always 0).
+        train_dataset, val_dataset: arrays (n, dim_obs, ch_obs) or (n, dim_obs); or None.
+        dim_obs, ch_obs: number of parameters, channels of each.
+        other arguments: as for `ConditionalPipeline`.
+    """
+
+    def __init__(
+        self, model: Any, train_dataset: Any, val_dataset: Any, dim_obs: int, ch_obs: int = 1,
+        training_config: dict[str, Any] | TrainingConfig | None = None, **options: Any,
+    ):  # fmt: skip
+        if isinstance(model, JointNetwork):
+            model = Unconditional(model)
+        train_dataset, val_dataset = (None if d is None else _with_nothing(d) for d in (train_dataset, val_dataset))
+        super().__init__(model, train_dataset, val_dataset, dim_obs, 1, ch_obs, 1, training_config, **options)
+
+    def sample(  # type: ignore[override]
+        self, key: Any = None, nsamples: int | None = None, *, rng: Any = None, use_ema: bool = True, **options: Any
+    ) -> Float[np.ndarray, "nsamples dim_obs ch_obs"]:
+        """Draws; `rng=` or `key=`. See `Posterior.sample`."""
+        return self._chosen(use_ema).sample(key, NOTHING, nsamples, rng=rng, **options)
+
+    def get_sampler(self, *, use_ema: bool = True, **options: Any) -> Callable[..., np.ndarray]:  # type: ignore[override]
+        """A function `sampler(key, nsamples)`, compiled once. See `Posterior.get_sampler`."""
+        return self._chosen(use_ema).get_sampler(NOTHING, **options)
+
+    def log_prob(self, theta: Any, **options: Any) -> Float[np.ndarray, "n"]:  # type: ignore[override]
+        """log p(theta). See `Posterior.log_prob`."""
+        return self.posterior.log_prob(theta, NOTHING, **options)
+
+    def sample_and_log_prob(self, key: Any = None, nsamples: int = 10_000, **options: Any) -> Any:  # type: ignore[override]
+        """(draws, their log p(theta)). See `Posterior.sample_and_log_prob`."""
+        return self.posterior.sample_and_log_prob(key, NOTHING, nsamples, **options)
+
+    def map(self, **options: Any) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:  # type: ignore[override]
+        """(theta, log p) at the maximum. See `Posterior.map`."""
+        return self.posterior.map(NOTHING, **options)
+
+
+def _with_nothing(theta: Any) -> Any:
+    """theta beside as many zeros, as a dataset of pairs."""
+    array = np.asarray(theta, np.float32)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"theta must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.")
+    return array, np.zeros((len(array), 1, 1), np.float32)

@@ -1,0 +1,176 @@
+"""What is asked of a posterior, checked before anything is computed; and what a solve left unsolved, told after.
+
+Every message names what was given, what was expected and what to do: of an array that lacks axes, the index that adds them.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from distsbi import keys
+from distsbi.data.standardise import ABOVE, BELOW, INTERVAL, REAL, Standardizer
+from distsbi.sampling import tiles
+
+BLOCK_ROWS = 4_096  # observations that are looked at together
+FAR = 2.0  # times the training set's most extreme value: what is warned of
+
+
+def as_array(
+    x: Any, shape: tuple[int, ...], name: str, *, many: tuple[int, ...] = (), missing: bool | None = None
+) -> np.ndarray:
+    """`x` as a float32 array of this shape.
+
+    `many`: axes of `shape` whose length is free, so that the message says n. `missing`: of data, whether NaN may stand for an entry
+    that is missing; None: of what is no data.
+
+    Raises ValueError, by `name`, for what is no array of real numbers, another shape, and values that are NaN or infinite.
+    """
+    says = f"({', '.join('n' if i in many else str(n) for i, n in enumerate(shape))}{',' if len(shape) == 1 else ''})"
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers of shape {says}; got {type(x).__name__}.") from error
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise ValueError(
+            f"{name} must be an array of real numbers of shape {shape}; got {type(x).__name__} of dtype {array.dtype}."
+        )
+    with np.errstate(over="ignore"):  # beyond float32 becomes inf, which is refused below
+        array = array.astype(np.float32, copy=False)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {says} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape, name)}"
+        )
+    bad = ~(np.isfinite(array) | (np.isnan(array) if missing else False))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them"
+            f"{', or train with missing=True' if missing is False else ''}."
+        )
+    return array
+
+
+def _reshape_hint(given: tuple[int, ...], wanted: tuple[int, ...], name: str) -> str:
+    if len(given) == len(wanted) == 3 and given[1:] == wanted[1:] and name == "x_o":
+        return " For many observations see sample_batched and log_prob_batched."
+    for index in ("[None, :, None]", "[None]", "[..., None]", "[:, None]", "[:, :, None]", "[None, None]"):
+        probe = np.empty(given, np.bool_)
+        try:
+            shape = _indexed_shape(probe, index)
+        except IndexError:
+            continue
+        if shape == wanted or (len(wanted) == 3 and len(shape) == 3 and shape[1:] == wanted[1:]):
+            return f" Add the axes with {name}{index}."
+    return ""
+
+
+def _indexed_shape(array: np.ndarray, index: str) -> tuple[int, ...]:
+    """Shape of `array[index]` for an index written as in Python source, of None, : and ... only."""
+    parts = {"None": None, ":": slice(None), "...": Ellipsis}
+    return array[tuple(parts[p.strip()] for p in index[1:-1].split(","))].shape
+
+
+def warn_far(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | None) -> np.ndarray:
+    """xs. `scales`: in numpy arrays, so that no device is asked. Warns of observations far outside the data that the posterior was trained on, where it can say nothing.
+
+    `extent`: the largest absolute standardised value of every entry among those data, or one number for all; None: not known.
+    """
+    far = far_rows(xs, scales, extent)
+    if far:
+        row = max(far, key=lambda i: far[i][0])
+        warnings.warn(f"x[{row}] {far_says(xs[row], *far[row])}", stacklevel=4)
+    return xs
+
+
+def far_rows(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | None) -> dict[int, tuple[float, int]]:
+    """Rows of xs that lie far outside the simulations: how many times as far as any of these, and in which entry."""
+    far: dict[int, tuple[float, int]] = {}
+    for start, z in standardised(xs, scales) if extent else ():
+        z = np.where(np.isnan(z), 0.0, z) / np.maximum(np.asarray(extent), 1.0)
+        for i in np.flatnonzero((z > FAR).any(1)):
+            entry = int(z[i].argmax())
+            far[start + int(i)] = float(z[i, entry]), entry
+    return far
+
+
+def far_says(x: np.ndarray, times: float, entry: int) -> str:
+    """What `far_rows` found of one row, as a sentence without its subject."""
+    return (
+        f"lies far outside the simulations: its entry {entry}, {x.ravel()[entry]:g}, is {times:.3g} times as far from "
+        f"their mean as any of theirs. Such draws mean nothing: check its units, or simulate from a wider prior."
+    )
+
+
+def standardised(xs: np.ndarray, scales: Standardizer) -> Iterator[tuple[int, Float[np.ndarray, "rows entries"]]]:
+    """(first row, absolute standardised values) of observations, block by block. `scales`: in numpy arrays."""
+    for start in range(0, len(xs), BLOCK_ROWS):
+        with np.errstate(over="ignore"):
+            z = np.abs(np.asarray(scales.forward_x(xs[start : start + BLOCK_ROWS])))  # type: ignore[arg-type]
+        yield start, z.reshape(len(z), -1)
+
+
+def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str]) -> np.ndarray:
+    """xs [batch, dim_x, ch_x], where they are parameters that a joint model is given, called `names`. Raises ValueError for one outside its
+    prior: the bijection would take the bound in its place."""
+    if set(standardizer.x_kinds) <= {REAL}:
+        return xs
+    low, high = (np.asarray(bound) for bound in (standardizer.x_low, standardizer.x_high))
+    kinds = np.asarray(standardizer.x_kinds)[:, None]
+    low = np.where((kinds == INTERVAL) | (kinds == ABOVE), low, -np.inf)
+    high = np.where((kinds == INTERVAL) | (kinds == BELOW), high, np.inf)
+    for row, i, ch in np.argwhere((xs < low) | (xs > high))[:1]:
+        name = names[i] if names else f"number {i} of what is given"
+        raise ValueError(
+            f"{name} is given as {xs[row, i, ch]:g}, outside its prior ({low[i, 0]:g}, {high[i, 0]:g}); give a value inside."
+        )
+    return xs
+
+
+def one_of(first: str, a: Any, second: str, b: Any) -> Any:
+    """The one of two synonymous arguments that was given. Raises ValueError for both or none."""
+    if (a is None) == (b is None):
+        raise ValueError(f"give {first} or {second}, {'not both' if a is not None else 'one of them is needed'}.")
+    return a if a is not None else b
+
+
+def check_nsamples(nsamples: Any) -> int:
+    """Raises ValueError for what is no number of draws."""
+    if isinstance(nsamples, bool) or not isinstance(nsamples, (int, np.integer)) or not 0 < nsamples <= keys.MAX_DRAWS:
+        raise ValueError(f"nsamples must be a positive integer (at most 2**32); got {nsamples!r}.")
+    return int(nsamples)
+
+
+class SolveError(RuntimeError):
+    """The solver did not end in finite numbers for some observations. All others are done.
+
+    `made`: what was asked for, [batch, nsamples, ...], not finite where it failed; `failed`: rows of the batch that did.
+    """
+
+    def __init__(self, failed: dict[int, int], ids: np.ndarray, unit: str, made: np.ndarray):
+        self.failed, self.made = sorted(failed), made
+        self._arguments = failed, ids, unit, made
+        row = self.failed[0]
+        more = f", and of {len(failed) - 1} more of {len(made)} observations" if len(failed) > 1 else ""
+        done = " What was made is in this error's `made`." if len(made) > len(failed) else ""
+        super().__init__(
+            f"{failed[row]} {unit} of observation {row} (id {ids[row]}){more} are not finite: the solver did not converge there. "
+            f"The observation may lie far outside the training data; or loosen rtol and atol, or use more steps.{done}"
+        )
+
+    def __reduce__(self) -> Any:
+        """Of its arguments: an exception is else made anew, in another process, of its message."""
+        return type(self), self._arguments
+
+
+def unsolved(parts: Sequence[np.ndarray], make: str) -> Bool[np.ndarray, "draws"]:
+    """Which draws, what was made of each in arrays [draws, ...], are not finite, or have a density that is NaN (a log p may be -inf)."""
+    density = {tiles.DENSITY: (0,), tiles.DRAWS_AND_DENSITY: (1,)}.get(make, ())
+    bad = np.zeros(len(parts[0]), bool)
+    for i, part in enumerate(parts):
+        there = np.isnan(part) if i in density else ~np.isfinite(part)
+        if there.any():
+            bad |= there.reshape(len(bad), -1).any(axis=1)
+    return bad

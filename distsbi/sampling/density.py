@@ -1,0 +1,192 @@
+"""The density of a posterior: log p(theta | x) at any theta, beside draws, and at its highest point.
+
+flow.py has the equation, and tiles carry it as they carry draws. Chosen here: the solver, the divergence, and a tile that has room for the
+tangents.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from distsbi import keys
+from distsbi.methods import Method
+from distsbi.sampling import tiles
+from distsbi.sampling.checks import as_array, check_nsamples, one_of
+from distsbi.sampling.flow import BASIS_AT_ONCE, EXACT, Divergence
+from distsbi.sampling.options import NO_GIVEN, ONE, SampleOptions
+from distsbi.sampling.tiles import Tile, Weights
+from distsbi.solvers import SOLVERS, FixedGrid, Solver
+from distsbi.solvers.fixed import RULES
+
+DENSITY_RULE, DENSITY_STEPS = "rk4", 16  # 64 evaluations
+
+
+class Densities:
+    """What `Posterior` inherits: `log_prob`, `log_prob_batched`, `sample_and_log_prob` and `map`.
+
+    It needs of that class what is declared first: the network and its sizes, the default tile and what fits (`_most_rows`), the checks of
+    observations (`_one`, `_check_batch`, `_ids`), and `_fill`, which streams tiles into arrays.
+    """
+
+    graphdef: nnx.GraphDef[Any]
+    weights: Weights
+    method: Method
+    dim_theta: int
+    ch_theta: int
+    tile: Tile
+    is_student: bool
+    no_given: str = NO_GIVEN  # what is said to a call that has no given=
+    _most_rows: float
+    _one: Callable[[Any], np.ndarray]
+    _check_batch: Callable[[Any], np.ndarray]
+    _ids: Callable[[np.ndarray, Any], np.ndarray]
+    _fill: Callable[..., None]
+
+    def log_prob(
+        self,
+        theta: Float[Array, "n dim_theta ch_theta"],
+        x_o: Float[Array, "1 dim_x ch_x"],
+        *,
+        divergence: str = "exact",
+        probes: int = 8,
+        key: Any = 0,
+        **options: Any,
+    ) -> Float[np.ndarray, "n"]:
+        """log p(theta | x_o), -inf outside the prior's support.
+
+        Velocity and divergence in one pass, by Runge-Kutta of order four on the method's grid (`steps=16`), or any solver that
+        `options` name ("euler", "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate
+        of the divergence with so many `probes` drawn from `key`, for many parameters.
+
+        Raises ValueError for wrong shapes, non-finite values, or a solver that has no density.
+        """
+        x = self._one(x_o)
+        shape = np.shape(theta)
+        n = shape[0] if len(shape) == 3 else 1
+        points = as_array(theta, (n, self.dim_theta, self.ch_theta), "theta", many=(0,))
+        return self._log_prob(points[None], x, divergence, probes, key, options, "x_o")[0]
+
+    def log_prob_batched(
+        self,
+        theta: Float[Array, "n batch dim_theta ch_theta"],
+        xs: Float[Array, "batch dim_x ch_x"],
+        *,
+        divergence: str = "exact",
+        probes: int = 8,
+        key: Any = 0,
+        **options: Any,
+    ) -> Float[np.ndarray, "n batch"]:
+        """log p(theta[:, i] | xs[i]) for many observations, shaped as `sample_batched` gives its draws. See `log_prob`."""
+        data = self._check_batch(xs)
+        shape = np.shape(theta)
+        n = shape[0] if len(shape) == 4 else 1
+        points = as_array(theta, (n, len(data), self.dim_theta, self.ch_theta), "theta", many=(0,))
+        return self._log_prob(np.moveaxis(points, 1, 0), data, divergence, probes, key, options, "xs").T
+
+    def _log_prob(
+        self,
+        theta: np.ndarray,
+        xs: np.ndarray,
+        divergence: str,
+        probes: int,
+        key: Any,
+        options: dict[str, Any],
+        data: str,
+    ) -> np.ndarray:
+        chosen = self._density_options(options, ("theta", data, "divergence", "probes", "key"))
+        out = np.empty(theta.shape[:2], np.float32)
+        if out.size:
+            solver = self._density_solver(chosen)
+            asked, tile = _divergence(divergence, probes, solver), self._density_tile(chosen)
+            ids, show = np.arange(len(xs)), chosen.show_progress
+            self._fill((out,), tiles.DENSITY, keys.as_key(key), xs, ids, solver, tile, show, asked, theta)
+        return out
+
+    def _density_options(self, options: dict[str, Any], words: Sequence[str]) -> SampleOptions:
+        chosen = SampleOptions.parse(options, words, self.no_given)
+        for name in ("check", "return_trajectory"):
+            if getattr(chosen, name):
+                raise ValueError(f"{name} goes with sample; leave it out where a log_prob is asked for.")
+        return chosen
+
+    def _density_solver(self, chosen: SampleOptions) -> Solver:
+        if self.is_student:
+            raise ValueError("this run is a student, whose steps are no flow, so it has no log_prob; use its teacher.")
+        default = FixedGrid(DENSITY_RULE, self.method.grid(DENSITY_STEPS))
+        if chosen.solver is None and chosen.steps is not None:
+            chosen = dataclasses.replace(chosen, solver=DENSITY_RULE)
+        solver = chosen.make_solver(self.method, default)
+        if not solver.gives_density:
+            able = [name for name, rule in RULES.items() if rule.of_velocity] + list(SOLVERS)
+            raise ValueError(f"solver {solver.rule!r} gives no log_prob; {', '.join(able)} do.")  # type: ignore[union-attr]
+        return solver
+
+    def _density_tile(self, chosen: SampleOptions) -> Tile:
+        """Fewer rows than for draws, unless a tile was asked for: every row has its tangents beside it."""
+        tile = chosen.make_tile(self.tile)
+        if chosen.tile is not None:
+            return tile
+        each = 1 + min(self.dim_theta * self.ch_theta, BASIS_AT_ONCE)
+        return tile.within(min(self._most_rows, tile.rows) / each)
+
+    def sample_and_log_prob(
+        self,
+        key: Any = None,
+        x_o: Any = None,
+        nsamples: int = 10_000,
+        *,
+        rng: Any = None,
+        observation_id: int = 0,
+        divergence: str = "exact",
+        probes: int = 8,
+        **options: Any,
+    ) -> tuple[Float[np.ndarray, "nsamples dim_theta ch_theta"], Float[np.ndarray, "nsamples"]]:
+        """Draws and their log p(theta | x_o), in one solve; the solver is that of `log_prob`, so the draws differ from those of
+        `sample` within its certificate."""
+        key = keys.as_key(one_of("rng", rng, "key", key))
+        x = self._one(x_o)
+        chosen, n = self._density_options(options, (*ONE, "divergence", "probes")), check_nsamples(nsamples)
+        draws, density = np.empty((1, n, self.dim_theta, self.ch_theta), np.float32), np.empty((1, n), np.float32)
+        ids = self._ids(x, [observation_id])
+        solver = self._density_solver(chosen)
+        asked, tile = _divergence(divergence, probes, solver), self._density_tile(chosen)
+        show = chosen.show_progress
+        self._fill((draws, density), tiles.DRAWS_AND_DENSITY, key, x, ids, solver, tile, show, asked)
+        return draws[0], density[0]
+
+    def map(
+        self, x_o: Any, *, key: Any = 0, nsamples: int = 1_000, starts: int = 8, steps: int = 100
+    ) -> tuple[Float[np.ndarray, "dim_theta ch_theta"], float]:
+        """(theta, log p) at the maximum a posteriori: the likeliest `starts` of `nsamples` draws, climbed by Adam for `steps` steps.
+
+        It maximises p(theta | x_o) in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
+        bijection reaches.
+        """
+        for name, value in {"starts": starts, "steps": steps}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+        x = self._one(x_o)
+        draws, density = self.sample_and_log_prob(key, x, nsamples)
+        best = np.argsort(-density)[:starts]
+        climb = tiles.climb_program(self.graphdef, self.method, self._density_solver(SampleOptions()), steps)
+        theta, height = jax.device_get(climb(self.weights, jax.numpy.asarray(draws[best]), jax.numpy.asarray(x)))
+        top = int(np.argmax(np.where(np.isfinite(height), height, -np.inf)))
+        if height[top] < density[best[0]]:
+            return draws[best[0]], float(density[best[0]])
+        return theta[top], float(height[top])
+
+
+def _divergence(name: str, probes: int, solver: Solver) -> Divergence:
+    if name == "exact":
+        return EXACT
+    if name == "hutchinson" and not isinstance(solver, FixedGrid):
+        able = [rule_name for rule_name, rule in RULES.items() if rule.of_velocity]
+        raise ValueError(f'divergence="hutchinson" needs a fixed grid ({", ".join(able)}); got {solver.name!r}.')
+    if name != "hutchinson" or isinstance(probes, bool) or int(probes) != probes or probes < 1:
+        raise ValueError(f'divergence must be "exact" or "hutchinson" with probes >= 1; got {name!r} with {probes!r}.')
+    return Divergence(int(probes))

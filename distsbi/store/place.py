@@ -1,0 +1,163 @@
+"""Where files lie: on local disks or in an object store, with the few operations that catalogs need of either.
+
+    /data/out, out/, file:///data/out    local disks, and file systems that are mounted
+    s3://bucket/out, gs://bucket/out     object stores, by pyarrow (options in the URI's query: ?region=...&endpoint_override=...)
+    memory://out, any other scheme       by fsspec, if it is installed
+
+A file that is written appears whole or not at all: locally by a temporary name, fsync and rename; in an object store
+because an object appears when its upload is complete.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as filesystems
+
+from distsbi.files import write_whole
+
+NATIVE = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+_SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A file in a folder: its name relative to that, bytes, and when it was written (nanoseconds since 1970; 0: unknown)."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A file or a folder. Made by `as_place`; `place / "name"` is one in it.
+
+    `url`: what makes it again elsewhere; `str(place)` is for people: without credentials and options.
+    """
+
+    url: str
+    fs: filesystems.FileSystem = dataclasses.field(compare=False, repr=False)
+    path: str = dataclasses.field(compare=False, repr=False)
+    local: bool = dataclasses.field(compare=False, repr=False)
+
+    def __truediv__(self, name: str) -> "Place":
+        base, mark, query = self.url.partition("?") if not self.local else (self.url, "", "")
+        return Place(f"{base.rstrip('/')}/{name}{mark}{query}", self.fs, f"{self.path.rstrip('/')}/{name}", self.local)
+
+    def __str__(self) -> str:
+        return self.url if self.local else re.sub(r"://[^/@]*@", "://", self.url.partition("?")[0])
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def without_secrets(self) -> str:
+        """The URL without user and password: what may be written down."""
+        return self.url if self.local else re.sub(r"://[^/@]*@", "://", self.url)
+
+    def info(self) -> Any:
+        """pyarrow's FileInfo."""
+        return self.fs.get_file_info(self.path)
+
+    def exists(self) -> bool:
+        return self.info().type != filesystems.FileType.NotFound
+
+    def is_folder(self) -> bool:
+        return self.info().type == filesystems.FileType.Directory
+
+    def is_file(self) -> bool:
+        return self.info().type == filesystems.FileType.File
+
+    def files(self, *, deep: bool = False) -> list[Found]:
+        """The files in this folder, by name; `deep`: in its folders too. None if it is not there, or is a file."""
+        try:
+            found = self.fs.get_file_info(filesystems.FileSelector(self.path, recursive=deep, allow_not_found=True))
+        except NotADirectoryError:
+            return []
+        start = len(self.path.rstrip("/")) + 1
+        files = [
+            Found(info.path[start:], info.size or 0, info.mtime_ns or 0)
+            for info in found
+            if info.type == filesystems.FileType.File
+        ]
+        return sorted((file for file in files if file.name), key=lambda file: file.name.split("/"))
+
+    def open(self) -> pa.NativeFile:
+        """To read from anywhere in it. Raises FileNotFoundError."""
+        return self.fs.open_input_file(self.path)
+
+    def read(self) -> bytes:
+        """Raises FileNotFoundError, also where a part of the path is a file."""
+        try:
+            with self.fs.open_input_stream(self.path) as file:
+                return file.read()
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(*error.args) from error
+
+    def write(self, content: Any) -> None:
+        """Writes the file whole or not at all. `content`: bytes, or a pyarrow Buffer."""
+        if self.local:
+            write_whole(Path(self.path), lambda file: file.write(content))
+            return
+        with self.fs.open_output_stream(self.path) as file:
+            file.write(content)  # at once: closing a stream that was cut off would complete the object
+
+    def remove(self) -> None:
+        """Removes the file; nothing happens if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.path)
+
+    def make_folder(self) -> None:
+        """Object stores have no folders to make."""
+        if self.local:
+            os.makedirs(self.path, exist_ok=True)
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether this names an object store (or another machine), not a local path."""
+    match = _SCHEME.match(os.fspath(path))
+    return bool(match) and match[1].lower() != "file"  # type: ignore[index]
+
+
+def as_place(path: "str | os.PathLike[str] | Place") -> Place:
+    """The place of a path or URI.
+
+    Raises ValueError for a scheme that nothing here understands, and for a URI that pyarrow or fsspec refuses.
+    """
+    if isinstance(path, Place):
+        return path
+    text = os.fspath(path)
+    if is_url(text):
+        return _remote(text)
+    if text.lower().startswith("file://"):
+        text = filesystems.FileSystem.from_uri(text)[1]
+    return Place(os.path.abspath(text), _LOCAL, os.path.abspath(text), True)
+
+
+_LOCAL = filesystems.LocalFileSystem()
+
+
+@functools.lru_cache(maxsize=64)
+def _remote(url: str) -> Place:
+    scheme = url.partition(":")[0].lower()
+    try:
+        fs, path = filesystems.FileSystem.from_uri(url if scheme in NATIVE else f"fsspec+{url}")
+    except ImportError as error:
+        raise ValueError(f"{scheme}:// needs a package that is not installed ({error}).") from error
+    except (ValueError, pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{re.sub(r'://[^/@]*@', '://', url)} is no address that can be opened ({error}); give a local path, s3://bucket/..., "
+            "gs://bucket/... or another that pyarrow or fsspec knows."
+        ) from error
+    return Place(url, fs, path, False)

@@ -1,0 +1,118 @@
+"""A training over the hosts of a Ray cluster: what each worker takes, and real ones on this machine's CPUs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distsbi.fanout.launch import STORAGE, Hosts, hosts_for, launch
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def node(alive: bool = True, labels: dict | None = None, **resources: float) -> dict:
+    return {"Alive": alive, "Labels": labels or {}, "Resources": resources}
+
+
+TPU = {"labels": {"ray.io/tpu-topology": "4x4"}, "CPU": 24.0, "TPU": 4.0, "accelerator_type:TPU-V6E": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "hosts"),
+    [
+        (2, [node(CPU=0), node(CPU=4), node(CPU=4)], Hosts("cpu", 2, 4)),
+        (2, [node(CPU=8), node(CPU=2)], Hosts("cpu", 2, 4)),  # both on the larger host
+        (2, [node(CPU=2)], Hosts("cpu", 2, 1)),
+        (2, [node(CPU=0), node(CPU=8, GPU=4), node(CPU=6, GPU=8), node(CPU=64)], Hosts("gpu", 2, 6, 4)),
+        (4, [node(CPU=0), *(node(**TPU) for _ in range(4))], Hosts("tpu", 4, 24, 4, "4x4", "TPU-V6E")),
+        (1, [node(CPU=8, TPU=8)], Hosts("tpu", 1, 8, 8)),
+    ],
+)
+def test_what_workers_take(workers, nodes, hosts):
+    assert hosts_for(workers, nodes) == hosts
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "says"),
+    [
+        (
+            2,
+            [node(CPU=8, GPU=8), node(CPU=8, GPU=8, alive=False)],
+            "need as many hosts with GPUs; Ray has 1: give --ray-workers 1",
+        ),
+        (3, [node(CPU=2)], "need a CPU each; Ray has 2"),
+        (2, [node(CPU=8, TPU=4), node(CPU=8, TPU=4)], "topology of the TPU slice"),
+        (0, [], "at least 1"),
+    ],
+)
+def test_too_few_hosts(workers, nodes, says):
+    with pytest.raises(ValueError, match=says):
+        hosts_for(workers, nodes)
+
+
+def test_apart():
+    """On a cluster, where more hosts may come."""
+    assert hosts_for(2, [node(CPU=0), node(CPU=8), node(CPU=4)], apart=True) == Hosts("cpu", 2, 4, apart=True)
+    with pytest.raises(ValueError, match="need as many hosts; Ray has 1 with CPUs"):
+        hosts_for(2, [node(CPU=0), node(CPU=8)], apart=True)
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        Hosts("cpu", 2, 4),
+        Hosts("cpu", 2, 4, apart=True),
+        Hosts("gpu", 2, 6, 4),
+        Hosts("tpu", 4, 24, 4, "4x4", "TPU-V6E"),
+    ],
+)
+def test_ray_takes_the_scaling(hosts):
+    from ray.train import ScalingConfig
+
+    made = ScalingConfig(num_workers=hosts.workers, **hosts.scaling())
+    assert made.total_resources["CPU"] == hosts.workers * hosts.cpus
+    assert (made.placement_strategy == "STRICT_SPREAD") == (hosts.apart or hosts.kind == "gpu")
+
+
+def test_two_workers_one_of_which_is_killed(local_ray, tmp_path):
+    """Both are started again."""
+    told = launch("tests.fanout.launched:add", {"out": str(tmp_path)}, tmp_path, 2)
+    assert (tmp_path / "killed").exists()
+    assert told == {"total": 1.0, "processes": 2, "platform": "cpu"}  # one device in each
+    assert not (tmp_path / STORAGE).exists()
+
+
+@pytest.mark.parametrize(("kind", "raised"), [("ValueError", ValueError), ("OSError", RuntimeError)])
+def test_an_error_of_a_worker_is_told(local_ray, tmp_path, kind, raised):
+    """At once: the same error would come again."""
+    with pytest.raises(raised, match="the data are bad; mend them"):
+        launch("tests.fanout.launched:fail", {"which": 1, "kind": kind}, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    words = [
+        "train",
+        "--task",
+        "two_moons",
+        "--n",
+        "500",
+        "--nsteps",
+        "30",
+        "--out",
+        str(tmp_path / "run"),
+        "--ray-workers",
+        "2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "distsbi.cli", *words],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trained MLPFlowPipeline" in done.stdout
+    assert (tmp_path / "run" / "spec.json").exists()

@@ -1,0 +1,142 @@
+"""The loop alone: workers that only say they did, so that what may go wrong around them is quick to stage."""
+
+import uuid
+from collections import deque
+
+import pytest
+
+from distsbi.fanout.agenda import Outcome, Shards
+from distsbi.fanout.loop import work
+from distsbi.fanout.metrics import Metrics
+from distsbi.store import layout, record, schema
+from distsbi.store.place import Place, as_place
+
+SHARDS = Shards(8, 2, "f")
+
+
+class FakePool:
+    """Takes two tasks at a time. `become`: what becomes of a task; None: nothing is ever heard of it."""
+
+    def __init__(self, become):
+        self._become, self._queue = become, deque()
+
+    @property
+    def busy(self):
+        return len(self._queue)
+
+    def room(self):
+        return self.busy < 2
+
+    def submit(self, task):
+        self._queue.append(task)
+
+    def wait(self):
+        outcome = self._become(self._queue.popleft())
+        return [outcome] if outcome else []
+
+
+class FakeWriter:
+    def check(self):
+        pass
+
+
+def done(task):
+    if task.rows is not None:
+        return Outcome(task, {})
+    good = {**dict.fromkeys(schema.STATUSES, 0), "ok": len(SHARDS.rows(task.shard)) - len(task.skip)}
+    who = {"host": "here", "pid": 1, "device": "none", "seconds": 0.0}
+    return Outcome(task, {"shard": task.shard, "rows": len(SHARDS.rows(task.shard)), **good, **who})
+
+
+def run(place, become, writer=None):
+    (place / layout.HIDDEN).make_folder()
+    return work(FakePool(become), SHARDS, place, writer or FakeWriter(), 2, False, Metrics("", 1, ray=False))
+
+
+def test_a_shard_that_is_neither_done_nor_given_up_is_no_success(tmp_path):
+    with pytest.raises(RuntimeError, match="1 of 4 shards .* neither done nor given up"):
+        run(as_place(tmp_path), lambda task: None if task.shard == 2 else done(task))
+
+
+def test_a_shard_whose_writing_kills_is_named_at_the_end(tmp_path):
+    died = ConnectionError("the process is gone")
+
+    def become(task):
+        guilty = task.shard == 1 and (task.rows is None or 3 in range(*task.rows))
+        return Outcome(task, error=died, died=True) if guilty else done(task)
+
+    with pytest.raises(RuntimeError, match=r"1 of 4 shards .* shard 1 \(rows 2 to 3\): .* All others are finished"):
+        run(as_place(tmp_path), become)
+    lines = layout.read_journal(tmp_path)
+    assert [line["row"] for line in lines if line["event"] == "quarantined"] == [3]
+    assert [line["shard"] for line in lines if line["event"] == "done"] == [0, 2, 3]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A folder in an object store that takes nothing while `away` is set."""
+    pytest.importorskip("fsspec")
+    write, place = Place.write, as_place(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setattr(layout, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(layout, "BATCH_SECONDS", 0.0)
+
+    class Store:
+        away, refused = False, 0
+
+    def refuse(self, content):
+        if Store.away:
+            Store.refused += 1
+            raise OSError("503: slow down")
+        write(self, content)
+
+    monkeypatch.setattr(Place, "write", refuse)
+    Store.place = place
+    return Store
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_line(store, caplog):
+    caplog.set_level("WARNING", "distsbi")
+    record.begin(store.place, {"n_rows": 8, "rows_per_shard": 2}, {"devices": []})
+
+    tried = []
+
+    def become(task):
+        tried.append(task.shard)
+        store.away = len(tried) < 4
+        return Outcome(task, error=ValueError("x")) if tried.count(1) == 1 and task.shard == 1 else done(task)
+
+    counts, shards, rows = run(store.place, become)
+    assert (counts["ok"], shards, rows) == (8, 4, 8)
+    assert store.refused > 1
+    assert caplog.text.count("cannot be written now, and is kept and tried again: 503: slow down") == 1
+    lines = layout.read_journal(store.place)
+    assert sorted(line["shard"] for line in lines if line["event"] == "done") == [0, 1, 2, 3]
+    assert [line["shard"] for line in lines if line["event"] == "failed"] == [1]
+    assert record.read_run(store.place)["about"]["devices"] == ["none"]
+
+
+def test_lines_that_no_one_takes_are_an_error_at_the_end(store):
+    def become(task):
+        store.away = True
+        return done(task)
+
+    with pytest.raises(
+        OSError, match="journal of memory://.* cannot be written .503: slow down.; its shards are whole"
+    ):
+        run(store.place, become)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("taken over"), KeyboardInterrupt("stopped")])
+def test_a_store_that_is_away_does_not_hide_what_ended_the_run(store, error):
+    class Lost:
+        def check(self):
+            if store.away:
+                raise error
+
+    def become(task):
+        store.away = True
+        return done(task)
+
+    with pytest.raises(type(error), match=str(error)):
+        run(store.place, become, Lost())
+    assert store.refused

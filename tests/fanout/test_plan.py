@@ -1,0 +1,102 @@
+"""A plan is a rehearsal and a sum."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from distsbi.data.standardise import Standardizer
+from distsbi.fanout import catalog as catalog_module, cluster, plan as planning
+from distsbi.methods import FlowMatching
+from distsbi.networks import MLP, MLPParams
+from distsbi.sampling import Posterior
+
+WIDTH, DEPTH = 32, 3
+
+
+@pytest.fixture(autouse=True)
+def true_loader(monkeypatch):
+    monkeypatch.setattr(catalog_module, "LOADER", "distsbi.sampling:load")
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    network = MLP(MLPParams(2, 3, width=WIDTH, depth=DEPTH), nnx.Rngs(0))
+    path = tmp_path_factory.mktemp("plan") / "run"
+    Posterior(network, FlowMatching(), Standardizer.identity(2, 3), mesh={"data": 1}).save(str(path))
+    return path
+
+
+def test_the_sum():
+    """12 shards of 10 rows on 5 workers are three rounds."""
+    total = planning._total(n_rows=115, n=100, rows=10, workers=5, rate=500.0, overhead=0.5, start_up=7.0)
+    assert total == pytest.approx(7 + 3 * (0.5 + 10 * 100 / 500))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_rehearsal_on_this_machine(real_run):
+    made = planning.plan(real_run, observations=1e4, nsamples=2_000, workers=2, seconds=1, steps=4)
+    assert made.rate > 100
+    assert 0 <= made.overhead < 10
+    assert made.how == "rehearsed here with 2 workers at once"
+    assert made.shards == -(-10_000 // made.rows_per_shard)
+    assert made.stored_bytes > 1e4 * 2_000 * 2 * 4
+    assert json.loads(planning.to_json(made))["observations"] == 10_000
+    assert "2 workers" in planning.report(made)
+    assert f"must take {planning._bytes(made.stored_bytes / made.seconds)}/s" in planning.report(made)
+
+
+def test_a_rehearsal_stays_on_this_machine(real_run, monkeypatch):
+    """Also in the job of a cluster, whose other machines do not see the made-up catalog."""
+
+    class Joined(Exception):
+        pass
+
+    def connected(address, *_):
+        raise Joined(address)
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(cluster, "connected", connected)
+    with pytest.raises(Joined, match="^local$"):
+        planning.plan(real_run, observations=1e4, nsamples=2_000, workers=1)
+
+
+def test_another_device_is_estimated_from_the_arithmetic(real_run):
+    from distsbi.sampling import load
+
+    posterior = load(real_run, mesh={"data": 1})
+    by_hand = 4 * 2 * (2 * WIDTH + DEPTH * 2 * WIDTH**2 + WIDTH * 2)  # four evaluations of the matrices
+    assert by_hand < planning.flops_per_draw(posterior, solver="euler", steps=4) < 2 * by_hand
+    made = planning.plan(real_run, observations=1e7, nsamples=1e4, workers=64, device="h100")
+    assert made.how.startswith("estimated")
+    assert made.seconds > 1e11 / 64 / made.rate
+    known = planning.plan(real_run, observations=1e7, nsamples=1e4, workers=64, rate=1e6, draws=False)
+    assert known.seconds == pytest.approx(1e11 / 64 / 1e6, rel=0.1)
+    assert known.stored_bytes < made.stored_bytes / 100
+
+
+def test_made_up_observations_are_like_the_training_set(real_run):
+    from distsbi.sampling import load
+
+    posterior = load(real_run, mesh={"data": 1})
+    scales = posterior.weights.standardizer
+    x = planning.made_up(posterior, 500)["x"]
+    z = np.asarray(scales.forward_x(x))
+    assert x.shape == (500, 3, 1)
+    assert abs(z.mean()) < 0.1
+    assert abs(z.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "abacus"}, "device must be one of a100, .*; got 'abacus'"),
+        ({"observations": 0.5}, "observations must be a positive whole number"),
+        ({"workers": 0}, "workers must be a positive whole number"),
+        ({"rate": -1.0}, "rate must be draws per second"),
+    ],
+)
+def test_errors(real_run, options, says):
+    with pytest.raises(ValueError, match=says):
+        planning.plan(real_run, **{"observations": 100, "nsamples": 10, **options})

@@ -1,0 +1,269 @@
+"""What changes on a disk is found, named and made again; and how far a catalog is, from its folder alone."""
+
+import dataclasses
+import importlib.metadata
+import json
+import shlex
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_posterior import RAISE, draws_hash, make_run
+
+from distsbi import open_catalog
+from distsbi.fanout import sample_catalog, verify
+from distsbi.fanout.pool import InProcess
+from distsbi.fanout.provenance import command
+from distsbi.fanout.worker import Worker
+from distsbi.store import layout, schema, writer
+
+QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
+
+
+@pytest.fixture
+def out(run, make_catalog, tmp_path):
+    """Seven shards of 40 rows; two rows are bad."""
+    catalog = make_catalog(rows={3: [1.0, 2.0]}, switches={30: RAISE})
+    sample_catalog(run, catalog, tmp_path / "out", **QUICK, steps=3, seed=5)
+    return tmp_path / "out"
+
+
+def change(out, shard, change_bytes):
+    path = layout.shard_file(out, shard, 7)
+    path.write_bytes(change_bytes(path.read_bytes()))
+
+
+def test_what_is_well(out, run):
+    found = verify.verify(out, fraction=1.0)
+    assert found.good
+    assert (found.shards, found.left, found.rows, found.same, found.close, found.incomparable) == (7, 0, 40, 40, 0, 0)
+    assert found.farthest == 0.0
+    assert verify.verify(out, fraction=1e-9).rows == 1  # at least one
+    for seed in range(30):  # bad rows alone, too
+        assert verify.verify(out, fraction=0.01, seed=seed).good
+    moved = run.rename(run.with_name("moved"))
+    with pytest.raises((ValueError, OSError), match="run"):
+        verify.verify(out)
+    assert verify.verify(out, run=str(moved)).good
+    assert verify.verify(out, fraction=0).rows == 0
+
+
+@pytest.mark.parametrize("how", ["a byte of a draw", "a byte of the footer", "cut off", "empty"])
+def test_a_changed_file_is_found_and_made_again(out, how):
+    before = draws_hash(out)
+
+    def changed(content):
+        at = {"a byte of a draw": len(content) // 2, "a byte of the footer": len(content) - 300}.get(how)
+        if at is not None:
+            return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        return content[:-10] if how == "cut off" else b""
+
+    change(out, 2, changed)
+    found = verify.verify(out, fraction=0)
+    assert [problem.shard for problem in found.problems] == [2]
+    assert "shard-00000002-of-00000007.parquet is not the file that was written: " in found.problems[0].what
+    assert layout.shard_file(out, 2, 7).exists()
+    found = verify.verify(out, repair=True, workers=0)
+    assert (found.removed, found.made, found.left, found.reason, found.repaired) == ((2,), (2,), 0, "", True)
+    assert draws_hash(out) == before
+    assert verify.verify(out, fraction=0.2).good
+
+
+@pytest.mark.parametrize(
+    ("catalog", "arguments"),
+    [
+        ("x.npy", {"rng": jax.random.key(2**40), "draws": False}),
+        ("x.npz", {"id_column": "name", "x_columns": ["v", "u"], "thin": 4, "quantiles": [0.1]}),
+    ],
+)
+def test_a_repair_is_the_call_that_began_the_folder(run, tmp_path, catalog, arguments):
+    """Each of its arguments: with any other the folder is refused. Shards that were not done are made, too."""
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", name=np.arange(20) + 5, u=x[:, :1], v=x[:, 1:])
+    arguments = {**arguments, **QUICK, "rtol": 1e-4, "solver": "tsit5"}
+    out = tmp_path / "out"
+    sample_catalog(run, tmp_path / catalog, out, **arguments)
+    before = open_catalog(out).summary()
+    layout.shard_file(out, 0, 4).write_bytes(b"")
+    layout.shard_file(out, 3, 4).unlink()
+    moved = run.rename(run.with_name("moved"))
+    found = verify.verify(out, fraction=0, repair=True, workers=0)
+    assert (found.removed, found.made, found.left, found.repaired) == ((0,), (), 2, False)
+    assert found.reason.startswith(f"there is no run directory at {run};")
+    found = verify.verify(out, fraction=0, repair=True, workers=0, run=str(moved))
+    assert (found.removed, found.made, found.left, found.repaired) == ((), (0, 3), 0, True)
+    assert open_catalog(out).summary() == before
+
+
+def test_ids_that_come_twice_are_not_repaired(out):
+    """Shards that are good each, of which one has the id of another: no shard of theirs is known to be the wrong one."""
+    path = layout.shard_file(out, 2, 7)
+    table = pq.read_table(path)
+    ids = table["id"].to_pylist()
+    at = table.schema.get_field_index("id")
+    table = table.set_column(at, table.schema.field(at), pa.array(["g0", *ids[1:]]))
+    footer = {b"distsbi.sha256": schema.digest(table).encode()}
+    with pq.ParquetWriter(path, table.schema, use_dictionary=False) as file:
+        file.write_table(table)
+        file.add_key_value_metadata(footer)
+    layout.journal_file(out).unlink()
+    found = verify.verify(out, fraction=0, repair=True, workers=0)
+    assert [problem.shard for problem in found.problems] == [None]
+    assert (found.removed, found.left, found.repaired) == ((), 0, False)
+
+
+def test_contents_have_a_checksum_of_their_own(out):
+    """Where the journal is lost, and a writer that knows nothing of it changed a number."""
+    layout.journal_file(out).unlink()
+    path = layout.shard_file(out, 2, 7)
+    table, footer = pq.read_table(path), pq.read_metadata(path).metadata
+    with pq.ParquetWriter(
+        path, table.schema, compression="SNAPPY", use_dictionary=False
+    ) as file:  # other bytes, same numbers
+        file.write_table(table)
+        file.add_key_value_metadata({b"distsbi.sha256": footer[b"distsbi.sha256"]})
+    assert verify.verify(out).good
+    means = np.array(table["mean"].combine_chunks().flatten())
+    means[3] += 1e-6
+    changed = table["mean"].combine_chunks().from_arrays(means, 2)
+    at = table.schema.get_field_index("mean")
+    with pq.ParquetWriter(path, table.schema, use_dictionary=False) as file:
+        file.write_table(table.set_column(at, table.schema.field(at), changed))
+        file.add_key_value_metadata({b"distsbi.sha256": footer[b"distsbi.sha256"]})
+    assert "does not hold the numbers that were written" in verify.verify(out, fraction=0).problems[0].what
+
+
+def test_draws_of_another_run_with_good_checksums_are_found(out, monkeypatch):
+    """Rows are drawn again: here the worker adds to them what rounding on other hardware might."""
+    plain = Worker._draw
+
+    def shifted(by):
+        monkeypatch.setattr(Worker, "_draw", lambda *args: plain(*args) + np.float32(by))
+
+    shifted(1e-5)
+    found = verify.verify(out, fraction=1.0)
+    assert "holds other draws than its run makes, e.g. row 0: " in found.problems[0].what
+    assert "on the same kind of hardware" in found.problems[0].what
+    assert len(found.problems) == 7
+    lines = [json.loads(line) for line in layout.journal_file(out).read_text().splitlines()]
+    layout.journal_file(out).write_text(
+        "".join(
+            json.dumps({**line, **({"device": "cuda: H1"} if line["event"] == "done" else {})}) + "\n" for line in lines
+        )
+    )
+    found = verify.verify(out, fraction=1.0)
+    assert found.good
+    assert (found.rows, found.same, found.close, found.elsewhere) == (40, 2, 38, ("cuda: H1",))
+    assert 0 < found.farthest < 1e-4
+    shifted(1e-3)
+    assert len(verify.verify(out, fraction=1.0).problems) == 7
+
+
+def test_shards_of_another_jax_are_compared_but_not_called_bad(run, make_catalog, tmp_path, monkeypatch):
+    """Begun and verified with the jax that is here, and gone on with under another one, whose draws are others."""
+    catalog, out = make_catalog(switches={3: RAISE, 30: RAISE}), tmp_path / "out"
+    wait, plain, version = InProcess.wait, Worker._draw, importlib.metadata.version
+    calls = iter(range(4))
+
+    def interrupted(pool):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return wait(pool)
+
+    def shifted(patch, by):
+        patch.setattr(Worker, "_draw", lambda *args: plain(*args) + np.float32(by))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcess, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="3 of 7 shards"):
+            sample_catalog(run, catalog, out, **QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "0.0.1" if name == "jax" else version(name))
+        shifted(patch, 0.5)
+        assert sample_catalog(run, catalog, out, **QUICK).shards_now == 4
+        assert [problem.shard for problem in verify.verify(out, fraction=1.0).problems] == []
+    before = draws_hash(out)
+    found = verify.verify(out, fraction=1.0, repair=True, workers=0)
+    assert (found.good, found.removed, found.elsewhere) == (True, (), ("jax 0.0.1",))
+    assert (found.rows, found.same, found.close, found.incomparable, found.farthest) == (40, 19, 0, 21, 0.0)
+    with monkeypatch.context() as patch:
+        shifted(patch, 0.5 + 1e-5)
+        found = verify.verify(out, fraction=1.0)
+        assert [problem.shard for problem in found.problems] == [0, 1, 2]
+        assert (found.same, found.close, found.incomparable) == (2, 21, 0)
+        patch.setattr(Worker, "_draw", lambda *args: np.full_like(plain(*args), np.nan))
+        patch.setattr(Worker, "_check", lambda *_: "another version takes no such x")
+        found = verify.verify(out, fraction=1.0)
+        assert [problem.shard for problem in found.problems] == [0, 1, 2]
+        assert found.incomparable == 22
+    layout.journal_file(out).unlink()  # then nothing tells
+    found = verify.verify(out, fraction=1.0, repair=True, workers=0)
+    assert (found.good, found.incomparable) == (True, 21)
+    assert draws_hash(out) == before
+
+
+def test_another_run_or_catalog_is_refused(out, make_catalog, tmp_path):
+    other = make_run(tmp_path / "other", fingerprint="beef")
+    with pytest.raises(ValueError, match="is not the run that was sampled: another posterior"):
+        verify.verify(out, run=str(other))
+    make_catalog(switches={1: 0.5})
+    with pytest.raises(ValueError, match="is not the catalog that was sampled: it has changed since"):
+        verify.verify(out)
+    with pytest.raises(ValueError, match="fraction must be from 0 to 1; got 2"):
+        verify.verify(out, fraction=2)
+
+
+def test_run_json_says_where_the_draws_come_from(out, run):
+    there = open_catalog(out).run
+    assert there["about"]["versions"].keys() >= {"distsbi", "jax", "ray", "pyarrow", "python"}
+    assert there["about"]["devices"] == [there["about"]["first_worker"]["device"]]
+    assert there["definition"]["seed"] == [0, 5]
+    assert "times" in there["definition"]["solver"]
+    words = shlex.split(command(there, str(out)))
+    assert words[:3] == ["distsbi", "catalog", str(run)]
+    assert words[5:] == ["--nsamples", "9", "--seed", "5", "--steps", "3"]
+
+
+def test_status_while_it_is_written_and_after(run, make_catalog, tmp_path, monkeypatch):
+    catalog, out = make_catalog(rows={3: [1.0, 2.0], 4: [1.0, 2.0]}, switches={5: RAISE}), tmp_path / "out"
+    wait, seen = InProcess.wait, []
+
+    def look(pool):
+        found = wait(pool)
+        if (out / "_distsbi" / "run.json").exists():
+            seen.append(open_catalog(out).status())
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcess, "wait", look)
+        with pytest.raises(KeyboardInterrupt, match="5 of 7 shards are finished"):
+            sample_catalog(run, catalog, out, **QUICK)
+    assert [status.shards_done for status in seen] == [1, 2, 3, 4, 5]
+    assert seen[4].left == 10
+    assert seen[4].writer.startswith("process ")
+    assert seen[4].rate > 0
+    assert seen[4].to_go == pytest.approx(10 / seen[4].rate)
+    reasons = {
+        "invalid: x has 2 values; this posterior takes 3 (dim_x 3, ch_x 1)": 2,
+        "failed: RuntimeError: the solver did not converge": 1,
+    }
+    assert seen[4].reasons == reasons
+    after = open_catalog(out).status()
+    assert (after.shards_done, after.writer, after.to_go) == (5, None, None)
+    assert sample_catalog(run, catalog, out, **QUICK).shards_now == 2
+    layout.journal_file(out).unlink()  # then the shards themselves tell
+    done = open_catalog(out).status()
+    assert (done.complete, done.left, done.reasons) == (True, 0, reasons)
+    assert json.dumps(dataclasses.asdict(done))
+
+
+def test_a_writer_that_was_killed_is_no_writer(out):
+    layout.run_file(out).with_name("lock").write_text("process 4000000 on " + writer.socket.gethostname())
+    assert open_catalog(out).status().writer is None
+    layout.run_file(out).with_name("lock").write_text("process 1 on elsewhere")
+    assert open_catalog(out).status().writer == "process 1 on elsewhere"

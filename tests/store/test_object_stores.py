@@ -1,0 +1,210 @@
+"""Catalogs that come from an object store and go there: an S3 server on this machine, and fsspec's memory."""
+
+import time
+import uuid
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distsbi.store import SourceSpec, layout, open_source, record, writer
+from distsbi.store.place import Place, as_place
+from distsbi.store.source import check_ids, fingerprint, glance
+
+X = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
+IDS = [f"g{i}" for i in range(23)]
+
+
+@pytest.fixture(params=["s3", "memory", "local"])
+def root(request, tmp_path, monkeypatch) -> Place:
+    monkeypatch.setattr(writer, "SETTLE_SECONDS", 0.01)
+    if request.param == "local":
+        return as_place(tmp_path.as_uri())
+    if request.param == "memory":
+        pytest.importorskip("fsspec")
+        return as_place(f"memory://{uuid.uuid4().hex}")
+    return as_place(request.getfixturevalue("s3").format(uuid.uuid4().hex))
+
+
+def test_files_are_whole_and_listed(root):
+    assert root.files() == []
+    assert not (root / "a").exists()
+    with pytest.raises(FileNotFoundError):
+        (root / "a").read()
+    (root / "a").remove()
+    root.make_folder()
+    (root / "deep").make_folder()
+    for name, size in (("b", 10), ("a", 0), ("deep/c", 3)):
+        (root / name).write(bytes(size))
+    assert [(file.name, file.size) for file in root.files()] == [("a", 0), ("b", 10)]
+    assert [file.name for file in root.files(deep=True)] == ["a", "b", "deep/c"]
+    (root / "b").write(b"again")
+    again = as_place((root / "b").url)
+    assert again.read() == again.open().read() == b"again"
+    assert (root / "deep").is_folder()
+    assert again.is_file()
+    again.remove()
+    assert not again.exists()
+
+
+def test_names_without_secrets():
+    place = as_place("s3://key:secret@bucket/out?region=eu&scheme=http") / "b"
+    assert place.url == "s3://key:secret@bucket/out/b?region=eu&scheme=http"
+    assert place.path == "bucket/out/b"
+    assert str(place) == "s3://bucket/out/b"
+    assert place.without_secrets == "s3://bucket/out/b?region=eu&scheme=http"
+    with pytest.raises(ValueError, match="nowhere://a is no address that can be opened"):
+        as_place("nowhere://a")
+
+
+def put(root: Place, kind: str) -> SourceSpec:
+    """A catalog of some kind; .npy has no ids."""
+    if kind == "parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"id": IDS, "x": list(X)}), sink, row_group_size=7)
+        (root / "c.parquet").write(sink.getvalue())
+        return SourceSpec((root / "c.parquet").url)
+    if kind == "folder":
+        (root / "c").make_folder()
+        for part in range(2):
+            sink = pa.BufferOutputStream()
+            rows = slice(15 * part, 15 * part + 15)
+            pq.write_table(pa.table({"id": IDS[rows], "x": list(X[rows])}), sink)
+            (root / f"c/part-{part}.parquet").write(sink.getvalue())
+        return SourceSpec((root / "c").url)
+    if kind in ("npy", "npz", "npz_compressed"):
+        import io
+
+        file = io.BytesIO()
+        {
+            "npy": lambda: np.save(file, X),
+            "npz": lambda: np.savez(file, x=X, id=np.asarray(IDS)),
+            "npz_compressed": lambda: np.savez_compressed(file, x=X, id=np.asarray(IDS)),
+        }[kind]()
+        (root / f"c.{kind[:3]}").write(file.getvalue())
+        return SourceSpec((root / f"c.{kind[:3]}").url)
+    zarr = pytest.importorskip("zarr")
+    version = int(kind[-1])
+    group = zarr.open_group(store := zarr.storage.MemoryStore(), mode="w", zarr_format=version)
+    group.create_array("x", data=X, chunks=(5, 3))
+    group.create_array("id", shape=(23,), dtype=str, chunks=(6,))[:] = np.asarray(IDS)
+    for name, buffer in store._store_dict.items():
+        folder = root / f"c.zarr/{name}"
+        if root.local:
+            as_place(folder.path.rpartition("/")[0]).make_folder()
+        folder.write(buffer.to_bytes())
+    return SourceSpec((root / "c.zarr").url)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder", "npy", "npz", "npz_compressed", "zarr2", "zarr3"])
+def test_every_source_gives_the_same_rows(root, kind):
+    spec = put(root, kind)
+    opened = open_source(spec)
+    check_ids(opened, spec)
+    assert opened.n_rows == 23
+    for start, stop in ((0, 23), (3, 4), (3, 17)):
+        ids, rows = opened.read(start, stop)
+        assert ids.to_pylist() == (list(range(start, stop)) if kind == "npy" else IDS[start:stop])
+        np.testing.assert_array_equal(rows, X[start:stop])
+    first, glimpse = fingerprint(spec), glance(spec)
+    assert (fingerprint(spec), glance(spec)) == (first, glimpse)
+    X[20, 1] += 1
+    try:
+        put(root, kind)
+        assert fingerprint(spec) != first
+        assert root.local or glance(spec) != glimpse or spec.path.startswith("s3")  # whose times are whole seconds
+    finally:
+        X[20, 1] -= 1
+    if kind != "parquet":
+        return
+    with pytest.raises(ValueError, match="there is no catalog at .*none.parquet"):
+        open_source(SourceSpec((root / "none.parquet").url))
+    (root / "c.csv").write(b"1,2")
+    with pytest.raises(ValueError, match="give a Parquet file, a folder of them"):
+        open_source(SourceSpec((root / "c.csv").url))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_by_columns(tmp_path, version):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(tmp_path / "c.zarr", mode="w", zarr_format=version)
+    group.create_array("u", data=X[:, 0].astype(np.float64))
+    group.create_array("image", data=X[:, 1:, None])
+    group.create_array("name", data=np.arange(23, dtype=np.uint64) + 2**63)
+    spec = SourceSpec(str(tmp_path / "c.zarr"), "name", x_columns=("u", "image"))
+    opened = open_source(spec)
+    ids, rows = opened.read(4, 9)
+    assert ids.to_pylist() == [2**63 + i for i in range(4, 9)]
+    np.testing.assert_array_equal(rows, X[4:9])
+    with pytest.raises(ValueError, match=r"has no column 'x' for x \(it has "):
+        open_source(SourceSpec(str(tmp_path / "c.zarr"), "name"))
+
+
+def test_a_journal_of_an_object_store_is_written_in_batches(root, monkeypatch):
+    (root / layout.HIDDEN).make_folder()
+    monkeypatch.setattr(layout, "BATCH_LINES", 3)
+    with layout.Journal(root) as journal:
+        for i in range(7):
+            journal.add({"event": "done", "shard": i}, now=i % 2 == 1)
+            seen = [line["shard"] for line in layout.read_journal(root)]
+            assert seen == list(range(i + 1 if root.local else (i + 1) // 2 * 2))
+    with layout.Journal(root) as second:
+        second.add({"event": "done", "shard": 7})
+    assert [line["shard"] for line in layout.read_journal(root)] == list(range(8))
+
+
+def test_one_writer(root, monkeypatch):
+    (root / layout.HIDDEN).make_folder()
+    assert writer.last_sign(root) is None
+    with writer.one_writer(root):
+        assert writer.last_sign(root)[1].startswith("process ")
+        with (
+            pytest.raises(ValueError, match="is being written by process .*; wait, or use another folder"),
+            writer.one_writer(root),
+        ):
+            pass
+    assert writer.last_sign(root) is None
+    with writer.one_writer(root):
+        pass
+
+
+def test_a_lease_runs_out_and_is_not_shared(root, monkeypatch):
+    if root.local:
+        pytest.skip("local folders have locks")
+    monkeypatch.setattr(writer, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(writer.socket, "gethostname", lambda: "far away")
+    writer._put_lease(root, "somebody's")
+    monkeypatch.undo()
+    monkeypatch.setattr(writer, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(writer, "BEAT_SECONDS", 0.05)
+    with pytest.raises(ValueError, match="far away .last sign of life 0 s ago"), writer.one_writer(root):
+        pass
+    monkeypatch.setattr(writer, "STALE_SECONDS", 0.2)
+    time.sleep(0.3)
+    with writer.one_writer(root) as held:
+        held.check()
+        writer._put_lease(root, "somebody's")  # who thought that we were gone
+        deadline = time.monotonic() + 10
+        with pytest.raises(RuntimeError, match="was taken over by process"):
+            while time.monotonic() < deadline:
+                held.check()
+                time.sleep(0.02)
+    assert writer.read_lease(root)["token"] == "somebody's"
+    lock = root / layout.HIDDEN / "lease.json"
+    lock.write(b"no lease")
+    with writer.one_writer(root):
+        pass
+
+
+def test_run_json(root):
+    (root / layout.HIDDEN).make_folder()
+    assert record.read_run(root) is None
+    definition = {"n_rows": 3, "seed": [0, 1]}
+    record.begin(root, definition, {"devices": ["a"]})
+    record.begin(root, definition, {"devices": ["b"]})
+    record.note_device(root, "b")
+    record.note_device(root, "a")
+    assert record.read_run(root)["about"]["devices"] == ["a", "b"]
+    with pytest.raises(ValueError, match="holds another run, .*n_rows: given 4, found 3"):
+        record.begin(root, {**definition, "n_rows": 4}, {})

@@ -1,0 +1,305 @@
+"""How a process learns its place, and how processes meet, disagree and end: without JAX, each a thread here."""
+
+import contextlib
+import dataclasses
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import pytest
+
+from distsbi.processes import Place, agree_on, find_place, meeting, wait_for_all
+from distsbi.processes.given import first_host
+from distsbi.processes.meeting import free_port, meet
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[007-009,12]",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}
+MPI_PORT = 61_440 + zlib.crc32(b"1531576320.0") % 4_096
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        (SLURM, Place("gpu007:61447", 8, 5, 1)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, Place("gpu007:61447", 8, 5)),  # all GPUs of its machine
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Place("gpu007:61447", 8, 5)),  # those that it sees
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({name: value for name, value in SLURM.items() if "STEP" not in name}, None),  # the batch script itself
+        (MPI, Place(f"10.96.0.1:{MPI_PORT}", 4, 1, 1)),
+        (SLURM | {"SLURM_STEP_ID": "1"}, Place("gpu007:61968", 8, 5, 1)),
+        (SLURM | MPI | {"SLURM_STEP_NUM_TASKS": "1"}, Place(f"10.96.0.1:{MPI_PORT}", 4, 1, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}, Place("t-0:8476", 2, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        (
+            SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            Place("a:1", 2, 1),
+        ),
+    ],
+)
+def test_the_environment_says_the_place(environment, place):
+    assert find_place(environment=environment) == place
+
+
+def test_what_is_told_comes_before_the_environment():
+    assert find_place("[::1]:1234", 2, 1, environment=SLURM) == Place("[::1]:1234", 2, 1)
+    assert Place("[::1]:1234", 2, 1).host == "::1"
+    assert find_place(detect=False, environment=SLURM) is None
+    assert first_host("a[1-2]-ib,b") == "a1-ib"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("a:1", 2, 2), "process id 2 is out of range: the 2 processes are numbered from 0 to 1"),
+        (("a:1", 2, -1), "out of range"),
+        (("a:1", 0, 0), "at least 1"),
+        (("a", 2, 0), "must be host:port"),
+        (("a:99999", 2, 0), "must be host:port"),
+        (("a:1", None, 0), "--num-processes missing"),
+        ((None, None, 0), "--coordinator and --num-processes missing"),
+    ],
+)
+def test_bad_places(given, says):
+    with pytest.raises(ValueError, match=says):
+        find_place(*given, environment={})
+
+
+def test_what_the_launcher_does_not_say():
+    alone = {name: value for name, value in MPI.items() if "uri" not in name}
+    five = alone | {"PMIX_SERVER_URI2": "prterun-a-7@0.1;tcp4://127.0.0.1:41231", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(ValueError, match="Open MPI does not say"):
+        find_place(environment=five)
+    assert find_place(environment=five | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+    pod = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}
+    with pytest.raises(ValueError, match="one of 2 TPU slices"):
+        find_place(environment=pod)
+
+
+def test_jobs_of_open_mpi_do_not_share_a_port():
+    uris = [f"{family << 16}.0;tcp://10.0.0.1:1" for family in range(100)]
+    places = [find_place(environment=MPI | {"OMPI_MCA_orte_hnp_uri": uri}) for uri in uris]
+    assert len({place.port for place in places if place}) > 90
+
+
+def test_an_environment_that_says_half_of_it():
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID"):
+        find_place(environment={"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"})
+
+
+def _meet(*places: Place, timeout: float = 20.0):
+    """What each of them gets: a meeting, or the error; and a queue of what is said of lost ones."""
+    found: list = [None] * len(places)
+    lost: queue.Queue = queue.Queue()
+
+    def one(number: int, place: Place) -> None:
+        try:
+            found[number] = meet(place, timeout, lambda sentence, died: lost.put((place.index, sentence, died)))
+        except ValueError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(places)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return found, lost
+
+
+def _places(count: int) -> list[Place]:
+    address = f"127.0.0.1:{free_port()}"
+    return [Place(address, count, index) for index in range(count)]
+
+
+def test_they_meet_gather_and_leave():
+    found, lost = _meet(*_places(3))
+    meetings = [met for met, _ in found]
+    assert len({address for _, address in found}) == 1
+    gathered: list = [None] * 3
+
+    def one(index: int) -> None:
+        gathered[index] = [meetings[index].gather({"index": index, "round": n}) for n in range(3)]
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert gathered == [[[{"index": i, "round": n} for i in range(3)] for n in range(3)]] * 3
+    assert not meetings[0].leave(0.1)
+    left: list = [None] * 3
+    threads = [threading.Thread(target=lambda i=i: left.__setitem__(i, meetings[i].leave(20.0))) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert left == [True] * 3
+    for met in meetings:
+        for line in met.lines.values():
+            line.close()
+    assert lost.empty()
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_all_hear_of_one_that_dies(gone):
+    found, lost = _meet(*_places(3))
+    found[gone][0]._over = True  # dead, it says nothing to the others
+    for line in found[gone][0].lines.values():
+        line.close()  # as the system does for a process that is killed
+    heard = [lost.get(timeout=20) for _ in range(2)]
+    assert {index for index, _, _ in heard} == {0, 1, 2} - {gone}
+    for _, sentence, _ in heard:
+        assert sentence.startswith(f"process {gone} on ")
+        assert sentence.endswith(" died")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_all_hear_why_one_fails(failing):
+    found, lost = _meet(*_places(3))
+    found[failing][0].fail("ValueError: no such file")
+    heard = [lost.get(timeout=20) for _ in range(2)]
+    assert {index for index, _, _ in heard} == {0, 1, 2} - {failing}
+    for _, sentence, died in heard:
+        assert sentence.startswith(f"process {failing} on ")
+        assert sentence.endswith("failed: ValueError: no such file")
+        assert not died
+
+
+def test_they_disagree_on_their_number():
+    first, second, _ = _places(3)
+    found, _ = _meet(first, Place(second.coordinator, 2, 1))
+    for error in found:
+        assert "the processes disagree on their number: process 0 on " in str(error)
+        assert "as one of 3, process 1 on " in str(error)
+
+
+def test_two_have_the_same_number():
+    first, second, _ = _places(3)
+    found, _ = _meet(first, second, second)
+    assert all("two processes have the number 1" in str(error) for error in found)
+
+
+def test_one_does_not_come():
+    first, second, _ = _places(3)
+    found, _ = _meet(first, second, timeout=1.0)
+    assert all("2 of 3 processes came to " in str(error) and "without process 2" in str(error) for error in found)
+
+
+def test_nobody_answers():
+    (error,), _ = _meet(_places(2)[1], timeout=0.5)
+    assert "process 1 cannot reach the coordinator at 127.0.0.1:" in str(error)
+    (error,), _ = _meet(Place("no-such-host.invalid:1", 2, 1), timeout=0.5)
+    assert "cannot reach the coordinator at no-such-host.invalid:1" in str(error)
+
+
+def test_the_port_is_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        (error,), _ = _meet(Place(f"127.0.0.1:{other.getsockname()[1]}", 2, 0))
+    assert "process 0 cannot listen at 127.0.0.1:" in str(error)
+    assert "choose another port" in str(error)
+
+
+def test_another_job_is_turned_away():
+    first, second = _places(2)
+    named = [dataclasses.replace(place, job="a") for place in (first, second)]
+    found, _ = _meet(*named, dataclasses.replace(second, job="b"), timeout=5.0)
+    assert "waits a, and this is b" in str(found[2]) or "cannot reach" in str(found[2])  # or it came when all had met
+    assert found[0][1] == found[1][1]
+
+
+def test_waiting_for_one_that_is_done():
+    found, lost = _meet(*_places(2))
+    leader, member = (met for met, _ in found)
+    thread = threading.Thread(target=member.leave)
+    thread.start()
+    with pytest.raises(RuntimeError, match="process 1 on .* is done"):
+        leader.gather(1)
+    leader.fail("the test is over")
+    thread.join(timeout=20)
+    assert lost.get(timeout=20)[0] == 1
+    found, lost = _meet(*_places(2))
+    leader, member = (met for met, _ in found)
+    threading.Thread(target=member.gather, args=(1,), daemon=True).start()
+    assert not leader.leave(20.0)
+    assert {"process 0 is done" in lost.get(timeout=20)[1] for _ in range(2)} == {True}
+
+
+ENDING = """
+import sys, distsbi
+distsbi.initialize("{address}", num_processes=2, process_id={index})
+from distsbi import processes
+processes.wait_for_all()
+if {index}:
+    {how}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "says"), [("1 / 0", "ZeroDivisionError"), ("sys.exit(3)", "sys.exit(3)")])
+def test_a_script_that_fails_ends_the_other(how, says):
+    """One that has not imported JAX itself."""
+    address = f"127.0.0.1:{free_port()}"
+    scripts = [ENDING.format(address=address, index=index, how=how) for index in (0, 1)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) for script in scripts
+    ]
+    said = [process.communicate(timeout=100)[1] for process in running]
+    assert all(process.returncode for process in running)
+    assert f"process 1 on {socket.gethostname()} failed: " in said[0]
+    assert says in said[0]
+
+
+STRANGE = (
+    b"GET / HTTP/1.1\r\n\r\n",
+    b'{"hello": "distsbi 1"}\n',
+    b'{"hello": "distsbi 1", "index": 7, "count": 2, "host": "h", "job": ""}\n',
+    b'{"hello": "distsbi 1", "index": "1", "count": 2, "host": "h", "job": ""}\n',
+)
+
+
+def _when_listening(at):
+    for _ in range(400):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(at, timeout=5)
+        time.sleep(0.05)
+    raise TimeoutError(at)
+
+
+@pytest.mark.parametrize("said", STRANGE)
+def test_strangers_are_turned_away(said):
+    """And nobody waits for one that is silent."""
+    places = _places(2)
+    lost: queue.Queue = queue.Queue()
+    thread = threading.Thread(target=lambda: lost.put(meet(places[0], 20.0, print)))
+    thread.start()
+    at = (places[0].host, places[0].port)
+    with _when_listening(at) as stranger:
+        stranger.sendall(said)
+        assert meeting.PROTOCOL.encode() in stranger.recv(1000)
+    silent = socket.create_connection(at, timeout=5)
+    joined = meet(places[1], meeting.HELLO / 2, print)
+    led = lost.get(timeout=20)
+    assert joined[1] == led[1]
+    silent.close()
+    joined[0].fail("the test is over")
+    led[0].fail("the test is over")
+
+
+def test_one_process_agrees_with_itself():
+    agree_on({"data": "a"}, "")
+    wait_for_all()
