@@ -48,8 +48,8 @@ def test_as_many_workers_as_the_pods_have_room_for(name):
     (group,) = cluster_spec(JOBS[name])["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     cpus, gpus = int(limits["cpu"]) // given["cpus_per_worker"], limits.get("nvidia.com/gpu", 0)
-    assert given["workers"] == group["replicas"] * (gpus / given["gpus_per_worker"] if gpus else cpus)
-    assert gpus == 0 or cpus * given["gpus_per_worker"] >= gpus
+    assert given["workers"] == group["replicas"] * (gpus / given["num_gpus_per_worker"] if gpus else cpus)
+    assert gpus == 0 or cpus * given["num_gpus_per_worker"] >= gpus
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("train")])
