@@ -1,27 +1,30 @@
 """C2ST of distsbi's default pipelines on sbibm's tasks, with training time and draws/s; see benchmarks/README.md.
 
     python benchmarks/c2st_sbibm.py train two_moons MLP --nsims 30000 --seeds 1 2 3
-    python benchmarks/c2st_sbibm.py train slcp SimformerDiffusion --nsims 10000 --seeds 1 2 3
+    python benchmarks/c2st_sbibm.py train slcp SimformerDiffusion --nsims 10000 --seeds 1 2 3 --label small
     python benchmarks/c2st_sbibm.py score
     python benchmarks/c2st_sbibm.py queue benchmarks/methods.txt
     python benchmarks/c2st_sbibm.py table
 
 A cell is (task, pipeline, nsims, seed, label); a pipeline without a method is flow matching, one that ends in VE is score matching of that
-kind (SM: VP). `train` simulates its pairs, trains, measures draws/s and draws 10,000
+kind (SM: VP). The label names a configuration of configurations.toml. `train` simulates its pairs, trains, measures draws/s and draws 10,000
 for each of sbibm's ten observations (the first `--observations`) into benchmarks/.draws/<cell>.npz. `score` compares each observation's draws with
 sbibm's reference and appends one JSON line to the results file; `--forest` adds the score of a random forest. `queue` trains and scores
-(with a random forest too) the cells of a file, one a line in the words of `train`, each in a process of its own; two queues side by side, `--share 1/2` and
-`--share 2/2`, have one core each. All skip what is there, so any can be stopped and started again.
+(with a random forest too) the cells of a file, whose lines are words of `train`, each cell in a process of its own; two queues side by side, `--share 1/2`
+and `--share 2/2`, have one core each. All skip what is there, so any can be stopped and started again.
 """
 
 import argparse
 import fnmatch
+import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,21 +76,30 @@ def train(arguments: argparse.Namespace) -> None:
     # Two virtual devices to measure on, where there are two cores; training uses both.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
     known = reference(arguments.task)
-    for seed in arguments.seeds:
-        cell = {"task": arguments.task, "pipeline": arguments.pipeline, "nsims": arguments.nsims, "seed": seed}
+    for pipeline, seed in itertools.product(arguments.pipelines, arguments.seeds):
+        cell = {"task": arguments.task, "pipeline": pipeline, "nsims": arguments.nsims, "seed": seed}
         cell["label"] = arguments.label
         path = DRAWS / f"{'-'.join(map(str, cell.values()))}.npz"
         if path.exists() and len(np.load(path)["draws"]) >= arguments.observations:
             print(f"{path} is there already", flush=True)
             continue
         keep = RUNS / path.stem if arguments.keep else None
-        options = json.loads(arguments.training), json.loads(arguments.model), json.loads(arguments.options)
+        kept = configuration(pipeline, arguments.label)
+        options = [
+            kept.get(name, {}) | json.loads(getattr(arguments, name)) for name in ("training", "model", "options")
+        ]
         draws, facts = train_cell(cell, known["observations"][: arguments.observations], *options, keep)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         np.savez(temporary, draws=draws, facts=json.dumps({**cell, **facts}))
         temporary.replace(path)
         print(json.dumps({**cell, **facts}, indent=1), flush=True)
+
+
+def configuration(pipeline: str, label: str) -> dict[str, dict[str, Any]]:
+    """What configurations.toml has for a network under a label."""
+    network = re.sub("(Flow|Diffusion|SM|VE)$", "", pipeline)
+    return tomllib.loads((HERE / "configurations.toml").read_text()).get(label, {}).get(network, {})
 
 
 def train_cell(
@@ -209,32 +221,31 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
 def queue(arguments: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     words_of_train(parser)
-    failed = []
-    lines = [line for line in arguments.file.read_text().splitlines() if shlex.split(line, comments=True)]
+    cells = []
+    for line in arguments.file.read_text().splitlines():
+        if words := shlex.split(line, comments=True):
+            given = parser.parse_args(words)
+            others = [word for word in words[1:] if word not in given.pipelines]
+            cells += [(given, name, seed, others) for seed, name in itertools.product(given.seeds, given.pipelines)]
     share, shares = map(int, arguments.share.split("/"))
     if shares > 1:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[share - 1]})
-    for line in lines[share - 1 :: shares]:
-        words = shlex.split(line, comments=True)
-        cell = parser.parse_args(words)
-        names = [f"{cell.task}-{cell.pipeline}-{cell.nsims}-{seed}-{cell.label}" for seed in cell.seeds]
+    failed = []
+    for given, pipeline, seed, others in cells[share - 1 :: shares]:
         done = {identity(found) for found in read_results(arguments.results)}
-        wanted = {
-            (cell.task, cell.pipeline, cell.nsims, seed, cell.label, i + 1)
-            for seed in cell.seeds
-            for i in range(cell.observations)
-        }
-        if wanted <= done:
+        cell = given.task, pipeline, given.nsims, seed, given.label
+        if {(*cell, i + 1) for i in range(given.observations)} <= done:
             continue
-        me = [sys.executable, __file__]
+        me, name = [sys.executable, __file__], "-".join(map(str, cell))
+        words = [given.task, pipeline, *others, "--seeds", str(seed)]
         ran = subprocess.run([*me, "train", *words], check=False).returncode
-        for name in names if not ran else ():
-            options = ["--forest", "--cells", name, "--observations", str(cell.observations)]
-            ran |= subprocess.run([*me, "score", *options, "--results", arguments.results], check=False).returncode
+        if not ran:
+            options = ["--forest", "--cells", name, "--observations", str(given.observations)]
+            ran = subprocess.run([*me, "score", *options, "--results", arguments.results], check=False).returncode
         if ran:
-            failed.append(line)
+            failed.append(name)
     if failed:
-        sys.exit("failed:\n" + "\n".join(failed))
+        sys.exit("failed: " + ", ".join(failed))
 
 
 # Table
@@ -274,7 +285,10 @@ def table(arguments: argparse.Namespace) -> None:
 def words_of_train(one: argparse.ArgumentParser) -> None:
     one.add_argument("task", choices=["two_moons", "gaussian_linear", "slcp", "bernoulli_glm_raw"])
     one.add_argument(
-        "pipeline", help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion, SM or VE"
+        "pipelines",
+        nargs="+",
+        metavar="pipeline",
+        help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion, SM or VE",
     )
     one.add_argument("--keep", action="store_true", help="keep the run directory, in benchmarks/.runs/")
     one.add_argument("--nsims", type=int, default=30_000, help="simulations in all; validation is held out of them")
@@ -307,7 +321,7 @@ def main() -> None:
     two.add_argument("--observations", type=int, default=OBSERVATIONS, help="how many of the ten, from the first on")
     two.add_argument("--forest", action="store_true", help="score with a random forest too")
     four = commands.add_parser("queue", help="train and score the cells of a file")
-    four.add_argument("file", type=Path, help="one cell a line, in the words of train")
+    four.add_argument("file", type=Path, help="cells in the words of train")
     four.add_argument(
         "--share", default="1/1", help="of several queues side by side, each on a core of its own: 1/2, 2/2"
     )

@@ -1,6 +1,5 @@
 """What every result line says beside its figures: hardware, versions, commit, command, time, and what else the machine was doing."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,14 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from distsbi.environment import versions
+
 HERE = Path(__file__).parent
-PACKAGES = ("distsbi", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "ray", "pyarrow", "numpy")
 
 
 def provenance() -> dict[str, Any]:
     return {
         "hardware": hardware(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "commit": commit(),
         "command": shlex.join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -34,13 +34,6 @@ def hardware() -> dict[str, Any]:
         "amx": any(" amx_bf16" in line for line in lines),
         "python": platform.python_version(),
     }
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
 
 
 def commit() -> str:

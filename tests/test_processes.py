@@ -1,4 +1,4 @@
-"""How a process learns its place, and how processes meet, disagree and end: without JAX, each a thread here."""
+"""How a process learns its rank, and how processes meet, disagree and end: without JAX, each a thread here."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 
-from distsbi.processes import Place, agree_on, find_place, meeting, wait_for_all
+from distsbi.processes import Rank, agree_on, find_rank, meeting, wait_for_all
 from distsbi.processes.given import first_host
 from distsbi.processes.meeting import free_port, meet
 
@@ -33,33 +33,33 @@ MPI_PORT = 61_440 + zlib.crc32(b"1531576320.0") % 4_096
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "rank"),
     [
         ({}, None),
-        (SLURM, Place("gpu007:61447", 8, 5, 1)),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, Place("gpu007:61447", 8, 5)),  # all GPUs of its machine
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Place("gpu007:61447", 8, 5)),  # those that it sees
+        (SLURM, Rank("gpu007:61447", 8, 5, 1)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, Rank("gpu007:61447", 8, 5)),  # all GPUs of its machine
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Rank("gpu007:61447", 8, 5)),  # those that it sees
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({name: value for name, value in SLURM.items() if "STEP" not in name}, None),  # the batch script itself
-        (MPI, Place(f"10.96.0.1:{MPI_PORT}", 4, 1, 1)),
-        (SLURM | {"SLURM_STEP_ID": "1"}, Place("gpu007:61968", 8, 5, 1)),
-        (SLURM | MPI | {"SLURM_STEP_NUM_TASKS": "1"}, Place(f"10.96.0.1:{MPI_PORT}", 4, 1, 1)),
-        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}, Place("t-0:8476", 2, 1)),
+        (MPI, Rank(f"10.96.0.1:{MPI_PORT}", 4, 1, 1)),
+        (SLURM | {"SLURM_STEP_ID": "1"}, Rank("gpu007:61968", 8, 5, 1)),
+        (SLURM | MPI | {"SLURM_STEP_NUM_TASKS": "1"}, Rank(f"10.96.0.1:{MPI_PORT}", 4, 1, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}, Rank("t-0:8476", 2, 1)),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         (
             SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
-            Place("a:1", 2, 1),
+            Rank("a:1", 2, 1),
         ),
     ],
 )
-def test_the_environment_says_the_place(environment, place):
-    assert find_place(environment=environment) == place
+def test_the_environment_says_the_rank(environment, rank):
+    assert find_rank(environment=environment) == rank
 
 
 def test_what_is_told_comes_before_the_environment():
-    assert find_place("[::1]:1234", 2, 1, environment=SLURM) == Place("[::1]:1234", 2, 1)
-    assert Place("[::1]:1234", 2, 1).host == "::1"
-    assert find_place(detect=False, environment=SLURM) is None
+    assert find_rank("[::1]:1234", 2, 1, environment=SLURM) == Rank("[::1]:1234", 2, 1)
+    assert Rank("[::1]:1234", 2, 1).host == "::1"
+    assert find_rank(detect=False, environment=SLURM) is None
     assert first_host("a[1-2]-ib,b") == "a1-ib"
 
 
@@ -75,45 +75,45 @@ def test_what_is_told_comes_before_the_environment():
         ((None, None, 0), "--coordinator and --num-processes missing"),
     ],
 )
-def test_bad_places(given, says):
+def test_bad_ranks(given, says):
     with pytest.raises(ValueError, match=says):
-        find_place(*given, environment={})
+        find_rank(*given, environment={})
 
 
 def test_what_the_launcher_does_not_say():
     alone = {name: value for name, value in MPI.items() if "uri" not in name}
     five = alone | {"PMIX_SERVER_URI2": "prterun-a-7@0.1;tcp4://127.0.0.1:41231", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(ValueError, match="Open MPI does not say"):
-        find_place(environment=five)
-    assert find_place(environment=five | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+        find_rank(environment=five)
+    assert find_rank(environment=five | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
     pod = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}
     with pytest.raises(ValueError, match="one of 2 TPU slices"):
-        find_place(environment=pod)
+        find_rank(environment=pod)
 
 
 def test_jobs_of_open_mpi_do_not_share_a_port():
     uris = [f"{family << 16}.0;tcp://10.0.0.1:1" for family in range(100)]
-    places = [find_place(environment=MPI | {"OMPI_MCA_orte_hnp_uri": uri}) for uri in uris]
-    assert len({place.port for place in places if place}) > 90
+    ranks = [find_rank(environment=MPI | {"OMPI_MCA_orte_hnp_uri": uri}) for uri in uris]
+    assert len({rank.port for rank in ranks if rank}) > 90
 
 
 def test_an_environment_that_says_half_of_it():
     with pytest.raises(ValueError, match="JAX_PROCESS_ID"):
-        find_place(environment={"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"})
+        find_rank(environment={"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"})
 
 
-def _meet(*places: Place, timeout: float = 20.0):
+def _meet(*ranks: Rank, timeout: float = 20.0):
     """What each of them gets: a meeting, or the error; and a queue of what is said of lost ones."""
-    found: list = [None] * len(places)
+    found: list = [None] * len(ranks)
     lost: queue.Queue = queue.Queue()
 
-    def one(number: int, place: Place) -> None:
+    def one(number: int, rank: Rank) -> None:
         try:
-            found[number] = meet(place, timeout, lambda sentence, died: lost.put((place.index, sentence, died)))
+            found[number] = meet(rank, timeout, lambda sentence, died: lost.put((rank.index, sentence, died)))
         except ValueError as error:
             found[number] = error
 
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(places)]
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -121,9 +121,9 @@ def _meet(*places: Place, timeout: float = 20.0):
     return found, lost
 
 
-def _places(count: int) -> list[Place]:
+def _places(count: int) -> list[Rank]:
     address = f"127.0.0.1:{free_port()}"
-    return [Place(address, count, index) for index in range(count)]
+    return [Rank(address, count, index) for index in range(count)]
 
 
 def test_they_meet_gather_and_leave():
@@ -182,7 +182,7 @@ def test_all_hear_why_one_fails(failing):
 
 def test_they_disagree_on_their_number():
     first, second, _ = _places(3)
-    found, _ = _meet(first, Place(second.coordinator, 2, 1))
+    found, _ = _meet(first, Rank(second.coordinator, 2, 1))
     for error in found:
         assert "the processes disagree on their number: process 0 on " in str(error)
         assert "as one of 3, process 1 on " in str(error)
@@ -203,20 +203,20 @@ def test_one_does_not_come():
 def test_nobody_answers():
     (error,), _ = _meet(_places(2)[1], timeout=0.5)
     assert "process 1 cannot reach the coordinator at 127.0.0.1:" in str(error)
-    (error,), _ = _meet(Place("no-such-host.invalid:1", 2, 1), timeout=0.5)
+    (error,), _ = _meet(Rank("no-such-host.invalid:1", 2, 1), timeout=0.5)
     assert "cannot reach the coordinator at no-such-host.invalid:1" in str(error)
 
 
 def test_the_port_is_in_use():
     with socket.create_server(("127.0.0.1", 0)) as other:
-        (error,), _ = _meet(Place(f"127.0.0.1:{other.getsockname()[1]}", 2, 0))
+        (error,), _ = _meet(Rank(f"127.0.0.1:{other.getsockname()[1]}", 2, 0))
     assert "process 0 cannot listen at 127.0.0.1:" in str(error)
     assert "choose another port" in str(error)
 
 
 def test_another_job_is_turned_away():
     first, second = _places(2)
-    named = [dataclasses.replace(place, job="a") for place in (first, second)]
+    named = [dataclasses.replace(rank, job="a") for rank in (first, second)]
     found, _ = _meet(*named, dataclasses.replace(second, job="b"), timeout=5.0)
     assert "waits a, and this is b" in str(found[2]) or "cannot reach" in str(found[2])  # or it came when all had met
     assert found[0][1] == found[1][1]
@@ -283,16 +283,16 @@ def _when_listening(at):
 @pytest.mark.parametrize("said", STRANGE)
 def test_strangers_are_turned_away(said):
     """And nobody waits for one that is silent."""
-    places = _places(2)
+    ranks = _places(2)
     lost: queue.Queue = queue.Queue()
-    thread = threading.Thread(target=lambda: lost.put(meet(places[0], 20.0, print)))
+    thread = threading.Thread(target=lambda: lost.put(meet(ranks[0], 20.0, print)))
     thread.start()
-    at = (places[0].host, places[0].port)
+    at = (ranks[0].host, ranks[0].port)
     with _when_listening(at) as stranger:
         stranger.sendall(said)
         assert meeting.PROTOCOL.encode() in stranger.recv(1000)
     silent = socket.create_connection(at, timeout=5)
-    joined = meet(places[1], meeting.HELLO / 2, print)
+    joined = meet(ranks[1], meeting.HELLO / 2, print)
     led = lost.get(timeout=20)
     assert joined[1] == led[1]
     silent.close()

@@ -53,22 +53,22 @@ def sample(
     Several processes draw together into one Parquet dataset when each is given the same command, with its own --process-id or by srun, mpirun or
     on each host of a TPU pod of GKE; --out is then a folder that all of them share.
     """
-    from distsbi.processes import find_place
+    from distsbi.processes import find_rank
 
-    place = find_place(coordinator, num_processes, process_id, detect=distributed == "auto")
+    rank = find_rank(coordinator, num_processes, process_id, detect=distributed == "auto")
     if out.suffix not in (".npy", ".parquet", ""):
         raise click.UsageError(f"--out must end in .npy or .parquet, or be a folder; got {out}.")
-    if place is not None and out.suffix:
+    if rank is not None and out.suffix:
         raise click.UsageError(
             f"several processes write a dataset: give a folder as --out, such as {out.stem}; got {out}."
         )
     if not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out {out}: there is no folder {out.parent}.")
     axes = make_mesh(devices, mesh)
-    if place is not None:
+    if rank is not None:
         from distsbi.processes import join
 
-        join(place)
+        join(rank)
     from distsbi.sampling import load
 
     posterior = load(run, mesh=axes, network=network)
@@ -78,7 +78,7 @@ def sample(
     if not out.suffix:
         done = posterior.sample_dataset(out, seed, x, nsamples, overwrite=overwrite, **solver)
         seconds = time.perf_counter() - start
-        if place is not None and place.index:
+        if rank is not None and rank.index:
             return
         rate = f"{done.drawn:,} drawn now, {done.drawn / seconds:,.0f} draws/s with compilation"
         click.echo(f"{done.nsamples:,} draws in {done.parts} parts in {out} ({rate})")

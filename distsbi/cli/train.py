@@ -12,7 +12,7 @@ from distsbi.cli.options import DEVICES, MESH, make_mesh, prior_texts, several_p
 
 if TYPE_CHECKING:
     from distsbi.config import RunConfig
-    from distsbi.processes import Place
+    from distsbi.processes import Rank
 
 
 @cli.command()
@@ -64,10 +64,10 @@ def train(
     mpirun or on each host of a TPU pod of GKE; or Ray Train starts them with --ray-workers. --out is then a folder that all of them share.
     """
     from distsbi.config import RunConfig, read_config
-    from distsbi.processes import find_place
+    from distsbi.processes import find_rank
 
-    place = find_place(coordinator, num_processes, process_id, detect=distributed == "auto" and ray_workers is None)
-    if place is not None and ray_workers is not None:
+    rank = find_rank(coordinator, num_processes, process_id, detect=distributed == "auto" and ray_workers is None)
+    if rank is not None and ray_workers is not None:
         raise click.UsageError(
             "--ray-workers starts the processes itself; leave out --coordinator, --num-processes and --process-id."
         )
@@ -80,7 +80,7 @@ def train(
         raise click.UsageError(f"{out} is not empty; leave out --no-resume to go on with it, or give another --out.")
     start = time.perf_counter()
     if ray_workers is None:
-        told = train_member(place, config=config.to_dict(), out=str(out), devices=devices)
+        told = train_member(rank, config=config.to_dict(), out=str(out), devices=devices)
     else:
         from distsbi.fanout.launch import launch
 
@@ -89,7 +89,7 @@ def train(
             content["data"]["path"] = str(Path(config.data.path).absolute())  # workers have folders of their own
         arguments = {"config": content, "out": str(out.absolute()), "devices": devices}
         told = launch("distsbi.cli.train:train_member", arguments, out, ray_workers, address)
-    if place is not None and place.index:
+    if rank is not None and rank.index:
         return
     best = "" if told["best"] is None else f", best validation loss {told['best']:.4f}"
     click.echo(f"trained {told['pipeline']} in {time.perf_counter() - start:.0f} s{best}; run directory {out}")
@@ -97,17 +97,17 @@ def train(
 
 
 def train_member(
-    place: "Place | None", *, config: dict[str, Any], out: str, devices: int | None, join_jax: bool = True
+    rank: "Rank | None", *, config: dict[str, Any], out: str, devices: int | None, join_jax: bool = True
 ) -> dict[str, Any]:
-    """Trains what the configuration says, as one of several processes where `place` says so, and tells how it went, in plain values."""
+    """Trains what the configuration says, as one of several processes where `rank` says so, and tells how it went, in plain values."""
     from distsbi import processes
     from distsbi.config import parse_config
 
     parsed = parse_config(config)
-    axes = make_mesh(devices, dict(parsed.mesh) if parsed.mesh else None, place.count if place else 1)
-    if place is not None:
-        processes.join(place, join_jax=join_jax)
-        if place.index:
+    axes = make_mesh(devices, dict(parsed.mesh) if parsed.mesh else None, rank.count if rank else 1)
+    if rank is not None:
+        processes.join(rank, join_jax=join_jax)
+        if rank.index:
             warnings.simplefilter("ignore")  # process 0 gives them
     pipeline, val_losses = _train(parsed, Path(out), axes)
     processes.end()

@@ -20,7 +20,8 @@ from distsbi.fanout.agenda import Shards
 from distsbi.fanout.arguments import check_resources, check_whole, plain
 from distsbi.fanout.loop import says_how_far, work
 from distsbi.fanout.metrics import Metrics
-from distsbi.fanout.pool import InProcess, Pool, RayPool
+from distsbi.fanout.pool import InProcess, Pool
+from distsbi.fanout.ray_pool import RayPool
 from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.sampling.run import instruments
 from distsbi.store import Catalog, Output, SourceSpec, layout, open_catalog, open_source, record, schema, source

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distsbi.fanout.cluster import connected, worker_environment
-from distsbi.processes import Place
+from distsbi.processes import Rank
 from distsbi.processes.meeting import free_port
 
 RESTARTS = 3  # of all workers, after one or its machine was lost
@@ -113,7 +113,7 @@ def _wait_for_hosts(workers: int) -> Hosts:
 
 
 def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, address: str | None = None) -> Any:
-    """Calls `target`, "module:function", as `function(place, join_jax=..., **arguments)` in `workers` processes of a Ray cluster, and returns what the first
+    """Calls `target`, "module:function", as `function(rank, join_jax=..., **arguments)` in `workers` processes of a Ray cluster, and returns what the first
     returns; workers that are lost are started again, all together.
 
     Args:
@@ -187,6 +187,6 @@ def _member(given: dict[str, Any]) -> Any:
     context = ray.train.get_context()
     index, count = context.get_world_rank(), context.get_world_size()
     own = f"{ray.util.get_node_ip_address()}:{free_port()}"
-    place = Place(broadcast_from_rank_zero(own), count, index)
+    rank = Rank(broadcast_from_rank_zero(own), count, index)
     module, _, function = given["target"].partition(":")
-    return getattr(importlib.import_module(module), function)(place, join_jax=given["join_jax"], **given["arguments"])
+    return getattr(importlib.import_module(module), function)(rank, join_jax=given["join_jax"], **given["arguments"])

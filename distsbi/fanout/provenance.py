@@ -1,17 +1,14 @@
 """Where the draws of a folder come from: what run.json says beside their definition, and the command that goes on."""
 
 import datetime
-import importlib.metadata
-import platform
 import shlex
 from typing import Any
 
 import distsbi
+from distsbi.environment import versions
 from distsbi.fanout.worker import Job
 from distsbi.store import Output, SourceSpec, source
 from distsbi.store.place import Place, as_place
-
-PACKAGES = ("jax", "jaxlib", "flax", "diffrax", "ray", "pyarrow", "numpy")
 
 
 def about(job: Job, told: dict[str, Any]) -> dict[str, Any]:
@@ -28,14 +25,9 @@ def about(job: Job, told: dict[str, Any]) -> dict[str, Any]:
         "first_worker": told["worker"],
         "devices": [told["worker"]["device"]],
         "distsbi": distsbi.__version__,
-        "versions": {"distsbi": distsbi.__version__, "python": platform.python_version(), **versions()},
+        "versions": versions(),
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages on which bits or files depend."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def job_of(kept: dict[str, Any], out: Place, loader: str, **instead: str | None) -> Job:

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import math
 import os
-import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -21,12 +20,14 @@ import pyarrow as pa
 
 import distsbi
 from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
-from distsbi.fanout import cluster, provenance, simulator as simulators
+from distsbi.environment import versions
+from distsbi.fanout import cluster, simulator as simulators
 from distsbi.fanout.agenda import Shards, one_line
 from distsbi.fanout.arguments import check_resources, check_whole, plain
 from distsbi.fanout.loop import says_how_far, work
 from distsbi.fanout.metrics import Metrics
-from distsbi.fanout.pool import InProcess, Pool, RayPool
+from distsbi.fanout.pool import InProcess, Pool
+from distsbi.fanout.ray_pool import RayPool
 from distsbi.fanout.simulation_worker import (
     Job,
     Look,
@@ -317,6 +318,6 @@ def _about(job: Job, told: dict[str, Any]) -> dict[str, Any]:
         "first_worker": told["worker"],
         "devices": [told["worker"]["device"]],
         "distsbi": distsbi.__version__,
-        "versions": {"distsbi": distsbi.__version__, "python": platform.python_version(), **provenance.versions()},
+        "versions": versions(),
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

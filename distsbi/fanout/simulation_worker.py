@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distsbi.data import parquet
+from distsbi.environment import device_name
 from distsbi.fanout import simulator
 from distsbi.fanout.agenda import Shards, Task
 from distsbi.fanout.worker import own_jax, who
 from distsbi.files import sha256_of, write_whole
-from distsbi.hardware import device_name
 from distsbi.store import layout
 from distsbi.store.place import Place
 from distsbi.store.schema import OK, STATUSES

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import importlib.metadata
 import itertools
 import os
 import platform
@@ -20,20 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-import distsbi
+from distsbi.environment import bit_versions, cpu_lines, device_name
 from distsbi.fanout.agenda import Shards, Task
-from distsbi.hardware import cpu_lines, device_name
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
 from distsbi.store.place import as_place
 from distsbi.store.rows import Row
 from distsbi.store.source import glance
 from distsbi.store.status import count_reasons
-
-
-def bit_versions() -> dict[str, str]:
-    """Of the packages that decide, beside the hardware, the bits of draws."""
-    jaxes = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return {"distsbi": distsbi.__version__, **jaxes}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from distsbi.data.prior import parameter_names, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer
 from distsbi.diagnostics.distance import distance
+from distsbi.environment import versions
 from distsbi.methods import FlowMatching, Method
 from distsbi.networks import Embedded, Layout, Network, Unconditional, network_name, takes_missing
 from distsbi.networks.embedding import embedded_shape
@@ -32,7 +33,7 @@ from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.checks import one_of, standardised
 from distsbi.sampling.joint import JointPosterior
-from distsbi.sampling.run import load, model_spec, read_spec, versions
+from distsbi.sampling.run import load, model_spec, read_spec
 from distsbi.solvers import Solver
 from distsbi.training import Trained, TrainingConfig, train
 from distsbi.training.loop import run_root

@@ -1,14 +1,14 @@
-"""Several processes that train or sample as one: what place the environment gives this one, how they meet, how they end together."""
+"""Several processes that train or sample as one: which rank the environment gives this one, how they meet, how they end together."""
 
-from distsbi.processes.given import Place, find_place
+from distsbi.processes.given import Rank, find_rank
 from distsbi.processes.job import agree_on, count, end, gather, index, initialize, is_first, join, wait_for_all
 
 __all__ = [
-    "Place",
+    "Rank",
     "agree_on",
     "count",
     "end",
-    "find_place",
+    "find_rank",
     "gather",
     "index",
     "initialize",

@@ -1,4 +1,4 @@
-"""The place of this process among the others: as it was told, or as its launcher's environment variables say.
+"""The rank of this process among the others: as it was told, or as its launcher's environment variables say.
 
     told        --coordinator host:port --num-processes 2 --process-id 0
     JAX's own   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
@@ -20,7 +20,7 @@ TPU_PORT = 8_476
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Rank:
     """Process `index` of `count`, which meet at `coordinator`, an address "host:port" of process 0's machine.
 
     local: this process among those on its machine, where the launcher says it: it takes that one of the machine's GPUs. None: all of them.
@@ -59,17 +59,17 @@ class Place:
         return int(self.coordinator.rpartition(":")[2])
 
 
-def find_place(
+def find_rank(
     coordinator: str | None = None,
     count: int | None = None,
     index: int | None = None,
     *,
     detect: bool = True,
     environment: Mapping[str, str] | None = None,
-) -> Place | None:
-    """The place that is given, or with `detect` the one that the environment says; None: this process is alone.
+) -> Rank | None:
+    """The rank that is given, or with `detect` the one that the environment says; None: this process is alone.
 
-    Raises ValueError if only a part is given, and as `Place` does.
+    Raises ValueError if only a part is given, and as `Rank` does.
     """
     given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": index}
     if any(value is not None for value in given.values()):
@@ -78,13 +78,13 @@ def find_place(
             raise ValueError(
                 f"{' and '.join(missing)} missing: several processes need an address, their number and this process' own number, all three."
             )
-        return Place(coordinator, count, index)
+        return Rank(coordinator, count, index)
     if not detect:
         return None
     environment = os.environ if environment is None else environment
     try:
-        places = (read(environment) for read in (_jax, _open_mpi, _slurm, _tpu_pod))
-        return next((place for place in places if place is not None and place.count > 1), None)
+        ranks = (read(environment) for read in (_jax, _open_mpi, _slurm, _tpu_pod))
+        return next((rank for rank in ranks if rank is not None and rank.count > 1), None)
     except KeyError as error:
         raise ValueError(
             f"the environment says that there are several processes but not {error}; give --coordinator, --num-processes and --process-id, "
@@ -92,20 +92,20 @@ def find_place(
         ) from error
 
 
-def _jax(env: Mapping[str, str]) -> Place | None:
+def _jax(env: Mapping[str, str]) -> Rank | None:
     if "JAX_COORDINATOR_ADDRESS" not in env or "JAX_NUM_PROCESSES" not in env:
         return None
-    return Place(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
+    return Rank(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
 
 
-def _slurm(env: Mapping[str, str]) -> Place | None:
+def _slurm(env: Mapping[str, str]) -> Rank | None:
     """Inside a step: the batch script itself has no SLURM_STEP_NODELIST of several tasks."""
     if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
         return None
     count = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
     job, step = env["SLURM_JOB_ID"], env.get("SLURM_STEP_ID", "0")
     port = PORTS[(int(job) + 521 * int(step)) % len(PORTS)]  # a job's steps, and jobs in succession, apart
-    return Place(
+    return Rank(
         f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
         count,
         int(env["SLURM_PROCID"]),
@@ -114,7 +114,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     )
 
 
-def _open_mpi(env: Mapping[str, str]) -> Place | None:
+def _open_mpi(env: Mapping[str, str]) -> Rank | None:
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
     mpirun = env.get("OMPI_MCA_orte_hnp_uri", "")
@@ -131,17 +131,17 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
     job = uri.partition(";")[0]
     port = PORTS[zlib.crc32(job.encode()) % len(PORTS)]  # Open MPI 4 numbers jobs in steps of 65,536
     local = _local(env, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return Place(f"{found[1]}:{port}", count, int(env["OMPI_COMM_WORLD_RANK"]), local, f"Open MPI job {job}")
+    return Rank(f"{found[1]}:{port}", count, int(env["OMPI_COMM_WORLD_RANK"]), local, f"Open MPI job {job}")
 
 
-def _tpu_pod(env: Mapping[str, str]) -> Place | None:
+def _tpu_pod(env: Mapping[str, str]) -> Rank | None:
     hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     if "TPU_WORKER_ID" in env and int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1:
         raise ValueError(
             f"this is one of {env['MEGASCALE_NUM_SLICES']} TPU slices (MEGASCALE_NUM_SLICES), and distsbi joins the hosts of one; give "
             f"--coordinator, --num-processes and --process-id over all slices, or --distributed off."
         )
-    return Place(f"{hosts[0]}:{TPU_PORT}", len(hosts), int(env["TPU_WORKER_ID"])) if len(hosts) > 1 else None
+    return Rank(f"{hosts[0]}:{TPU_PORT}", len(hosts), int(env["TPU_WORKER_ID"])) if len(hosts) > 1 else None
 
 
 def _local(env: Mapping[str, str], name: str, among: str) -> int | None:

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from distsbi.processes.given import Place, find_place
+from distsbi.processes.given import Rank, find_rank
 from distsbi.processes.meeting import Meeting, meet
 
 LOST = 1  # exit code of a process that ends because another did
@@ -55,20 +55,20 @@ def initialize(
     Example:
         `distsbi.initialize("node1:1234", num_processes=2, process_id=0)`
     """
-    place = find_place(coordinator, num_processes, process_id, detect=detect)
-    return place is not None and join(place, timeout=timeout, join_jax=join_jax)
+    rank = find_rank(coordinator, num_processes, process_id, detect=detect)
+    return rank is not None and join(rank, timeout=timeout, join_jax=join_jax)
 
 
-def join(place: Place, *, timeout: float = 300.0, join_jax: bool = True) -> bool:
-    """`initialize`, for a place that is known."""
+def join(rank: Rank, *, timeout: float = 300.0, join_jax: bool = True) -> bool:
+    """`initialize`, for a rank that is known."""
     global _meeting, _joined_jax
     if _meeting is not None:
         raise RuntimeError("distsbi.initialize was called before in this process; call it once.")
-    if place.count == 1:
+    if rank.count == 1:
         return False
     import jax
 
-    meeting, address = meet(place, timeout, _lost)
+    meeting, address = meet(rank, timeout, _lost)
     _meeting = meeting
     _notice_exit()
     atexit.register(end)  # after the import: JAX's own handler, which waits for the others, must not come first
@@ -77,9 +77,9 @@ def join(place: Place, *, timeout: float = 300.0, join_jax: bool = True) -> bool
         jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending the process
         jax.distributed.initialize(
             address,
-            place.count,
-            place.index,
-            local_device_ids=place.local,
+            rank.count,
+            rank.index,
+            local_device_ids=rank.local,
             initialization_timeout=int(timeout) + 1,
             cluster_detection_method="deactivate",
         )
@@ -90,7 +90,7 @@ def join(place: Place, *, timeout: float = 300.0, join_jax: bool = True) -> bool
 def count() -> int:
     """How many processes there are."""
     if _meeting is not None:
-        return _meeting.place.count
+        return _meeting.rank.count
     import jax
 
     return jax.process_count()
@@ -99,7 +99,7 @@ def count() -> int:
 def index() -> int:
     """This process' number, from 0 on."""
     if _meeting is not None:
-        return _meeting.place.index
+        return _meeting.rank.index
     import jax
 
     return jax.process_index()

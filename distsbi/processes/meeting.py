@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from distsbi.processes.given import Place
+from distsbi.processes.given import Rank
 
 PROTOCOL = "distsbi 1"
 RETRY = 0.2  # seconds between attempts to connect
@@ -71,8 +71,8 @@ class Line:
 class Meeting:
     """The processes that have met, seen from one of them. `lost(sentence, died)` is called in a thread of its own when another ends early."""
 
-    def __init__(self, place: Place, lines: dict[int, Line], hosts: dict[int, str], lost: Callable[[str, bool], None]):
-        self.place, self.lines, self.hosts = place, lines, hosts
+    def __init__(self, rank: Rank, lines: dict[int, Line], hosts: dict[int, str], lost: Callable[[str, bool], None]):
+        self.rank, self.lines, self.hosts = rank, lines, hosts
         self._lost, self._over, self._leaving, self._early = lost, False, False, False
         self._byes = {index: threading.Event() for index in lines}
         self._values: dict[int, queue.Queue[Any]] = {index: queue.Queue() for index in lines}
@@ -82,11 +82,11 @@ class Meeting:
 
     def gather(self, value: Any) -> list[Any]:
         """Everyone's `value` (JSON), by process; returns when all have given theirs. Raises RuntimeError if one has left."""
-        if self.place.index:
+        if self.rank.index:
             self.lines[0].send({"value": value})
             return self._values[0].get()
         values = [value]
-        for i in range(1, self.place.count):
+        for i in range(1, self.rank.count):
             said = self._values[i].get()
             if said is LEFT:
                 self._values[i].put(LEFT)
@@ -102,9 +102,9 @@ class Meeting:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._leaving = True
         for index, values in self._values.items():
-            if not self.place.index and not values.empty() and not self._byes[index].is_set():
+            if not self.rank.index and not values.empty() and not self._byes[index].is_set():
                 self._waits_in_vain(index)
-        if self.place.index:
+        if self.rank.index:
             self.lines[0].send({"bye": 1})
         for bye in self._byes.values():
             if not bye.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
@@ -112,7 +112,7 @@ class Meeting:
         if self._early:
             return False
         self._over = True
-        for line in self.lines.values() if not self.place.index else ():
+        for line in self.lines.values() if not self.rank.index else ():
             line.send({"bye": 1})
         return True
 
@@ -143,7 +143,7 @@ class Meeting:
                 )
             elif "value" in message or "values" in message:
                 self._values[index].put(message.get("values", message.get("value")))
-                if self._leaving and not self.place.index:
+                if self._leaving and not self.rank.index:
                     self._waits_in_vain(index)
                 continue
             elif "bye" in message:  # process 0's is the last word; of another the end is still to be noticed
@@ -171,17 +171,17 @@ class Meeting:
         return f"process {index} on {self.hosts.get(index, '?')}"
 
 
-def meet(place: Place, timeout: float, lost: Callable[[str, bool], None]) -> tuple[Meeting, str]:
+def meet(rank: Rank, timeout: float, lost: Callable[[str, bool], None]) -> tuple[Meeting, str]:
     """(the meeting, an address for JAX's coordination service), when all processes have come.
 
     Raises ValueError where the port is in use, nothing answers at the coordinator's address, processes are missing after `timeout` seconds, or they
     disagree on their number or their own numbers: in all of them.
     """
     deadline = time.monotonic() + timeout
-    return _lead(place, deadline, timeout, lost) if place.index == 0 else _join(place, deadline, timeout, lost)
+    return _lead(rank, deadline, timeout, lost) if rank.index == 0 else _join(rank, deadline, timeout, lost)
 
 
-def _lead(place: Place, deadline: float, timeout: float, lost: Callable[[str, bool], None]) -> tuple[Meeting, str]:
+def _lead(rank: Rank, deadline: float, timeout: float, lost: Callable[[str, bool], None]) -> tuple[Meeting, str]:
     lines: dict[int, Line] = {}
     hosts = {0: socket.gethostname()}
 
@@ -191,24 +191,24 @@ def _lead(place: Place, deadline: float, timeout: float, lost: Callable[[str, bo
         return ValueError(sentence)
 
     come: queue.Queue[tuple[Line, dict[str, Any]]] = queue.Queue()
-    with _listening(place) as server, _receiving(server, come):
-        while len(lines) < place.count - 1:
+    with _listening(rank) as server, _receiving(server, come):
+        while len(lines) < rank.count - 1:
             try:
                 line, hello = come.get(timeout=max(deadline - time.monotonic(), 0.01))
             except queue.Empty:
-                missing = ", ".join(str(i) for i in range(1, place.count) if i not in lines)
+                missing = ", ".join(str(i) for i in range(1, rank.count) if i not in lines)
                 raise refuse(
-                    f"{len(lines) + 1} of {place.count} processes came to {place.coordinator} within {timeout:g} s, without process {missing}; "
+                    f"{len(lines) + 1} of {rank.count} processes came to {rank.coordinator} within {timeout:g} s, without process {missing}; "
                     f"start all of them, each with the same --coordinator and --num-processes."
                 ) from None
-            if (job := hello["job"]) != place.job:  # of another job, which met this one at its port
-                waiting = place.job or "another job"
-                line.turn_away(f"at {place.coordinator} waits {waiting}, and this is {job or 'none of it'}: {OTHER}.")
+            if (job := hello["job"]) != rank.job:  # of another job, which met this one at its port
+                waiting = rank.job or "another job"
+                line.turn_away(f"at {rank.coordinator} waits {waiting}, and this is {job or 'none of it'}: {OTHER}.")
                 continue
             index, count, host = hello["index"], hello["count"], hello["host"]
-            if count != place.count:
+            if count != rank.count:
                 raise refuse(
-                    f"the processes disagree on their number: process 0 on {hosts[0]} was started as one of {place.count}, process {index} on "
+                    f"the processes disagree on their number: process 0 on {hosts[0]} was started as one of {rank.count}, process {index} on "
                     f"{host} as one of {count}; give all of them the same --num-processes.",
                     line,
                 )
@@ -218,10 +218,10 @@ def _lead(place: Place, deadline: float, timeout: float, lost: Callable[[str, bo
                     line,
                 )
             lines[index], hosts[index] = line, host
-    address = f"{place.coordinator.rpartition(':')[0]}:{free_port()}"
+    address = f"{rank.coordinator.rpartition(':')[0]}:{free_port()}"
     for line in lines.values():
         line.send({"go": address, "hosts": {str(i): host for i, host in hosts.items()}})
-    return Meeting(place, lines, hosts, lost), address
+    return Meeting(rank, lines, hosts, lost), address
 
 
 @contextlib.contextmanager
@@ -270,15 +270,15 @@ def _is_hello(said: dict[str, Any]) -> bool:
     )
 
 
-def _join(place: Place, deadline: float, timeout: float, lost: Callable[[str, bool], None]) -> tuple[Meeting, str]:
+def _join(rank: Rank, deadline: float, timeout: float, lost: Callable[[str, bool], None]) -> tuple[Meeting, str]:
     while True:
         try:
             connection = socket.create_connection(
-                (place.host, place.port), timeout=max(deadline - time.monotonic(), 0.01)
+                (rank.host, rank.port), timeout=max(deadline - time.monotonic(), 0.01)
             )
             connection.settimeout(max(deadline - time.monotonic(), 0.01) + HELLO)  # process 0 says whom it waited for
             line = Line(connection)
-            hello = {"index": place.index, "count": place.count, "host": socket.gethostname(), "job": place.job}
+            hello = {"index": rank.index, "count": rank.count, "host": socket.gethostname(), "job": rank.job}
             line.send({"hello": PROTOCOL, **hello})
             answer = line.receive()
             if answer is not None:
@@ -289,30 +289,30 @@ def _join(place: Place, deadline: float, timeout: float, lost: Callable[[str, bo
             reason = str(error)
         if time.monotonic() + RETRY > deadline:
             raise ValueError(
-                f"process {place.index} cannot reach the coordinator at {place.coordinator} within {timeout:g} s ({reason}): start process 0 on that "
+                f"process {rank.index} cannot reach the coordinator at {rank.coordinator} within {timeout:g} s ({reason}): start process 0 on that "
                 f"machine, and check the address and what closes ports between the machines."
             )
         time.sleep(RETRY)
     connection.settimeout(None)
     if "go" not in answer:
         raise ValueError(
-            answer.get("refused", f"{place.coordinator} is no coordinator of distsbi; give the address of process 0.")
+            answer.get("refused", f"{rank.coordinator} is no coordinator of distsbi; give the address of process 0.")
         )
-    return Meeting(place, {0: line}, {int(i): host for i, host in answer["hosts"].items()}, lost), answer["go"]
+    return Meeting(rank, {0: line}, {int(i): host for i, host in answer["hosts"].items()}, lost), answer["go"]
 
 
-def _listening(place: Place) -> socket.socket:
+def _listening(rank: Rank) -> socket.socket:
     """Where the coordinator's address is, on all interfaces unless it is the loopback one."""
-    loopback = place.host == "localhost" or place.host.startswith("127.")
+    loopback = rank.host == "localhost" or rank.host.startswith("127.")
     family = socket.AF_INET if loopback or not socket.has_dualstack_ipv6() else socket.AF_INET6
     try:
-        where = place.host if loopback else ""
+        where = rank.host if loopback else ""
         return socket.create_server(
-            (where, place.port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=place.count
+            (where, rank.port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=rank.count
         )
     except OSError as error:
         raise ValueError(
-            f"process 0 cannot listen at {place.coordinator} ({error.strerror or error}): choose another port for all processes, or end what uses "
+            f"process 0 cannot listen at {rank.coordinator} ({error.strerror or error}): choose another port for all processes, or end what uses "
             f"it; the address must be one of process 0's own machine."
         ) from error
 

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from distsbi import keys, processes
+from distsbi.environment import device_name, versions
 from distsbi.files import full_disk_says, one_holder, write_json, write_whole
-from distsbi.hardware import device_name
 from distsbi.sampling import tiles
 from distsbi.sampling.checks import SolveError, unsolved
 from distsbi.sampling.options import ONE, SampleOptions
@@ -228,8 +228,6 @@ def _begin(folder: Path, definition: dict[str, Any], overwrite: bool) -> None:
 
 def _made_on(posterior: "Posterior") -> dict[str, Any]:
     """Versions and hardware of this process, on which bits depend."""
-    from distsbi.sampling.run import versions  # which knows how posteriors are saved
-
     return {"device": device_name(next(iter(posterior.mesh.devices.flat))), "versions": versions()}
 
 

@@ -11,7 +11,6 @@ Nothing in it is pickled, and loading it runs no code from it.
 import dataclasses
 import hashlib
 import importlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from flax import nnx
 
 from distsbi import mesh as meshes, processes
 from distsbi.data.standardise import Standardizer
+from distsbi.environment import versions
 from distsbi.files import full_disk_says, write_json
 from distsbi.methods import METHODS, make_method
 from distsbi.networks import NETWORKS, Conditional, Embedded, Unconditional, make_network, network_name
@@ -41,18 +41,6 @@ VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditio
 SPEC, WEIGHTS = "spec.json", "weights"
 REQUIRED = ("network", "sizes", "method", "standardizer", "parameter_names", "solver", "tile", "weights",
             "weights_sha256", "fingerprint", "versions", "facts")  # fmt: skip
-PACKAGES = ("distsbi", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy", "pyarrow")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what takes part in training and sampling."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def model_spec(posterior: Posterior) -> dict[str, Any]:

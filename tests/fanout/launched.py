@@ -8,11 +8,11 @@ from typing import Any
 from distsbi import processes
 
 
-def add(place: processes.Place, *, join_jax: bool, out: str) -> dict[str, Any]:
+def add(rank: processes.Rank, *, join_jax: bool, out: str) -> dict[str, Any]:
     """The sum over all devices, after the second of two has been killed once."""
-    processes.join(place, join_jax=join_jax)
+    processes.join(rank, join_jax=join_jax)
     killed = Path(out) / "killed"
-    if place.index == 1 and not killed.exists():
+    if rank.index == 1 and not killed.exists():
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     import jax
@@ -27,8 +27,8 @@ def add(place: processes.Place, *, join_jax: bool, out: str) -> dict[str, Any]:
     return {"total": total, "processes": jax.process_count(), "platform": jax.default_backend()}
 
 
-def fail(place: processes.Place, *, join_jax: bool, which: int, kind: str) -> None:
-    processes.join(place, join_jax=join_jax)
-    if place.index == which:
+def fail(rank: processes.Rank, *, join_jax: bool, which: int, kind: str) -> None:
+    processes.join(rank, join_jax=join_jax)
+    if rank.index == which:
         raise (ValueError if kind == "ValueError" else OSError)("the data are bad; mend them")
     processes.wait_for_all()

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from distsbi.fanout import patience, pool as pools
-from distsbi.fanout.pool import RayPool
+from distsbi.fanout import patience, ray_pool as pools
+from distsbi.fanout.ray_pool import RayPool
 
 pytest.importorskip("ray")
 DIED = object()

@@ -447,7 +447,7 @@ class TestRay:
             simulate(simulator, tmp_path / "out", workers=1, max_failures=2)
 
     def test_a_cluster_whose_machines_are_too_small_is_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("distsbi.fanout.pool.PATIENCE", 1.0)
+        monkeypatch.setattr("distsbi.fanout.ray_pool.PATIENCE", 1.0)
         with (
             connected("local", 1, 1, 0),
             pytest.raises(

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from distsbi.environment import device_name
 from distsbi.files import one_holder
-from distsbi.hardware import device_name
 from distsbi.processes.meeting import free_port
 from distsbi.sampling import SolveError, Tile, dataset
 from distsbi.sampling.run import versions
