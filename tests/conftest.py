@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if version("jaxlib").startswith("0.10.") and "DISTSBI_TEST_OPTIMISED" not in os.environ:
-    # Tests compile more than they compute, and XLA's older emitters compile in two thirds of the time; tests of bits across processes set
-    # flags of their own.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    # Tests compile more than they compute, and XLA's older emitters compile in two thirds of the time, of which LLVM's second level of
+    # optimisation is a quarter; tests of bits across processes set flags of their own.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for processes that tests start
@@ -29,13 +29,16 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs(request: pytest.FixtureRequest):
-    """Programs of a file marked `lightly_compiled` skip most of XLA's optimisations, unless DISTSBI_TEST_OPTIMISED is set. What was compiled
-    is let go after a file: thousands of programs cost gigabytes and slow every garbage collection."""
+    """Programs of a file marked `lightly_compiled` skip most of XLA's optimisations, in processes that it starts too, unless
+    DISTSBI_TEST_OPTIMISED is set. What was compiled is let go after a file: thousands of programs cost gigabytes and slow every garbage
+    collection."""
     import jax
 
     lightly = request.node.get_closest_marker("lightly_compiled") and "DISTSBI_TEST_OPTIMISED" not in os.environ
     jax.config.update("jax_disable_most_optimizations", bool(lightly))
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(bool(lightly))))
+        yield
     jax.clear_caches()
     gc.collect()
 

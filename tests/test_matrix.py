@@ -48,6 +48,8 @@ NETWORK_ROWS = {
     ),
 }  # fmt: skip
 SOLVER_ROWS = [*RULES, "tsit5", "dopri5", "dopri8"]
+pytestmark = pytest.mark.lightly_compiled
+
 PLACES = ["one device", "mesh of 8", "Ray worker"]
 TABLES = [sorted(METHODS), sorted(NETWORK_ROWS), SOLVER_ROWS, PLACES]
 X = np.asarray([[[0.3], [-0.5], [0.8]]], np.float32)

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 
 import click
 
@@ -29,6 +30,7 @@ def main(args: list[str] | None = None) -> None:
         # threads of orbax tell the errors that are told below, with pages of traceback, until the process ends
         for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *_: None
     said = "interrupted"
     try:

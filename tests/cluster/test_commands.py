@@ -68,17 +68,20 @@ class Nodes:
         self.address = f"{HEAD}:{self.port}"
         self.processes: list[subprocess.Popen] = []
         (worker,) = [group["groupName"] for group in cluster_spec(path)["workerGroupSpecs"]]
-        # What is other than in a pod: addresses, ports, folders, and no dashboard, which needs ray[default].
-        self.temporary = tempfile.TemporaryDirectory(
-            prefix="ray-", ignore_cleanup_errors=True
-        )  # sockets' paths must be short
-        common = [f"--temp-dir={self.temporary.name}", "--include-dashboard=false", "--disable-usage-stats"]
-        head = ["--head", f"--port={self.port}", f"--node-ip-address={HEAD}", *common]
+        # What is other than in a pod: addresses, ports, folders (short ones, for sockets; each its own, or nodes that start at once take each
+        # other's), and no dashboard, which needs ray[default].
+        self.temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        head = ["--head", f"--port={self.port}", f"--node-ip-address={HEAD}", f"--temp-dir={self.temporary.name}/0"]
+        head += ["--include-dashboard=false", "--disable-usage-stats"]
         try:
             self._start(path, "head", head, folder)
             wait_for_port(HEAD, self.port, self.processes[0])
-            for address in WORKERS[:workers]:
-                where = [f"--address={self.address}", f"--node-ip-address={address}", *common[:1]]
+            for i, address in enumerate(WORKERS[:workers], 1):
+                where = [
+                    f"--address={self.address}",
+                    f"--node-ip-address={address}",
+                    f"--temp-dir={self.temporary.name}/{i}",
+                ]
                 self._start(path, worker, where, folder)
         except BaseException:
             self.end()

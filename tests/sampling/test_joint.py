@@ -16,6 +16,8 @@ from distsbi.networks import NETWORKS, Conditional, Flux1Joint, Flux1JointParams
 from distsbi.sampling.joint import JointPosterior
 from distsbi.training import ConditionMasks
 
+pytestmark = pytest.mark.lightly_compiled
+
 JOINT = {
     "Flux1Joint": Flux1JointParams(in_channels=1, dim_joint=5, num_heads=2, depth_single_blocks=2, val_emb_dim=8),
     "Flux1Joint concat": Flux1JointParams(
