@@ -6,8 +6,9 @@ from flax import nnx
 
 from distsbi.networks.base import Context, Network, NetworkParams, encode, takes_missing
 from distsbi.networks.embedding import CNN, CNNParams, Embedded, PatchEmbedding, PatchEmbeddingParams
-from distsbi.networks.flux1 import Flux1, Flux1Params
+from distsbi.networks.flux1 import Flux1
 from distsbi.networks.flux1_joint import Flux1Joint, Flux1JointParams
+from distsbi.networks.flux1_params import Flux1Params
 from distsbi.networks.joint import Conditional, JointNetwork, Unconditional
 from distsbi.networks.mlp import MLP, MLPParams
 from distsbi.networks.observation import Layout

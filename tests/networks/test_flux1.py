@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from distsbi.networks.flux1 import Flux1, Flux1Params
+from distsbi.networks.flux1 import Flux1
+from distsbi.networks.flux1_params import Flux1Params
 from distsbi.networks.gensbi import from_gensbi, gensbi_paths, to_gensbi
 
 pytestmark = pytest.mark.lightly_compiled
