@@ -1,5 +1,6 @@
 """The catalog that came out, opened: who is done, summaries by name, draws by id. Nothing is read unasked."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from distsbi.store.status import Status
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 Id = int | str | bytes
+_DAMAGED = (pa.ArrowException, OSError)  # what pyarrow says of a file that is cut off or altered, or does not come
+_CHECKED = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 _NO_SUCH_IDS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)  # what pyarrow says of values of another type
 
 
@@ -35,7 +38,7 @@ class Catalog:
 
     `catalog[id]` are the draws of an observation [draws, dim_theta, ch_theta], `id in catalog` says whether there are some,
     `for id in catalog` goes through the ids that have draws, `catalog.items()` through them with their draws, and `len(catalog)` counts
-    them. Only what is asked for is read.
+    them. Only what is asked for is read, and its pages' checksums are compared: what reads raises ValueError for a shard that is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -70,7 +73,10 @@ class Catalog:
         if not self.shards:
             raise ValueError(f"{self.path} has no finished shards yet.")
         files = [self._file(shard).path for shard in self.shards]
-        return ds.dataset(files, format="parquet", filesystem=self.place.fs)
+        with self._telling_damage():
+            return ds.dataset(
+                files, format=ds.ParquetFileFormat(default_fragment_scan_options=_CHECKED), filesystem=self.place.fs
+            )
 
     @property
     def about(self) -> dict[str, Any]:
@@ -91,7 +97,8 @@ class Catalog:
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise ValueError(f"there is no column {unknown[0]!r}; the columns are {', '.join(names)}.")
-        return self.dataset.to_table(columns=wanted)
+        with self._telling_damage():
+            return self.dataset.to_table(columns=wanted)
 
     def summary(self) -> pa.Table:
         """id, status, message and `<parameter>_<mean, sd, q05, ...>`, plain columns; `.to_pandas()` makes a
@@ -125,9 +132,10 @@ class Catalog:
         """Every id with its draws, in catalog order, a row group in memory at a time."""
         self._check_draws()
         for shard in self.shards:
-            with self._file(shard).open() as source, pq.ParquetFile(source) as file:
+            with self._opened(shard) as file:
                 for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=["id", "status", "draws"]).combine_chunks()
+                    with self._telling_damage(shard):
+                        table = file.read_row_group(group, columns=["id", "status", "draws"]).combine_chunks()
                     good = table.filter(pc.equal(table["status"], OK)).combine_chunks()
                     if good.num_rows:
                         yield from zip(good["id"].to_pylist(), self._arrays(good), strict=True)
@@ -146,13 +154,14 @@ class Catalog:
         rows = self._index["row"].take(pa.array(self._find(ids))).to_pylist()
         made = np.empty((len(rows), *self.about["draws_shape"]), np.float32)
         for shard, places in _grouped((row // self.rows_per_shard, i) for i, row in enumerate(rows)).items():
-            with self._file(shard).open() as source, pq.ParquetFile(source) as file:
+            with self._opened(shard) as file:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 starts = np.cumsum([0, *sizes[:-1]])
                 offsets = {i: rows[i] - shard * self.rows_per_shard for i in places}
                 groups = _grouped((int(np.searchsorted(starts, offsets[i], "right")) - 1, i) for i in places)
                 for group, members in groups.items():
-                    table = file.read_row_group(group, columns=["status", "message", "draws"])
+                    with self._telling_damage(shard):
+                        table = file.read_row_group(group, columns=["status", "message", "draws"])
                     found = table.take([offsets[i] - starts[group] for i in members]).combine_chunks()
                     for i, state, message in zip(
                         members, found["status"].to_pylist(), found["message"].to_pylist(), strict=True
@@ -202,6 +211,26 @@ class Catalog:
     def _file(self, shard: int) -> Place:
         return layout.shard_file(self.place, shard, self.n_shards)
 
+    @contextlib.contextmanager
+    def _opened(self, shard: int) -> Iterator[pq.ParquetFile]:
+        with contextlib.ExitStack() as stack:
+            with self._telling_damage(shard):
+                source = stack.enter_context(self._file(shard).open())
+                file = stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
+            yield file
+
+    @contextlib.contextmanager
+    def _telling_damage(self, shard: int | None = None) -> Iterator[None]:
+        """Of a block that reads."""
+        try:
+            yield
+        except _DAMAGED as error:
+            which = f"{self.path} has a shard that" if shard is None else f"{self._file(shard)}"
+            raise ValueError(
+                f"{which} cannot be read ({str(error).splitlines()[0].rstrip('.')}); `distsbi verify {self.path} --repair` finds shards that "
+                "are damaged and makes them again."
+            ) from error
+
     def _check_draws(self) -> None:
         if "draws" not in self.dataset.schema.names:
             raise ValueError(f"{self.path} was written with draws=False; it has summaries only.")
@@ -233,7 +262,8 @@ class Catalog:
 
     @functools.cached_property
     def _index(self) -> pa.Table:
-        return self.dataset.to_table(columns=["id", "row", "status"])
+        with self._telling_damage():
+            return self.dataset.to_table(columns=["id", "row", "status"])
 
 
 def _fits(id: object, kind: pa.DataType) -> bool:

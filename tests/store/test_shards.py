@@ -205,6 +205,25 @@ def test_verify_names_what_is_wrong(out):
     assert len(problems) == 1
 
 
+def test_damage_is_told_when_it_is_read(out):
+    """One shard is cut off, then one number of its draws is another: what reads it says which and what to do; the other's rows come."""
+    file = layout.shard_file(out, 1, 2)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    for read in (lambda c: c["g0"], lambda c: c.summary(), len):
+        with pytest.raises(ValueError, match=r"cannot be read .*shard-00000001-of-00000002.*--repair"):
+            read(open_catalog(out))
+    with pytest.raises(ValueError, match=f"^{file} cannot be read"):
+        list(open_catalog(out).items())
+    at = whole.index(DRAWS[2].tobytes())
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    catalog = open_catalog(out)
+    assert len(catalog) == 10
+    np.testing.assert_array_equal(catalog["g3"], DRAWS[2])
+    with pytest.raises(ValueError, match=f"^{file} cannot be read .*--repair"):
+        catalog["g9"]
+
+
 def test_status_names_a_damaged_shard(out):
     path = layout.shard_file(out, 1, 2)
     whole = path.read_bytes()
