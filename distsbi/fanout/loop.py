@@ -126,27 +126,31 @@ def take_stock(
 ) -> tuple[Counter[str], list[int]]:
     """Rows by status, and the shards that are there and whole.
 
-    A shard that is not as large as it was written, or cannot be read, is removed, and so made again. One that the journal does
+    A shard that is not as large as it was written, is damaged or was found bad is removed, and so made again. One that the journal does
     not know (a kill came between shard and line) is read, and known from now on.
+
+    Raises OSError if such a one cannot be read now: that is no damage, and it stays.
     """
     sizes = layout.shard_sizes(out, shards.count)
     lines = layout.read_journal(out)
     written = status.last_lines(lines)
-    known = status.manifests(lines, sizes)
+    known, bad = status.manifests(lines, sizes), status.known_bad(lines)
     counts, present = Counter(dict.fromkeys(schema.STATUSES, 0)), []
     for shard, size in sizes.items():
         file = layout.shard_file(out, shard, shards.count)
         found = known.get(shard)
         try:
+            if shard in bad:
+                raise ValueError(bad[shard])
             if found is None and "bytes" in written.get(shard, {}):
                 raise ValueError(f"{file} has {size:,} bytes of {written[shard]['bytes']:,}")
             if found is None:
-                found = read_manifest(file)
+                found = status.of_all_rows(read_manifest(file), shards.rows(shard), file)
                 journal.add(
                     {
                         "event": "found",
                         "shard": shard,
-                        "rows": sum(found[s] for s in schema.STATUSES if s in found),
+                        "rows": len(shards.rows(shard)),
                         **found,
                         "bytes": size,
                     }
@@ -158,7 +162,6 @@ def take_stock(
             continue
         counts.update({name: found.get(name, 0) for name in schema.STATUSES})
         present.append(shard)
-    journal.flush()
     return counts, present
 
 

@@ -5,7 +5,7 @@
                                                  removes it
           _distsbi/  run.json                    what defines the draws (or pairs), and where they come from
                      failures/shard-*.parquet    simulations: rows of that shard that are no pairs, and why; written before it
-                     journal.jsonl               local disks: one line per event (a shard done, failed, searched, ...)
+                     journal.jsonl               local disks: one line per event (a shard done, failed, searched, found bad, ...)
                      journal/*.jsonl             object stores, where nothing can be appended: the same lines in batches
                      lock, lease.json            held by the one process that fills the folder (writer.py)
 
@@ -84,6 +84,11 @@ def shard_sizes(out: Where, shards: int) -> dict[int, int]:
 def shards_done(out: Where, shards: int) -> list[int]:
     """The numbers of the shards that are there, ascending. Raises as `shard_sizes`."""
     return list(shard_sizes(out, shards))
+
+
+def shard_rows(shard: int, n_rows: int, rows_per_shard: int) -> range:
+    """The rows of a shard."""
+    return range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, n_rows))
 
 
 def has_shards(out: Where) -> bool:
