@@ -13,10 +13,10 @@ from typing import Any
 from distsbi.data import parquet
 from distsbi.data.pairs import UNFINISHED
 from distsbi.fanout import simulation
-from distsbi.fanout.simulation_worker import read_failures
-from distsbi.files import sha256_of
+from distsbi.fanout.simulation_worker import read_manifest
 from distsbi.sampling import dataset
 from distsbi.store import layout, record, status
+from distsbi.store.place import as_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FolderVerdict:
 
 
 def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
-    """Reads every file: the checksums of its pages, and of simulations those of whole files too.
+    """Reads every file: the checksums of its pages, and of simulations those of whole files too, and whether every row is a pair or a recorded failure.
 
     Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog.
     """
@@ -67,16 +67,24 @@ def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool)
     count = math.ceil(definition["n_rows"] / definition["rows_per_shard"])
     for shard in range(count):
         file = layout.shard_file(folder, shard, count)
-        written = lines.get(shard, {}).get("sha256")  # not there if the line was lost
         if file.exists():
-            altered = written is not None and sha256_of(file) != written
-            yield f"{file} is not the file that was written: its checksum differs." if altered else _wrong(file)
+            rows = layout.shard_rows(shard, definition["n_rows"], definition["rows_per_shard"])
+            yield _wrong_shard(file, rows, lines.get(shard, {}))
         elif complete:
             yield f"{file} is missing."
+
+
+def _wrong_shard(file: Path, rows: range, line: dict[str, Any]) -> str | None:
+    """What is wrong with a shard of simulations, or with its record of failures. `line`: of the journal; empty if that was lost."""
     try:
-        read_failures(folder)
-    except ValueError as error:
-        yield str(error)
+        found = read_manifest(as_place(file))
+        for name, of in (("sha256", file), ("failures_sha256", layout.failures_file(file))):
+            if name in line and found[name] != line[name]:
+                return f"{of} is not the file that was written: its checksum differs."
+        status.of_all_rows(found, rows, file)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _wrong(file: Path) -> str | None:
