@@ -53,7 +53,7 @@ def work(
     Where the folder does not take a line or a note it is kept and tried again: workers report their own trouble with it.
 
     Raises RuntimeError at the end if shards were given up (or, as a safeguard, were never done), or if another process took
-    the folder over, or may have; OSError if the last lines cannot be written; Terminated after SIGTERM.
+    the folder over, or may have; OSError if a disk is full, or if the last lines cannot be written; Terminated after SIGTERM.
     """
     with layout.Journal(out) as journal:
         counts, present = take_stock(out, shards, journal, read_manifest)
@@ -97,7 +97,7 @@ def work(
                     bar.set_postfix(bad=counts.total() - counts[schema.OK])
                     devices.add(outcome.manifest["device"])
                 for device in devices - noted:
-                    with contextlib.suppress(OSError):  # tried again, and at the end not suppressed
+                    with contextlib.suppress(Exception):  # tried again, and at the end not suppressed
                         record.note_device(out, device)
                         noted.add(device)
                 journal.tick()

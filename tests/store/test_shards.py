@@ -279,6 +279,15 @@ def test_a_torn_journal_line_is_left_out(out):
     assert [line["shard"] for line in layout.read_journal(out)] == [0, 1]
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", "7", '"event"', "null", "\xff"])
+def test_a_journal_line_that_is_no_event_is_left_out(out, line):
+    layout.Journal(out).add({"event": "began", "shards": 2})
+    with open(layout.journal_file(out), "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    assert [found["event"] for found in layout.read_journal(out)] == ["began"]
+    assert open_catalog(out).status().complete
+
+
 def test_what_interrupted_attempts_left_is_removed(out):
     """Also beside run.json and the records of failures; what is not ours, or is whole, stays."""
     failures, part = out / layout.HIDDEN / "failures", "0123456789abcdef" * 2
