@@ -19,7 +19,8 @@ from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.provenance import command
 from distsbi.fanout.worker import Worker
-from distsbi.store import layout, reading, schema, writer
+from distsbi.files import sha256_of
+from distsbi.store import layout, reading, schema, status, writer
 from distsbi.store.place import Place
 
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
@@ -210,6 +211,32 @@ def test_contents_have_a_checksum_of_their_own(out):
     assert "does not hold the numbers that were written" in verify.verify(out, fraction=0).problems[0].what
 
 
+@pytest.mark.parametrize("name", ["draws", "q95"])
+def test_a_single_number_that_its_run_does_not_make_is_found(out, name):
+    """In one column alone, with both checksums of the altered shard."""
+    path = layout.shard_file(out, 2, 7)
+    table = pq.read_table(path)
+    column = table[name].combine_chunks()
+    storage = column.storage if name == "draws" else column
+    values = storage.flatten().to_numpy(zero_copy_only=False).copy()
+    values[-1] += 1e-6
+    altered = pa.FixedSizeListArray.from_arrays(pa.array(values), storage.type.list_size)
+    if name == "draws":
+        altered = pa.ExtensionArray.from_storage(column.type, altered)
+    at = table.schema.get_field_index(name)
+    table = table.set_column(at, table.schema.field(at), altered)
+    with pq.ParquetWriter(path, table.schema, use_dictionary=False) as file:
+        file.write_table(table)
+        file.add_key_value_metadata({schema.DIGEST: schema.digest(table)})
+    line = {"event": "done", "shard": 2, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    layout.Journal(out).add({**status.last_lines(layout.read_journal(out))[2], **line})
+    assert verify.verify(out, fraction=0).good
+    found = verify.verify(out, fraction=1.0)
+    assert [problem.shard for problem in found.problems] == [2]
+    assert "shard 2 holds other draws than its run makes, e.g. row 17: " in found.problems[0].what
+    assert (found.rows, found.same) == (40, 39)
+
+
 def test_draws_of_another_run_with_good_checksums_are_found(out, monkeypatch):
     """Rows are drawn again: here the worker adds to them what rounding on other hardware might."""
     plain = Worker._draw
@@ -288,6 +315,10 @@ def test_another_run_or_catalog_is_refused(out, make_catalog, tmp_path):
         verify.verify(out)
     with pytest.raises(ValueError, match="fraction must be from 0 to 1; got 2"):
         verify.verify(out, fraction=2)
+    for repair in (False, True):
+        with pytest.raises(ValueError, match="nothing is no output folder of sample_catalog"):
+            verify.verify(tmp_path / "nothing", repair=repair)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_run_json_says_where_the_draws_come_from(out, run):

@@ -171,6 +171,17 @@ def test_xarray(out, monkeypatch):
         catalog.to_xarray()
 
 
+def test_xarray_of_an_id_of_bytes(out):
+    pytest.importorskip("xarray")
+    for shard in range(2):
+        table = pq.read_table(layout.shard_file(out, shard, 2))
+        table = table.set_column(0, "id", table["id"].cast(pa.binary()))
+        pq.write_table(table, layout.shard_file(out, shard, 2))
+    found = open_catalog(out).to_xarray(b"g9")
+    assert found.observation.values.tolist() == [b"g9"]
+    np.testing.assert_array_equal(found[0], DRAWS[2, :, :, 0])
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_arviz(out):
     arviz = pytest.importorskip("arviz")
