@@ -4,7 +4,6 @@ pyarrow raises the same errors for a page whose checksum differs as for a store 
 from memory: what fails then is the file's.
 """
 
-import itertools
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,12 +26,14 @@ def patiently(read: Callable[[], T], what: object) -> T:
 
     Raises OSError that names `what` if it cannot be read.
     """
-    for tries in itertools.count(1):
+    tries = 0
+    while True:
         try:
             return read()
         except Damaged:
             raise
         except Exception as error:  # fsspec's stores raise errors of their own
+            tries += 1
             if tries == TRIES:
                 raise OSError(
                     f"{what} cannot be read now ({error}), which is no damage; try again when the disk or the store answers"

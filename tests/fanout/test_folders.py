@@ -112,6 +112,16 @@ def test_rows_that_are_neither_pairs_nor_failures(tmp_path, journal):
         np.testing.assert_array_equal(distsbi.data.read_pairs(out).x, before.x)
 
 
+def test_a_page_that_is_damaged_is_made_again(tmp_path):
+    """pyarrow's error of it is an OSError, too."""
+    files = simulate(tmp_path / "out")
+    content = files[1].read_bytes()
+    files[1].write_bytes(flip(content))
+    layout.journal_file(tmp_path / "out").unlink()
+    simulate(tmp_path / "out")
+    assert files[1].read_bytes() == content
+
+
 @pytest.mark.parametrize("which", [layout.shard_file, lambda *shard: layout.failures_file(layout.shard_file(*shard))])
 def test_what_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, which):
     """The disk gives an error of its own, which has a number; pyarrow's of a page have none."""
