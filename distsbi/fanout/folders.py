@@ -13,10 +13,9 @@ from typing import Any
 from distsbi.data import parquet
 from distsbi.data.pairs import UNFINISHED
 from distsbi.fanout import simulation
-from distsbi.fanout.simulation_worker import read_manifest
+from distsbi.fanout.simulation_worker import checksums, read_counts
 from distsbi.sampling import dataset
 from distsbi.store import layout, record, status
-from distsbi.store.place import as_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +76,11 @@ def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool)
 def _wrong_shard(file: Path, rows: range, line: dict[str, Any]) -> str | None:
     """What is wrong with a shard of simulations, or with its record of failures. `line`: of the journal; empty if that was lost."""
     try:
-        found = read_manifest(as_place(file))
+        found = checksums(file)
         for name, of in (("sha256", file), ("failures_sha256", layout.failures_file(file))):
             if name in line and found[name] != line[name]:
                 return f"{of} is not the file that was written: its checksum differs."
-        status.of_all_rows(found, rows, file)
+        status.of_all_rows(read_counts(file), rows, file)
     except (ValueError, OSError) as error:
         return str(error)
     return None

@@ -143,7 +143,7 @@ class SimulationWorker:
             **{name: counts[name] for name in STATUSES},
             "reasons": count_reasons(failures),
             "bytes": file.stat().st_size,
-            **_checksums(file),
+            **checksums(file),
             "seconds": round(time.monotonic() - began, 4),
             **{name: value for name, value in who(False, self._device).items() if name != "node"},
         }
@@ -198,21 +198,27 @@ def read_failures(out: Path) -> pa.Table:
 
 
 def read_manifest(shard: Place) -> dict[str, Any]:
-    """Rows by status and reasons of a shard, and the checksums of its files, all of which are read.
-
-    Raises ValueError naming one that is damaged, OSError if one cannot be read now. One that is lost is told by the number of rows (`status.of_all_rows`).
-    """
+    """Rows by status and reasons of a shard, and the checksums of its files. Raises as `read_counts`."""
     file = Path(shard.path)
+    return {**read_counts(file), **checksums(file)}
+
+
+def read_counts(file: Path) -> dict[str, Any]:
+    """Rows by status and reasons of a shard, from its files, all of which are read.
+
+    Raises ValueError naming one that is damaged, OSError if one cannot be read now. One that is lost is told by the number of rows
+    (`status.of_all_rows`).
+    """
     beside = layout.failures_file(file)
     good = patiently(lambda: _from_disk(lambda: parquet.check_file(file)), file).rows
     bad = patiently(lambda: _from_disk(lambda: _read(beside)), beside) if beside.exists() else None
     counts: Counter[str] = Counter(bad["status"].to_pylist() if bad is not None else [])
     counts[OK] = good
     reasons = {} if bad is None else count_reasons(bad)
-    return {**{name: counts[name] for name in STATUSES}, "reasons": reasons, **_checksums(file)}
+    return {**{name: counts[name] for name in STATUSES}, "reasons": reasons}
 
 
-def _checksums(shard: Path) -> dict[str, str | None]:
+def checksums(shard: Path) -> dict[str, str | None]:
     """SHA-256 of a shard and of its record of failures; None: it has none."""
     beside = layout.failures_file(shard)
     return {
