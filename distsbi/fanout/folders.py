@@ -47,7 +47,12 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     if run is not None and "simulator" in run["definition"]:
         again = simulation.command(run, str(path)) or "the same call of distsbi.simulate"
         checked = _check_simulations(folder, run["definition"], complete)
-        return _verdict("pairs", complete, checked, f"remove these files, and make them again with: {again}")
+        return _verdict(
+            "pairs",
+            complete,
+            checked,
+            f"remove the shards that are damaged or whose records are, and make them again with: {again}",
+        )
     files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith((".", "_")))
     if run is not None or not files:
         raise ValueError(f"{folder} holds neither pairs nor draws of one observation; give a folder that does.")
