@@ -139,6 +139,10 @@ def verify(out: str, repair: bool, **options: Any) -> None:
     if repair and found.left:
         click.echo(f"{found.left} shards could not be made: {found.reason}", err=True)
         click.echo(f"make them with: {found.command}")
+    elif any(problem.unread for problem in found.problems):
+        click.echo(
+            "what could not be read now is left as it is; verify again when the disk or the store answers", err=True
+        )
     elif repair and not found.repaired:
         click.echo("ids that occur more than once are not repaired; sample the catalog into another folder", err=True)
     elif not repair and not found.good:

@@ -16,6 +16,8 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
+from distsbi.store import layout
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -35,7 +37,7 @@ class Shards:
         return -(-self.n_rows // self.rows_per_shard)
 
     def rows(self, shard: int) -> range:
-        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.n_rows))
+        return layout.shard_rows(shard, self.n_rows, self.rows_per_shard)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Any
 from distsbi.data import parquet
 from distsbi.data.pairs import UNFINISHED
 from distsbi.fanout import simulation
-from distsbi.fanout.simulation_worker import read_failures
-from distsbi.files import sha256_of
+from distsbi.fanout.simulation_worker import checksums, read_counts
 from distsbi.sampling import dataset
 from distsbi.store import layout, record, status
 
@@ -36,7 +35,7 @@ class FolderVerdict:
 
 
 def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
-    """Reads every file: the checksums of its pages, and of simulations those of whole files too.
+    """Reads every file: the checksums of its pages, and of simulations those of whole files too, and whether every row is a pair or a recorded failure.
 
     Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog.
     """
@@ -48,7 +47,12 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     if run is not None and "simulator" in run["definition"]:
         again = simulation.command(run, str(path)) or "the same call of distsbi.simulate"
         checked = _check_simulations(folder, run["definition"], complete)
-        return _verdict("pairs", complete, checked, f"remove these files, and make them again with: {again}")
+        return _verdict(
+            "pairs",
+            complete,
+            checked,
+            f"remove the shards that are damaged or whose records are, and make them again with: {again}",
+        )
     files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith((".", "_")))
     if run is not None or not files:
         raise ValueError(f"{folder} holds neither pairs nor draws of one observation; give a folder that does.")
@@ -67,16 +71,24 @@ def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool)
     count = math.ceil(definition["n_rows"] / definition["rows_per_shard"])
     for shard in range(count):
         file = layout.shard_file(folder, shard, count)
-        written = lines.get(shard, {}).get("sha256")  # not there if the line was lost
         if file.exists():
-            altered = written is not None and sha256_of(file) != written
-            yield f"{file} is not the file that was written: its checksum differs." if altered else _wrong(file)
+            rows = layout.shard_rows(shard, definition["n_rows"], definition["rows_per_shard"])
+            yield _wrong_shard(file, rows, lines.get(shard, {}))
         elif complete:
             yield f"{file} is missing."
+
+
+def _wrong_shard(file: Path, rows: range, line: dict[str, Any]) -> str | None:
+    """What is wrong with a shard of simulations, or with its record of failures. `line`: of the journal; empty if that was lost."""
     try:
-        read_failures(folder)
-    except ValueError as error:
-        yield str(error)
+        found = checksums(file)
+        for name, of in (("sha256", file), ("failures_sha256", layout.failures_file(file))):
+            if name in line and found[name] != line[name]:
+                return f"{of} is not the file that was written: its checksum differs."
+        status.of_all_rows(read_counts(file), rows, file)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _wrong(file: Path) -> str | None:

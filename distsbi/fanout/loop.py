@@ -53,7 +53,7 @@ def work(
     Where the folder does not take a line or a note it is kept and tried again: workers report their own trouble with it.
 
     Raises RuntimeError at the end if shards were given up (or, as a safeguard, were never done), or if another process took
-    the folder over, or may have; OSError if the last lines cannot be written; Terminated after SIGTERM.
+    the folder over, or may have; OSError if a disk is full, or if the last lines cannot be written; Terminated after SIGTERM.
     """
     with layout.Journal(out) as journal:
         counts, present = take_stock(out, shards, journal, read_manifest)
@@ -97,7 +97,7 @@ def work(
                     bar.set_postfix(bad=counts.total() - counts[schema.OK])
                     devices.add(outcome.manifest["device"])
                 for device in devices - noted:
-                    with contextlib.suppress(OSError):  # tried again, and at the end not suppressed
+                    with contextlib.suppress(Exception):  # tried again, and at the end not suppressed
                         record.note_device(out, device)
                         noted.add(device)
                 journal.tick()
@@ -126,27 +126,31 @@ def take_stock(
 ) -> tuple[Counter[str], list[int]]:
     """Rows by status, and the shards that are there and whole.
 
-    A shard that is not as large as it was written, or cannot be read, is removed, and so made again. One that the journal does
+    A shard that is not as large as it was written, is damaged or was found bad is removed, and so made again. One that the journal does
     not know (a kill came between shard and line) is read, and known from now on.
+
+    Raises OSError if such a one cannot be read now: that is no damage, and it stays.
     """
     sizes = layout.shard_sizes(out, shards.count)
     lines = layout.read_journal(out)
     written = status.last_lines(lines)
-    known = status.manifests(lines, sizes)
+    known, bad = status.manifests(lines, sizes), status.known_bad(lines)
     counts, present = Counter(dict.fromkeys(schema.STATUSES, 0)), []
     for shard, size in sizes.items():
         file = layout.shard_file(out, shard, shards.count)
         found = known.get(shard)
         try:
+            if shard in bad:
+                raise ValueError(bad[shard])
             if found is None and "bytes" in written.get(shard, {}):
                 raise ValueError(f"{file} has {size:,} bytes of {written[shard]['bytes']:,}")
             if found is None:
-                found = read_manifest(file)
+                found = status.of_all_rows(read_manifest(file), shards.rows(shard), file)
                 journal.add(
                     {
                         "event": "found",
                         "shard": shard,
-                        "rows": sum(found[s] for s in schema.STATUSES if s in found),
+                        "rows": len(shards.rows(shard)),
                         **found,
                         "bytes": size,
                     }
@@ -158,7 +162,6 @@ def take_stock(
             continue
         counts.update({name: found.get(name, 0) for name in schema.STATUSES})
         present.append(shard)
-    journal.flush()
     return counts, present
 
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +23,11 @@ from distsbi.fanout.worker import own_jax, who
 from distsbi.files import sha256_of, write_whole
 from distsbi.store import layout
 from distsbi.store.place import Place
+from distsbi.store.reading import Damaged, patiently
 from distsbi.store.schema import OK, STATUSES
 from distsbi.store.status import count_reasons
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ class SimulationWorker:
             **{name: counts[name] for name in STATUSES},
             "reasons": count_reasons(failures),
             "bytes": file.stat().st_size,
-            "sha256": sha256_of(file),
+            **checksums(file),
             "seconds": round(time.monotonic() - began, 4),
             **{name: value for name, value in who(False, self._device).items() if name != "node"},
         }
@@ -195,14 +198,43 @@ def read_failures(out: Path) -> pa.Table:
 
 
 def read_manifest(shard: Place) -> dict[str, Any]:
-    """Rows by status and reasons of a shard, and its checksum, from its files, all of which are read. Raises ValueError naming one that is damaged."""
+    """Rows by status and reasons of a shard, and the checksums of its files. Raises as `read_counts`."""
     file = Path(shard.path)
+    return {**read_counts(file), **checksums(file)}
+
+
+def read_counts(file: Path) -> dict[str, Any]:
+    """Rows by status and reasons of a shard, from its files, all of which are read.
+
+    Raises ValueError naming one that is damaged, OSError if one cannot be read now. One that is lost is told by the number of rows
+    (`status.of_all_rows`).
+    """
     beside = layout.failures_file(file)
-    bad = _read(beside) if beside.exists() else None
+    good = patiently(lambda: _from_disk(lambda: parquet.check_file(file)), file).rows
+    bad = patiently(lambda: _from_disk(lambda: _read(beside)), beside) if beside.exists() else None
     counts: Counter[str] = Counter(bad["status"].to_pylist() if bad is not None else [])
-    counts[OK] = parquet.check_file(file).rows
+    counts[OK] = good
     reasons = {} if bad is None else count_reasons(bad)
-    return {**{name: counts[name] for name in STATUSES}, "reasons": reasons, "sha256": sha256_of(file)}
+    return {**{name: counts[name] for name in STATUSES}, "reasons": reasons}
+
+
+def checksums(shard: Path) -> dict[str, str | None]:
+    """SHA-256 of a shard and of its record of failures; None: it has none."""
+    beside = layout.failures_file(shard)
+    return {
+        "sha256": patiently(lambda: sha256_of(shard), shard),
+        "failures_sha256": patiently(lambda: sha256_of(beside), beside) if beside.exists() else None,
+    }
+
+
+def _from_disk(read: Callable[[], T]) -> T:
+    """What `read` returns. Raises Damaged where it raises ValueError, or the OSError that was the reason, if that is the disk's: those have a number."""
+    try:
+        return read()
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno:
+            raise error.__cause__ from None
+        raise Damaged(str(error)) from error
 
 
 def _read(file: Path) -> pa.Table:

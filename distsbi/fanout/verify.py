@@ -7,7 +7,6 @@ draw something else: rows that then do not agree are no problem, but cannot be c
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections import Counter
 from typing import Any
@@ -30,8 +29,6 @@ pc: Any = pyarrow.compute  # its functions are made at import, unseen by type ch
 
 TOLERANCE = 1e-4  # of a standard deviation, on other hardware
 
-log = logging.getLogger("distsbi")
-
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -41,6 +38,8 @@ class Verdict:
     TOLERANCE, `incomparable` neither, and made with other versions; `farthest`: the largest difference of the others, in standard
     deviations; `elsewhere`: hardware or versions that made rows and are not those here; `problems`: what was wrong; `removed`: shards that a repair removed for it; `made`: shards that it made; `reason`: why it
     could not make all, "" if it could; `command`: what makes those that are left.
+
+    A shard that could not be read now (`Problem.unread`) is neither good nor bad, and is not removed.
     """
 
     shards: int
@@ -87,8 +86,9 @@ def verify(
 ) -> Verdict:
     """Checks an output of `sample_catalog`: reads every shard, and draws some rows again in this process.
 
-    A repair removes the shards that are bad, and then goes on with the call that began the folder, which makes them, and those that were
-    not done, as any resumed call does. If it cannot (the run or the catalog is not where it was, ...), the verdict says why.
+    A repair notes in the journal which shards are bad, and goes on with the call that began the folder: once that has found run and catalog to be
+    the same, it removes them, and makes them and those that were not done, as any resumed call does. If it cannot (the run or the catalog
+    is not where it was, ...), nothing is removed, and the verdict says why.
 
     Args:
         out: the output folder, or a URI.
@@ -101,16 +101,16 @@ def verify(
             the accelerator that it drew rows on: on a machine with a single one, give workers=0.
         show_progress: a progress bar, on a terminal.
 
-    Raises ValueError for a folder that is none, a run or catalog that is not there or is another one now, and a fraction outside 0 to 1.
+    Raises ValueError for a folder that is none, a run or catalog that is not there or is another one now, and a fraction outside 0 to 1;
+    OSError if the disk or the store does not answer.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be from 0 to 1; got {fraction!r}.")
     check_resources(workers, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
+    opened, place = Catalog(out), as_place(out)
     with contextlib.ExitStack() as stack:
         if repair:
-            stack.enter_context(one_writer(as_place(out)))
-        opened = Catalog(out)
-        place = as_place(out)
+            stack.enter_context(one_writer(place))
         again = None
         if fraction and opened.shards:
             again = _Again(
@@ -134,9 +134,9 @@ def verify(
             if again is not None and len(chosen):
                 problems += again.compare(shard, found.take(pa.array(chosen)))
         problems += check_ids(place, good, opened.n_shards)
-        removed = _remove(opened, problems) if repair else ()
-    left = missing = {*range(opened.n_shards)} - {*opened.shards} | {*removed}
-    reason = ""
+        bad = _note_bad(opened, problems) if repair else set()
+    left = missing = {*range(opened.n_shards)} - {*opened.shards} | bad
+    reason, removed = "", set()
     if repair and missing:
         try:
             catalogs.sample_catalog(
@@ -151,7 +151,9 @@ def verify(
             )
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error)
-        left = missing - set(layout.shards_done(place, opened.n_shards))
+        still_bad = status.known_bad(layout.read_journal(place)).keys() & bad
+        left = missing - set(layout.shards_done(place, opened.n_shards)) | still_bad
+        removed = bad - still_bad
     return Verdict(
         shards=len(opened.shards),
         left=len(left),
@@ -162,7 +164,7 @@ def verify(
         farthest=again.farthest if again else 0.0,
         elsewhere=tuple(again.elsewhere) if again else (),
         problems=tuple(problems),
-        removed=removed,
+        removed=tuple(sorted(removed)),
         made=tuple(sorted(missing - left)),
         reason=reason,
         command=provenance.command(opened.run, str(opened.path)),
@@ -277,12 +279,18 @@ def _distance(there: np.ndarray, here: np.ndarray, sd: np.ndarray) -> np.ndarray
     return scaled.max((1, 2))
 
 
-def _remove(catalog: Catalog, problems: list[Problem]) -> tuple[int, ...]:
-    """Removes the shards that have problems, and journals it."""
-    bad = {problem.shard: problem.what for problem in reversed(problems) if problem.shard is not None}
+def _note_bad(catalog: Catalog, problems: list[Problem]) -> set[int]:
+    """Journals which shards are bad, and which are so no more (somebody put them right). Returns the bad ones."""
+    bad = {
+        problem.shard: problem.what
+        for problem in reversed(problems)
+        if problem.shard is not None and not problem.unread
+    }
+    unknown = {problem.shard for problem in problems if problem.unread}
+    before = status.known_bad(layout.read_journal(catalog.place))
     with layout.Journal(catalog.place) as journal:
         for shard, what in sorted(bad.items()):
-            journal.add({"event": "removed", "shard": shard, "reason": what}, now=True)
-            layout.shard_file(catalog.place, shard, catalog.n_shards).remove()
-            log.warning("shard %d is removed: %s", shard, what)
-    return tuple(sorted(bad))
+            journal.add({"event": "bad", "shard": shard, "reason": what}, now=True)
+        for shard in sorted(before.keys() - bad.keys() - unknown):
+            journal.add({"event": "good", "shard": shard}, now=True)
+    return set(bad)

@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 
 from distsbi.store import layout, schema, unique
 from distsbi.store.place import Place
+from distsbi.store.reading import decoded, patiently
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong, in a sentence, and with which shard; None: with several."""
+    """What is wrong, in a sentence, and with which shard; None: with several. `unread`: it is not known whether anything is, for the disk or the
+    store did not give the file."""
 
     shard: int | None
     what: str
+    unread: bool = False
 
 
 def check_shards(
@@ -40,9 +43,11 @@ def check_shards(
     count = -(-n_rows // rows_per_shard)
     for shard in shards:
         place = layout.shard_file(out, shard, count)
-        rows = range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, n_rows))
+        rows = layout.shard_rows(shard, n_rows, rows_per_shard)
         try:
             yield _read(place, shard, rows, fingerprint, journal.get(shard, {}))
+        except OSError as error:
+            yield Problem(shard, str(error), unread=True)
         except _Wrong as wrong:
             yield Problem(shard, f"{place.name} {wrong}")
 
@@ -52,10 +57,7 @@ class _Wrong(Exception):
 
 
 def _read(place: Place, shard: int, rows: range, fingerprint: str, line: dict[str, Any]) -> pa.Table:
-    try:
-        content = place.read()
-    except OSError as error:
-        raise _Wrong(f"cannot be read ({error})") from error
+    content = patiently(place.read, place.name)
     if "sha256" in line and hashlib.sha256(content).hexdigest() != line["sha256"]:
         cut = (
             f"it has {len(content):,} bytes of {line['bytes']:,}"
@@ -81,10 +83,12 @@ def _read(place: Place, shard: int, rows: range, fingerprint: str, line: dict[st
 def check_ids(out: Place, shards: list[int], count: int) -> list[Problem]:
     """Whether an id occurs more than once in shards that can be read."""
 
+    def read_ids(file: Any) -> pa.ChunkedArray:
+        return pq.read_table(file, columns=["id"])["id"]
+
     def ids() -> Iterator[pa.Array]:
         for shard in shards:
-            with layout.shard_file(out, shard, count).open() as file:
-                yield from pq.read_table(file, columns=["id"])["id"].chunks
+            yield from decoded(layout.shard_file(out, shard, count), read_ids).chunks
 
     rows = sum(len(chunk) for chunk in ids())
     again = unique.repeated(ids, rows)

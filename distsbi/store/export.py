@@ -22,7 +22,7 @@ def to_xarray(catalog: "Catalog", ids: "Sequence[Id] | Id | None") -> Any:
                 f"the draws of all {len(catalog):,} rows take {size / 1e9:.0f} GB; give ids=[...], or go through catalog.items()."
             )
         ids = list(catalog)
-    if isinstance(ids, (str, int, np.integer)):
+    if isinstance(ids, (str, bytes, int, np.integer)):
         ids = [ids]
     draws = catalog.draws_of(ids)
     coords = {

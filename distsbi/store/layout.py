@@ -5,7 +5,7 @@
                                                  removes it
           _distsbi/  run.json                    what defines the draws (or pairs), and where they come from
                      failures/shard-*.parquet    simulations: rows of that shard that are no pairs, and why; written before it
-                     journal.jsonl               local disks: one line per event (a shard done, failed, searched, ...)
+                     journal.jsonl               local disks: one line per event (a shard done, failed, searched, found bad, ...)
                      journal/*.jsonl             object stores, where nothing can be appended: the same lines in batches
                      lock, lease.json            held by the one process that fills the folder (writer.py)
 
@@ -24,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from distsbi.files import sync_folder
+from distsbi.files import is_disk_full, sync_folder
 from distsbi.store.place import Place, as_place
+from distsbi.store.reading import patiently
 
 HIDDEN = "_distsbi"
 BATCH_SECONDS, BATCH_LINES = 10.0, 1_000  # of the journal in an object store: between writes, and in one object
@@ -86,6 +87,11 @@ def shards_done(out: Where, shards: int) -> list[int]:
     return list(shard_sizes(out, shards))
 
 
+def shard_rows(shard: int, n_rows: int, rows_per_shard: int) -> range:
+    """The rows of a shard."""
+    return range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, n_rows))
+
+
 def has_shards(out: Where) -> bool:
     return any(_SHARD.match(file.name) for file in as_place(out).files())
 
@@ -111,93 +117,98 @@ class Journal:
     """What happened, a line each, written by the one process that holds the folder.
 
     On local disks a line is appended at once. In an object store lines are kept for up to BATCH_SECONDS and written as one object,
-    which grows up to BATCH_LINES: what a kill loses of it are lines, never shards, which are there by themselves. A store that does not take
-    them gets them later; if it still does not at the end of a block that ended well, this raises OSError.
+    which grows up to BATCH_LINES: what a kill loses of it are lines, never shards, which are there by themselves. A disk or a store that does
+    not take them gets them later; if it still does not at the end of a block that ended well, this raises OSError. A full disk raises it at once.
     """
 
     def __init__(self, out: Where):
         self._out = as_place(out)
         self._lines: list[str] = []
-        self._fresh = False
+        self._fresh = self._sync = False
         self._due = time.monotonic() + BATCH_SECONDS
         self._failing = False
         self._object = self._name()
-        if self._out.local:
-            self._end_torn_line(journal_file(Path(self._out.path)))
+        self._size: int | None = None  # of a local file, up to which its lines are whole
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
         if kind is not None:  # what ends the block is what must be seen
-            self._try_flush()
+            with contextlib.suppress(OSError):
+                self._try_flush()
             return
         try:
             self.flush()
-        except OSError as error:
+        except Exception as error:
+            if is_disk_full(error):
+                raise
             raise OSError(
                 f"the journal of {self._out} cannot be written ({error}); its shards are whole, so give the same call again "
-                "when the store takes files."
+                "when the disk or the store takes files."
             ) from error
 
     def add(self, line: dict[str, Any], *, now: bool = False) -> None:
-        """Adds a line, with the time (seconds since 1970). `now`: it outlives a crash of the machine as soon as this returns; in an object
-        store, unless that does not take it now. Other lines outlive that of the process, on local disks.
+        """Adds a line, with the time (seconds since 1970). `now`: it outlives a crash of the machine as soon as this returns, unless the disk
+        or the store does not take it now. Other lines outlive that of the process, on local disks.
 
-        Raises OSError if a local disk does not take it.
+        Raises OSError if a disk is full.
         """
-        text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
-        if self._out.local:
-            self._append(journal_file(Path(self._out.path)), text, sync=now)
-            return
-        self._lines.append(text)
-        self._fresh = True
-        if now and not self._failing:
+        self._lines.append(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+        self._fresh, self._sync = True, self._sync or now
+        if (now or self._out.local) and not self._failing:
             self._due = 0.0
         self.tick()
 
     def tick(self) -> None:
-        """Writes what is due; what cannot be written is kept, and due again in RETRY_SECONDS."""
+        """Writes what is due; what cannot be written is kept, and due again in RETRY_SECONDS. Raises OSError if a disk is full."""
         if self._fresh and time.monotonic() >= self._due:
             self._try_flush()
 
     def flush(self) -> None:
-        """Writes what is not written yet. Raises OSError if the store does not take it; it is kept."""
+        """Writes what is not written yet. Raises OSError, or what fsspec's stores raise, if it is not taken; it is kept."""
         if not self._fresh:
             return
-        (journal_folder(self._out) / self._object).write("".join(self._lines).encode())
-        self._fresh = self._failing = False
+        content = "".join(self._lines).encode()
+        if self._out.local:
+            self._append(journal_file(Path(self._out.path)), content)
+        else:
+            (journal_folder(self._out) / self._object).write(content)
+        self._fresh = self._failing = self._sync = False
         self._due = time.monotonic() + BATCH_SECONDS
-        if len(self._lines) >= BATCH_LINES:
+        if self._out.local or len(self._lines) >= BATCH_LINES:
             self._lines, self._object = [], self._name()
 
     def _try_flush(self) -> None:
         try:
             self.flush()
-        except OSError as error:
+        except Exception as error:
+            if is_disk_full(error):
+                raise
             if not self._failing:
                 log.warning(
                     "the journal of %s cannot be written now, and is kept and tried again: %s", self._out, error
                 )
             self._failing, self._due = True, time.monotonic() + RETRY_SECONDS
 
-    @staticmethod
-    def _append(path: Path, text: str, *, sync: bool) -> None:
+    def _append(self, path: Path, content: bytes) -> None:
         new = not path.exists()
-        with open(path, "a") as file:
-            file.write(text)
-            if sync:
-                file.flush()
+        with open(path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            if self._size is None:
+                self._size = end
+            elif self._failing and end > self._size:  # what the attempt before left
+                end = file.truncate(self._size)
+            if end and (file.seek(end - 1), file.read(1))[1] != b"\n":  # what a crash tore stays a line of its own
+                content = b"\n" + content
+            file.write(content)
+            file.flush()
+            if self._sync:
                 os.fsync(file.fileno())
+            size = file.seek(0, os.SEEK_END)
         if new:
             sync_folder(path.parent)
-
-    @staticmethod
-    def _end_torn_line(path: Path) -> None:
-        """What a crash tore stays a line of its own."""
-        with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
-            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")
+        self._size = size
 
     def _name(self) -> str:
         """Names sort by time, and no two writers ever have the same."""
@@ -205,19 +216,30 @@ class Journal:
 
 
 def read_journal(out: Where) -> list[dict[str, Any]]:
-    """All whole lines, oldest first; a line torn by a crash is left out."""
+    """All whole lines, oldest first; a line torn by a crash, or that is no event, is left out. Raises OSError if it cannot be read now."""
     place = as_place(out)
     if place.local:
-        texts = []
-        with contextlib.suppress(FileNotFoundError):
-            texts = [journal_file(place).read()]
+        texts = [_read(journal_file(place))]
     else:
         folder = journal_folder(place)
         with ThreadPoolExecutor(READERS) as readers:
-            texts = list(readers.map(lambda file: (folder / file.name).read(), folder.files()))
+            texts = list(readers.map(lambda file: _read(folder / file.name), folder.files()))
     lines = []
     for text in texts:
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-                lines.append(json.loads(line))
+                found = json.loads(line)
+                if isinstance(found, dict) and "event" in found:
+                    lines.append(found)
     return lines
+
+
+def _read(file: Place) -> bytes:
+    """Nothing if it is not there."""
+
+    def read() -> bytes:
+        with contextlib.suppress(FileNotFoundError):
+            return file.read()
+        return b""
+
+    return patiently(read, file)

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from distsbi.store.place import Place, as_place
+from distsbi.store.reading import decoded
 
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
@@ -172,13 +173,8 @@ def count_rows(table: pa.Table) -> dict[str, int]:
 
 
 def read_counts(path: str | os.PathLike[str] | Place) -> dict[str, int]:
-    """Rows by status of one shard, from its footer. Raises ValueError naming a file that is damaged."""
-    place = as_place(path)
-    try:
-        with place.open() as file:
-            return json.loads(pq.read_metadata(file).metadata[COUNTS])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # the last two: no such metadata
-        raise ValueError(f"{place} cannot be read ({error}); delete it and sample again.") from error
+    """Rows by status of one shard, from its footer. Raises ValueError naming a file that is damaged, OSError if it cannot be read now."""
+    return decoded(as_place(path), lambda file: json.loads(pq.read_metadata(file).metadata[COUNTS]))
 
 
 def digest(table: pa.Table) -> str:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from distsbi.store import layout, schema, writer
 from distsbi.store.place import Place
+from distsbi.store.reading import decoded
 from distsbi.store.schema import FAILED, OK, STATUSES
 
 REASONS = 20  # different reasons kept for each shard
@@ -67,10 +68,15 @@ def read_status(
     known = manifests(journal, sizes)
     counts, reasons = Counter(dict.fromkeys(STATUSES, 0)), Counter()
     damaged = []
+    bad = known_bad(journal)
     for shard in sizes:
+        if shard in bad:
+            damaged.append(shard)
+            continue
         try:
-            found = known.get(shard) or of_shard(layout.shard_file(out, shard, shards))
-        except ValueError:
+            found, file = known.get(shard), layout.shard_file(out, shard, shards)
+            found = found or of_all_rows(of_shard(file), layout.shard_rows(shard, n_rows, rows_per_shard), file)
+        except (ValueError, OSError):
             damaged.append(shard)
             continue
         counts.update({name: found.get(name, 0) for name in STATUSES})
@@ -105,21 +111,39 @@ def last_lines(journal: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return known
 
 
+def known_bad(journal: list[dict[str, Any]]) -> dict[int, str]:
+    """Shards that were found bad, with the reason, and are to be removed by the next call that can make them again."""
+    known: dict[int, str] = {}
+    for event in journal:
+        if event["event"] == "bad":
+            known[event["shard"]] = event["reason"]
+        elif event["event"] in ("good", "done", "found", "removed"):
+            known.pop(event["shard"], None)
+    return known
+
+
 def manifests(journal: list[dict[str, Any]], sizes: dict[int, int]) -> dict[int, dict[str, Any]]:
     """The last line of each shard that is there as large as it was written."""
     return {shard: line for shard, line in last_lines(journal).items() if sizes.get(shard) == line.get("bytes")}
 
 
 def read_manifest(shard: Place) -> dict[str, Any]:
-    """Rows by status and reasons of a shard file itself. Raises ValueError naming a file that is damaged."""
+    """Rows by status and reasons of a shard file itself. Raises ValueError naming a file that is damaged, OSError if it cannot be read now."""
     counts = schema.read_counts(shard)
     if sum(counts.values()) == counts[OK]:
         return {**counts, "reasons": {}}
-    try:
-        with shard.open() as file:
-            return {**counts, "reasons": count_reasons(pq.read_table(file, columns=["status", "message"]))}
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{shard} cannot be read ({error}); delete it and sample again.") from error
+    bad = decoded(shard, lambda file: pq.read_table(file, columns=["status", "message"]))
+    return {**counts, "reasons": count_reasons(bad)}
+
+
+def of_all_rows(manifest: dict[str, Any], rows: range, file: object) -> dict[str, Any]:
+    """The manifest that was read from a shard. Raises ValueError if it does not tell of every row."""
+    told = sum(manifest.get(name, 0) for name in STATUSES)
+    if told != len(rows):
+        raise ValueError(
+            f"{file}, with its record of failures if it has one, tells of {told} of {len(rows)} rows; remove it and make it again."
+        )
+    return manifest
 
 
 def count_reasons(table: pa.Table) -> dict[str, int]:

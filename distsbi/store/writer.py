@@ -5,15 +5,16 @@ the file system has no locks (some network ones), two writers are not told apart
 
 Object stores have no locks: the writer keeps a lease, _distsbi/lease.json, and renews it every BEAT_SECONDS. Another one may
 take a lease that was not renewed for STALE_SECONDS, or whose process is known to be gone; it writes its own name, waits SETTLE_SECONDS and
-holds the lease if the name is still there. A writer that finds another's name stops. This keeps two writers apart as long as
-requests take less than SETTLE_SECONDS and clocks differ by less than STALE_SECONDS; it is no proof against a writer that was frozen for
-longer, which may write one shard more.
+holds the lease if the name is still there. A writer that finds another's name, or could not renew its lease for STALE_SECONDS, stops.
+This keeps two writers apart as long as requests take less than SETTLE_SECONDS and clocks differ by less than STALE_SECONDS; it is no proof
+against a writer that was frozen for longer, which may write one shard more.
 
 Two writers that meet all the same do no harm but double work: run.json lets only the same run go on in a folder, its
 shards hold the same draws whoever makes them, and each is put whole.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,35 @@ from distsbi.store.layout import HIDDEN, Where
 from distsbi.store.place import Place, as_place
 
 BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 2.0
+_LEASE = {"token": str, "time": float, "who": str, "host": str, "pid": int}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Seconds since 1970, seconds that this process saw pass, and a wait."""
+
+    date: Callable[[], float] = time.time
+    passed: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+CLOCK = Clock()
 
 
 class Writer:
-    """The right to write in a folder, kept by a thread that gives signs of life."""
+    """The right to write in a folder, kept by a thread that gives signs of life. `token`: of its lease, which was put just now."""
 
-    def __init__(self, out: Place, token: str):
-        self._out, self._token = out, token
-        self._end, self._lost = threading.Event(), ""
+    def __init__(self, out: Place, token: str, clock: Clock = CLOCK):
+        self._out, self._token, self._clock = out, token, clock
+        self._renewed, self._lost = clock.passed(), ""
+        self._end, self._one = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="distsbi-writer")
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RuntimeError if another process holds the folder now."""
+        """Raises RuntimeError if another process holds the folder now, or may: the lease ran out and cannot be renewed."""
+        if self._run_out():
+            self._renew()
         if self._lost:
             raise RuntimeError(
                 f"{self._out} was taken over by {self._lost}; this call ends, and what is finished stays. Give the same call "
@@ -54,8 +71,15 @@ class Writer:
         self._thread.join()
 
     def _keep(self) -> None:
-        renewed = time.monotonic()
-        while not self._end.wait(BEAT_SECONDS):
+        while not self._lost and not self._end.wait(BEAT_SECONDS):
+            self._renew()
+
+    def _run_out(self) -> bool:
+        return not self._out.local and self._clock.passed() - self._renewed > STALE_SECONDS
+
+    def _renew(self) -> None:
+        with self._one:
+            now = self._clock.passed()
             try:
                 if self._out.local:
                     os.utime(_lock(self._out))
@@ -64,20 +88,19 @@ class Writer:
                     if found and found["token"] != self._token:
                         self._lost = found["who"]
                         return
-                    _put_lease(self._out, self._token)
-                renewed = time.monotonic()
-            except OSError:
-                if not self._out.local and time.monotonic() - renewed > STALE_SECONDS:
+                    _put_lease(self._out, self._token, self._clock)
+                self._renewed = now
+            except Exception:  # fsspec's stores raise errors of their own
+                if self._run_out():
                     self._lost = "nobody that is known (the store did not answer, and the lease ran out)"
-                    return
 
 
 @contextlib.contextmanager
-def one_writer(out: Where) -> Iterator[Writer]:
+def one_writer(out: Where, *, clock: Clock = CLOCK) -> Iterator[Writer]:
     """Holds the folder for the time of the block. Raises ValueError naming the writer that holds it."""
     place = as_place(out)
-    with _locked(place) if place.local else _leased(place) as token:
-        writer = Writer(place, token)
+    with _locked(place) if place.local else _leased(place, clock) as token:
+        writer = Writer(place, token, clock)
         try:
             yield writer
         finally:
@@ -92,7 +115,7 @@ def last_sign(out: Where) -> tuple[float, str] | None:
     place = as_place(out)
     if not place.local:
         found = read_lease(place)
-        return (found["time"], found["who"]) if found and _fresh(found) else None
+        return (found["time"], found["who"]) if found and _fresh(found, time.time()) else None
     try:
         when, who = os.stat(_lock(place)).st_mtime, _lock(place).read_text().strip()
     except FileNotFoundError:
@@ -105,10 +128,11 @@ def last_sign(out: Where) -> tuple[float, str] | None:
 def read_lease(out: Place) -> dict[str, Any] | None:
     """The lease in an object store; None if there is none."""
     try:
-        return json.loads((out / HIDDEN / "lease.json").read())
+        found = json.loads((out / HIDDEN / "lease.json").read())
+        return {name: kind(found[name]) for name, kind in _LEASE.items()}
     except FileNotFoundError:
         return None
-    except ValueError:  # of something else, or from the future
+    except (ValueError, KeyError, TypeError):  # of something else, or from the future
         return {"token": "", "time": 0.0, "who": "another program", "host": "", "pid": 0}
 
 
@@ -119,33 +143,33 @@ def _locked(out: Place) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _leased(out: Place) -> Iterator[str]:
-    found = read_lease(out)
-    if found and _fresh(found):
-        raise _taken(out, f"{found['who']} (last sign of life {time.time() - found['time']:.0f} s ago)")
+def _leased(out: Place, clock: Clock) -> Iterator[str]:
+    found, now = read_lease(out), clock.date()
+    if found and _fresh(found, now):
+        raise _taken(out, f"{found['who']} (last sign of life {now - found['time']:.0f} s ago)")
     token = uuid.uuid4().hex
-    _put_lease(out, token)
-    time.sleep(SETTLE_SECONDS)
+    _put_lease(out, token, clock)
+    clock.sleep(SETTLE_SECONDS)
     found = read_lease(out)
     if found is None or found["token"] != token:
         raise _taken(out, found["who"] if found else "another process")
     try:
         yield token
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # it runs out by itself
             found = read_lease(out)
             if found and found["token"] == token:
                 (out / HIDDEN / "lease.json").remove()
 
 
-def _put_lease(out: Place, token: str) -> None:
-    lease = {"token": token, "time": time.time(), "who": _me(), "host": socket.gethostname(), "pid": os.getpid()}
+def _put_lease(out: Place, token: str, clock: Clock = CLOCK) -> None:
+    lease = {"token": token, "time": clock.date(), "who": _me(), "host": socket.gethostname(), "pid": os.getpid()}
     (out / HIDDEN / "lease.json").write(json.dumps(lease).encode())
 
 
-def _fresh(lease: dict[str, Any]) -> bool:
-    """Whether its process may be alive."""
-    if time.time() - lease["time"] > STALE_SECONDS:
+def _fresh(lease: dict[str, Any], now: float) -> bool:
+    """Whether its process may be alive. `now`: seconds since 1970."""
+    if now - lease["time"] > STALE_SECONDS:
         return False
     return lease["host"] != socket.gethostname() or _alive(lease["pid"])
 

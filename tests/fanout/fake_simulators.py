@@ -36,6 +36,12 @@ def two_things(theta, phi):
     return theta + phi
 
 
+def picky(theta, rng):
+    if theta[0] > 0.5:
+        raise ValueError("too heavy")
+    return plain(theta, rng)
+
+
 def slow(theta, rng):
     time.sleep(0.02)
     return plain(theta, rng)

@@ -1,22 +1,27 @@
 """Folders of pairs and of draws: any change of a file is found and named, and what is well is well."""
 
+import errno
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import distsbi
 from distsbi.data import write_pairs
 from distsbi.data.pairs import UNFINISHED
+from distsbi.fanout import simulation
 from distsbi.fanout.folders import verify_folder
+from distsbi.fanout.simulation_worker import read_failures
 from distsbi.sampling import Tile
-from distsbi.store import layout
+from distsbi.store import layout, reading
 from tests.gaussian import gaussian_posterior
 
 PRIOR = {"mass": "Normal(0, 1)", "spin": "Normal(0, 1)"}
 NUMBERS = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
 
 
-def simulate(out):
-    distsbi.simulate("fake_simulators:plain", PRIOR, 40, out, workers=0, shard_size=6, show_progress=False)
+def simulate(out, simulator="plain"):
+    distsbi.simulate(f"fake_simulators:{simulator}", PRIOR, 40, out, workers=0, shard_size=6, show_progress=False)
     return sorted(out.glob("*.parquet"))
 
 
@@ -74,7 +79,81 @@ def test_of_simulations_the_footer_and_what_is_missing_too(tmp_path):
     assert (found.complete, found.files, len(found.problems)) == (False, 6, 1)
     layout.failures_file(files[0]).parent.mkdir()
     layout.failures_file(files[0]).write_bytes(b"no Parquet")
-    assert "failures" in verify_folder(tmp_path / "out").problems[-1]
+    assert "failures" in verify_folder(tmp_path / "out").problems[0]
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_rows_that_are_neither_pairs_nor_failures(tmp_path, journal):
+    """A record of failures that is lost, or another shard's."""
+    out = tmp_path / "out"
+    files = simulate(out, "picky")
+    before, status = distsbi.data.read_pairs(out), simulation.status(out)[0]
+    records = [layout.failures_file(file) for file in files]
+    there = [record for record in records if record.exists()]
+    assert len(there) > 2 and status.counts["failed"] == 40 - len(before.theta)
+    assert verify_folder(out).good
+    if not journal:
+        layout.journal_file(out).unlink()
+        assert verify_folder(out).good
+    content, rows = there[0].read_bytes(), read_failures(out)
+    there[0].unlink()
+    found = verify_folder(out)
+    assert len(found.problems) == 1
+    assert there[0].name in found.problems[0]
+    there[0].write_bytes(there[1].read_bytes())
+    (problem,) = verify_folder(out).problems
+    assert ("its checksum differs" if journal else "tells of 7 of 6 rows") in problem
+    there[0].unlink()
+    if not journal:
+        assert simulation.status(out)[0].damaged == (records.index(there[0]),)
+        simulate(out, "picky")
+        assert there[0].read_bytes() == content
+        assert (read_failures(out), simulation.status(out)[0].counts) == (rows, status.counts)
+        np.testing.assert_array_equal(distsbi.data.read_pairs(out).x, before.x)
+
+
+def test_a_page_that_is_damaged_is_made_again(tmp_path):
+    """pyarrow's error of it is an OSError, too."""
+    files = simulate(tmp_path / "out")
+    content = files[1].read_bytes()
+    files[1].write_bytes(flip(content))
+    layout.journal_file(tmp_path / "out").unlink()
+    simulate(tmp_path / "out")
+    assert files[1].read_bytes() == content
+
+
+@pytest.mark.parametrize("which", [layout.shard_file, lambda *shard: layout.failures_file(layout.shard_file(*shard))])
+def test_what_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, which):
+    """The disk gives an error of its own, which has a number; pyarrow's of a page have none."""
+    out = tmp_path / "out"
+    simulate(out, "picky")
+    layout.journal_file(out).unlink()
+    shard = next(i for i in range(7) if layout.failures_file(layout.shard_file(out, i, 7)).exists())
+    path, plain, left = which(out, shard, 7), pq.ParquetFile, [0]
+    content = path.read_bytes()
+
+    def opened(source, *args, **kwargs):
+        if left[0] and source == path:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return plain(source, *args, **kwargs)
+
+    def read(source, **kwargs):
+        with opened(source, **kwargs) as file:
+            return file.read()
+
+    monkeypatch.setattr(reading, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(pq, "ParquetFile", opened)
+    monkeypatch.setattr(pq, "read_table", read)
+    left[0] = reading.TRIES
+    with pytest.raises(OSError, match=f"{path.name} cannot be read now .*Stale file handle.*, which is no damage"):
+        simulate(out, "picky")
+    assert path.read_bytes() == content
+    left[0] = reading.TRIES
+    assert "cannot be read now" in verify_folder(out).problems[0]
+    left[0] = reading.TRIES - 1
+    assert verify_folder(out).good
+    assert left[0] == 0
 
 
 def test_draws_that_are_not_all_there(tmp_path):

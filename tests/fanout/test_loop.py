@@ -1,5 +1,8 @@
 """The loop alone: workers that only say they did, so that what may go wrong around them is quick to stage."""
 
+import errno
+import io
+import json
 import uuid
 from collections import deque
 
@@ -8,6 +11,7 @@ import pytest
 from distsbi.fanout.agenda import Outcome, Shards
 from distsbi.fanout.loop import work
 from distsbi.fanout.metrics import Metrics
+from distsbi.files import is_disk_full
 from distsbi.store import layout, record, schema
 from distsbi.store.place import Place, as_place
 
@@ -81,12 +85,12 @@ def store(monkeypatch):
     monkeypatch.setattr(layout, "BATCH_SECONDS", 0.0)
 
     class Store:
-        away, refused = False, 0
+        away, refused, error = False, 0, OSError("503: slow down")
 
     def refuse(self, content):
         if Store.away:
             Store.refused += 1
-            raise OSError("503: slow down")
+            raise Store.error
         write(self, content)
 
     monkeypatch.setattr(Place, "write", refuse)
@@ -94,7 +98,9 @@ def store(monkeypatch):
     return Store
 
 
-def test_a_store_that_is_away_for_a_while_costs_no_line(store, caplog):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])  # of pyarrow, and of some of fsspec's
+def test_a_store_that_is_away_for_a_while_costs_no_line(store, caplog, error):
+    store.error = error("503: slow down")
     caplog.set_level("WARNING", "distsbi")
     record.begin(store.place, {"n_rows": 8, "rows_per_shard": 2}, {"devices": []})
 
@@ -113,6 +119,73 @@ def test_a_store_that_is_away_for_a_while_costs_no_line(store, caplog):
     assert sorted(line["shard"] for line in lines if line["event"] == "done") == [0, 1, 2, 3]
     assert [line["shard"] for line in lines if line["event"] == "failed"] == [1]
     assert record.read_run(store.place)["about"]["devices"] == ["none"]
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A folder on a disk that, while `error` is set, does not open the journal, or tears what is written to it, in turn."""
+    monkeypatch.setattr(layout, "RETRY_SECONDS", 0.0)
+
+    class Disk:
+        place, error, failed = as_place(tmp_path), None, 0
+
+    class File(io.BufferedRandom):
+        def write(self, content):
+            if Disk.error:
+                super().write(content[: len(content) * 2 // 3])
+                self.flush()
+                raise Disk.error
+            return super().write(content)
+
+    def opened(path, mode):
+        assert (path, mode) == (layout.journal_file(tmp_path), "ab+")
+        Disk.failed += Disk.error is not None
+        if Disk.error and Disk.failed % 2:
+            raise Disk.error
+        return File(io.FileIO(path, "ab+"))
+
+    monkeypatch.setattr(layout, "open", opened, raising=False)
+    return Disk
+
+
+def test_a_disk_that_is_away_for_a_while_costs_no_line(disk, caplog):
+    tried = []
+
+    def become(task):
+        tried.append(task.shard)
+        disk.error = OSError(errno.EIO, "Input/output error") if 1 < len(tried) < 4 else None
+        return Outcome(task, error=ValueError("x")) if tried == [0, 1] else done(task)
+
+    assert run(disk.place, become)[1:] == (4, 8)
+    assert disk.failed > 3
+    assert caplog.text.count("cannot be written now, and is kept and tried again: [Errno 5]") == 1
+    text = layout.journal_file(disk.place).read().decode()
+    events = [json.loads(line) for line in text.splitlines()]  # no line is torn, and none is there twice
+    assert [event["event"] for event in events if event["event"] != "done"] == ["began", "failed"]
+    assert sorted(event["shard"] for event in events if event["event"] == "done") == [0, 1, 2, 3]
+
+
+def test_a_disk_that_stays_away_is_an_error_at_the_end(disk):
+    def become(task):
+        disk.error = OSError(errno.ESTALE, "Stale file handle")
+        return done(task)
+
+    with pytest.raises(OSError, match="the journal of .* cannot be written .*Stale file handle.; its shards are whole"):
+        run(disk.place, become)
+
+
+def test_a_full_disk_ends_at_once(disk):
+    tried = []
+
+    def become(task):
+        tried.append(task.shard)
+        disk.error = OSError(errno.ENOSPC, "No space left on device")
+        return done(task)
+
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        run(disk.place, become)
+    assert is_disk_full(raised.value)
+    assert len(tried) == 1
 
 
 def test_lines_that_no_one_takes_are_an_error_at_the_end(store):

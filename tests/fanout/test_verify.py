@@ -1,6 +1,8 @@
 """What changes on a disk is found, named and made again; and how far a catalog is, from its folder alone."""
 
 import dataclasses
+import errno
+import functools
 import importlib.metadata
 import json
 import shlex
@@ -17,7 +19,9 @@ from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.provenance import command
 from distsbi.fanout.worker import Worker
-from distsbi.store import layout, schema, writer
+from distsbi.files import sha256_of
+from distsbi.store import layout, reading, schema, status, writer
+from distsbi.store.place import Place
 
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
 
@@ -91,11 +95,84 @@ def test_a_repair_is_the_call_that_began_the_folder(run, tmp_path, catalog, argu
     layout.shard_file(out, 3, 4).unlink()
     moved = run.rename(run.with_name("moved"))
     found = verify.verify(out, fraction=0, repair=True, workers=0)
-    assert (found.removed, found.made, found.left, found.repaired) == ((0,), (), 2, False)
+    assert (found.removed, found.made, found.left, found.repaired) == ((), (), 2, False)
     assert found.reason.startswith(f"there is no run directory at {run};")
+    assert layout.shard_file(out, 0, 4).exists()  # nothing is removed that cannot be made again
+    assert (open_catalog(out).status().damaged, open_catalog(out).status().left) == ((0,), 8)
     found = verify.verify(out, fraction=0, repair=True, workers=0, run=str(moved))
-    assert (found.removed, found.made, found.left, found.repaired) == ((), (0, 3), 0, True)
+    assert (found.removed, found.made, found.left, found.repaired) == ((0,), (0, 3), 0, True)
     assert open_catalog(out).summary() == before
+
+
+def test_a_bad_shard_that_was_put_right_is_left_alone(out, run, tmp_path):
+    path, moved = layout.shard_file(out, 2, 7), run.with_name("moved")
+    whole = path.read_bytes()
+    at = len(whole) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    run.rename(moved)
+    assert verify.verify(out, fraction=0, repair=True, workers=0).left == 1
+    assert open_catalog(out).status().damaged == (2,)  # though its footer is well
+    path.write_bytes(whole)
+    found = verify.verify(out, fraction=0, repair=True, workers=0)
+    assert (found.good, found.left, found.removed, found.repaired) == (True, 0, (), True)
+    moved.rename(run)
+    before = path.stat().st_ino
+    assert sample_catalog(run, tmp_path / "catalog.parquet", out, **QUICK, steps=3, seed=5).shards_now == 0
+    assert path.stat().st_ino == before
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """Reads of the file of this name raise `error` so many times."""
+    monkeypatch.setattr(reading, "PAUSE_SECONDS", 0.0)
+
+    class Flaky:
+        name, times, error = "", 0, OSError(errno.EIO, "Input/output error")
+
+    def before(plain):
+        def read(place):
+            if place.name == Flaky.name and Flaky.times:
+                Flaky.times -= 1
+                raise Flaky.error
+            return plain(place)
+
+        return read
+
+    monkeypatch.setattr(Place, "read", before(Place.read))
+    monkeypatch.setattr(Place, "open", before(Place.open))
+    return Flaky
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), OSError("503: slow down"), RuntimeError("no answer")]
+)
+def test_a_shard_that_cannot_be_read_now_is_not_bad(out, run, flaky, error):
+    path = layout.shard_file(out, 2, 7)
+    content, flaky.name, flaky.error = path.read_bytes(), path.name, error
+    flaky.times = reading.TRIES - 1
+    assert verify.verify(out, fraction=0).good
+    flaky.times = reading.TRIES
+    found = verify.verify(out, fraction=0, repair=True, workers=0)
+    assert [(problem.shard, problem.unread) for problem in found.problems] == [(2, True)]
+    assert f"{path.name} cannot be read now ({error}), which is no damage" in found.problems[0].what
+    assert (found.removed, found.made, found.left, found.good, found.repaired) == ((), (), 0, False, False)
+    assert path.read_bytes() == content
+
+
+def test_a_shard_that_cannot_be_read_when_a_call_goes_on_stays(out, run, tmp_path, flaky):
+    """Its line is lost, so that it must be read: also where it is the second read, that of the reasons, which fails."""
+    layout.journal_file(out).unlink()
+    path = layout.shard_file(out, 5, 7)
+    content, flaky.name, flaky.error = path.read_bytes(), path.name, OSError(errno.ESTALE, "Stale file handle")
+    again = functools.partial(sample_catalog, run, tmp_path / "catalog.parquet", out, **QUICK, steps=3, seed=5)
+    flaky.times = 1 + reading.TRIES
+    with pytest.raises(OSError, match=f"{path.name} cannot be read now .*Stale file handle.*, which is no damage"):
+        again()
+    assert path.read_bytes() == content
+    flaky.times = 1 + reading.TRIES
+    assert open_catalog(out).status().damaged == (5,)
+    flaky.times = 2
+    assert again().shards_now == 0
 
 
 def test_ids_that_come_twice_are_not_repaired(out):
@@ -134,6 +211,32 @@ def test_contents_have_a_checksum_of_their_own(out):
         file.write_table(table.set_column(at, table.schema.field(at), changed))
         file.add_key_value_metadata({b"distsbi.sha256": footer[b"distsbi.sha256"]})
     assert "does not hold the numbers that were written" in verify.verify(out, fraction=0).problems[0].what
+
+
+@pytest.mark.parametrize("name", ["draws", "q95"])
+def test_a_single_number_that_its_run_does_not_make_is_found(out, name):
+    """In one column alone, with both checksums of the altered shard."""
+    path = layout.shard_file(out, 2, 7)
+    table = pq.read_table(path)
+    column = table[name].combine_chunks()
+    storage = column.storage if name == "draws" else column
+    values = storage.flatten().to_numpy(zero_copy_only=False).copy()
+    values[-1] += 1e-6
+    altered = pa.FixedSizeListArray.from_arrays(pa.array(values), storage.type.list_size)
+    if name == "draws":
+        altered = pa.ExtensionArray.from_storage(column.type, altered)
+    at = table.schema.get_field_index(name)
+    table = table.set_column(at, table.schema.field(at), altered)
+    with pq.ParquetWriter(path, table.schema, use_dictionary=False) as file:
+        file.write_table(table)
+        file.add_key_value_metadata({schema.DIGEST: schema.digest(table)})
+    line = {"event": "done", "shard": 2, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    layout.Journal(out).add({**status.last_lines(layout.read_journal(out))[2], **line})
+    assert verify.verify(out, fraction=0).good
+    found = verify.verify(out, fraction=1.0)
+    assert [problem.shard for problem in found.problems] == [2]
+    assert "shard 2 holds other draws than its run makes, e.g. row 17: " in found.problems[0].what
+    assert (found.rows, found.same) == (40, 39)
 
 
 def test_draws_of_another_run_with_good_checksums_are_found(out, monkeypatch):
@@ -214,6 +317,10 @@ def test_another_run_or_catalog_is_refused(out, make_catalog, tmp_path):
         verify.verify(out)
     with pytest.raises(ValueError, match="fraction must be from 0 to 1; got 2"):
         verify.verify(out, fraction=2)
+    for repair in (False, True):
+        with pytest.raises(ValueError, match="nothing is no output folder of sample_catalog"):
+            verify.verify(tmp_path / "nothing", repair=repair)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_run_json_says_where_the_draws_come_from(out, run):

@@ -197,6 +197,99 @@ def test_a_lease_runs_out_and_is_not_shared(root, monkeypatch):
         pass
 
 
+class FakeClock:
+    """Stands still. `meanwhile`: what happens while somebody sleeps."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.now, self._meanwhile = 1000.0, meanwhile
+
+    def date(self):
+        return self.now
+
+    passed = date
+
+    def sleep(self, seconds):
+        self._meanwhile()
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Place:
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr(writer, "BEAT_SECONDS", 0.005)
+    return as_place(f"memory://{uuid.uuid4().hex}")
+
+
+def until(true):
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_lease_is_renewed(bucket):
+    clock = FakeClock()
+    with writer.one_writer(bucket, clock=clock) as held:
+        for _ in range(3):
+            clock.now += writer.STALE_SECONDS - 1
+            until(lambda: writer.read_lease(bucket)["time"] == clock.now)
+            held.check()
+
+
+def test_of_two_that_take_a_lease_the_last_has_it(bucket):
+    clock = FakeClock(meanwhile=lambda: writer._put_lease(bucket, "somebody's"))
+    with pytest.raises(ValueError, match="is being written by process"), writer.one_writer(bucket, clock=clock):
+        pass
+    assert writer.read_lease(bucket)["token"] == "somebody's"
+
+
+@pytest.mark.parametrize("error", [OSError("503: slow down"), RuntimeError("an error of its own")])
+def test_a_lease_that_cannot_be_renewed_runs_out(bucket, monkeypatch, error):
+    clock, write, calls = FakeClock(), Place.write, []
+
+    def fails(place, content):
+        calls.append(place)
+        raise error
+
+    with writer.one_writer(bucket, clock=clock) as held:
+        monkeypatch.setattr(Place, "write", fails)
+        until(lambda: len(calls) > 1)
+        clock.now += writer.STALE_SECONDS - 1
+        held.check()
+        monkeypatch.setattr(Place, "write", write)  # it answers again
+        until(lambda: writer.read_lease(bucket)["time"] == clock.now)
+        monkeypatch.setattr(Place, "write", fails)
+        clock.now += writer.STALE_SECONDS + 1
+        with pytest.raises(RuntimeError, match="nobody that is known"):
+            held.check()
+        monkeypatch.setattr(Place, "write", write)
+        with pytest.raises(RuntimeError, match="nobody that is known"):
+            held.check()
+
+
+def test_a_keeper_that_died_is_no_keeper(bucket, monkeypatch):
+    """Then a check renews the lease that ran out, or finds who took it."""
+    monkeypatch.setattr(writer.Writer, "_keep", lambda self: None)
+    clock = FakeClock()
+    with writer.one_writer(bucket, clock=clock) as held:
+        clock.now += writer.STALE_SECONDS + 1
+        held.check()
+        assert writer.read_lease(bucket)["time"] == clock.now
+        clock.now += writer.STALE_SECONDS + 1
+        writer._put_lease(bucket, "somebody's", clock)
+        with pytest.raises(RuntimeError, match="was taken over by process"):
+            held.check()
+
+
+@pytest.mark.parametrize("content", [b"no lease", b"[]", b'{"time": 0}', b'{"token": "a", "time": null}'])
+def test_what_is_no_lease_is_another_programs(bucket, content):
+    lease = bucket / layout.HIDDEN / "lease.json"
+    lease.write(content)
+    with writer.one_writer(bucket, clock=FakeClock()) as held:
+        lease.write(content)
+        with pytest.raises(RuntimeError, match="was taken over by another program"):
+            until(held.check)
+
+
 def test_run_json(root):
     (root / layout.HIDDEN).make_folder()
     assert record.read_run(root) is None

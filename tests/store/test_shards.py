@@ -171,6 +171,17 @@ def test_xarray(out, monkeypatch):
         catalog.to_xarray()
 
 
+def test_xarray_of_an_id_of_bytes(out):
+    pytest.importorskip("xarray")
+    for shard in range(2):
+        table = pq.read_table(layout.shard_file(out, shard, 2))
+        table = table.set_column(0, "id", table["id"].cast(pa.binary()))
+        pq.write_table(table, layout.shard_file(out, shard, 2))
+    found = open_catalog(out).to_xarray(b"g9")
+    assert found.observation.values.tolist() == [b"g9"]
+    np.testing.assert_array_equal(found[0], DRAWS[2, :, :, 0])
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_arviz(out):
     arviz = pytest.importorskip("arviz")
@@ -277,6 +288,15 @@ def test_a_torn_journal_line_is_left_out(out):
     assert [line["shard"] for line in layout.read_journal(out)] == [0]
     layout.Journal(out).add({"event": "done", "shard": 1})
     assert [line["shard"] for line in layout.read_journal(out)] == [0, 1]
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "7", '"event"', "null", "\xff"])
+def test_a_journal_line_that_is_no_event_is_left_out(out, line):
+    layout.Journal(out).add({"event": "began", "shards": 2})
+    with open(layout.journal_file(out), "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    assert [found["event"] for found in layout.read_journal(out)] == ["began"]
+    assert open_catalog(out).status().complete
 
 
 def test_what_interrupted_attempts_left_is_removed(out):
