@@ -38,7 +38,7 @@ from distsbi.fanout.simulation_worker import (
     unlike,
 )
 from distsbi.store import layout, record, schema
-from distsbi.store.place import Place, as_place, is_url
+from distsbi.store.place import Place, as_place, is_url, shown
 from distsbi.store.status import Status, read_status
 from distsbi.store.writer import one_writer
 
@@ -198,7 +198,7 @@ def status(out: str | os.PathLike[str]) -> tuple[Status, str | None]:
     place = as_place(out)
     found = record.read_run(place)
     if found is None or "simulator" not in found["definition"]:
-        raise ValueError(f"{out} is no folder of simulations (no {layout.run_file(place)} of one).")
+        raise ValueError(f"{shown(out)} is no folder of simulations (no {layout.run_file(place)} of one).")
     definition = found["definition"]
     return read_status(place, definition["n_rows"], definition["rows_per_shard"], read_manifest), command(
         found, str(out)
@@ -271,7 +271,7 @@ def _folder(out: str | os.PathLike[str]) -> Place:
     """Raises ValueError if `out` is no folder on disks, or holds files that are not of a simulation like this."""
     if is_url(out):
         raise ValueError(
-            f"out must be a folder on disks that the workers share, for training reads it there; got {out}."
+            f"out must be a folder on disks that the workers share, for training reads it there; got {shown(out)}."
         )
     place = as_place(out)
     folder = Path(place.path)

@@ -165,7 +165,7 @@ def verify(
         removed=removed,
         made=tuple(sorted(missing - left)),
         reason=reason,
-        command=provenance.command(opened.run, str(opened.path)),
+        command=provenance.command(opened.run, place.url),
     )
 
 

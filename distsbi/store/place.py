@@ -25,7 +25,9 @@ from distsbi.files import write_whole
 NATIVE = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
-_SECRET = re.compile(r"secret|passw|token|signature|credentials?$|(^|[-_])(pass|pwd|sig|key)$|(access|api)key", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|passw|token|signature|credentials?$|(^|[-_])(pass|pwd|sig|key)$|(access|api)key", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
