@@ -168,9 +168,11 @@ def simulate(
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:
             shape, seconds = _look(pool, n, step, max_failures)
-        count = cluster.cluster_workers(cpus_per_worker, num_gpus_per_worker) if workers is None else max(workers, 1)
+        room = (
+            workers if workers is not None else cluster.cluster_room(cpus_per_worker, num_gpus_per_worker, empty=True)
+        )
         size = shard_size or there.get("rows_per_shard")
-        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), count, time_limit)
+        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(room, 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
         record.begin(folder, definition, _about(job, told))
         layout.remove_partial(folder)

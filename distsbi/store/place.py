@@ -168,7 +168,7 @@ def _parted(url: str) -> tuple[str, list[str]]:
     authority = re.match(r"[^/?#]*", rest)[0]  # type: ignore[index]
     s3 = scheme.lower() in ("s3", "s3a", "s3n")
     end, secrets = authority.rfind("@"), []
-    if end < 0 and (s3 and ":" in authority or not _HOST.fullmatch(authority)):
+    if end < 0 and ((s3 and ":" in authority) or not _HOST.fullmatch(authority)):
         end = rest.rfind("@")
     if end >= 0:
         given, rest = rest[:end], rest[end + 1 :]
