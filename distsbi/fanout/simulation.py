@@ -144,11 +144,13 @@ def simulate(
     if shard_size is not None and shard_size % step:
         raise ValueError(f"shard_size must be a multiple of batch_size={step}; got {shard_size}.")
     folder = _folder(out)
-    job = Job(simulators.by_name(simulator), _checked(prior), _words(seed), folder.path, batch_size, missing)
-    if isinstance(job.simulator, str) and not address:  # on a cluster this machine may lack what the simulator needs
-        simulators.arranged(simulators.import_simulator(job.simulator))
-    elif not isinstance(job.simulator, str):
-        simulators.arranged(job.simulator)
+    named = simulators.by_name(simulator)
+    digest = None if isinstance(named, str) else simulators.source_digest(named)
+    job = Job(named, _checked(prior), _words(seed), folder.path, batch_size, missing, digest)
+    if not isinstance(named, str):
+        simulators.arranged(named)
+    elif not address:  # on a cluster this machine may lack what the simulator needs
+        simulators.arranged(simulators.import_simulator(named))
     with says_how_far(folder), contextlib.ExitStack() as stack:
         (folder / layout.HIDDEN).make_folder()
         writer = stack.enter_context(one_writer(folder))
