@@ -92,8 +92,11 @@ class SimulationWorker:
             raise ValueError(
                 f"on {socket.gethostname()} there is no folder {job.out}; give one that all machines share."
             )
-        named = isinstance(job.simulator, str)
-        function = simulator.import_simulator(job.simulator) if named else job.simulator
+        if isinstance(job.simulator, str):
+            function = simulator.import_simulator(job.simulator)
+            source = simulator.source_digest(function)
+        else:
+            function, source = job.simulator, job.source
         prior = parse_prior(job.prior) if isinstance(job.prior, Mapping) else job.prior
         dim = len(supports(prior))
         self._simulator = simulator.Simulator(function, prior, keys.from_words(job.seed), job.batch, job.missing)
@@ -101,10 +104,7 @@ class SimulationWorker:
         self._device = device_name(jax.local_devices()[0])
         return {
             "definition": {
-                "simulator": {
-                    "name": simulator.name_of(job.simulator),
-                    "source": simulator.source_digest(function) if named else job.source,
-                },
+                "simulator": {"name": simulator.name_of(job.simulator), "source": source},
                 "prior": describe(prior),
                 "seed": list(job.seed),
                 "first theta": [f"{value:.3g}" for value in first.tolist()],
