@@ -267,7 +267,10 @@ class TestRefusals:
             patch.setattr(SimulationWorker, "ready", elsewhere)
             simulate(function, tmp_path / "out")
         assert digest is not None
-        assert read_run(tmp_path / "out")["definition"]["simulator"] == {"name": "__main__:own", "source": digest}
+        assert (read_run(tmp_path / "out") or {})["definition"]["simulator"] == {
+            "name": "__main__:own",
+            "source": digest,
+        }
 
     def test_what_the_function_calls_in_its_file_belongs_to_it(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
