@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 
-from distsbi.processes import Rank, agree_on, find_rank, meeting, wait_for_all
+from distsbi.processes import Rank, agree_on, find_rank, job, meeting, wait_for_all
 from distsbi.processes.given import first_host
 from distsbi.processes.meeting import free_port, meet
 
@@ -54,6 +54,36 @@ MPI_PORT = 61_440 + zlib.crc32(b"1531576320.0") % 4_096
 )
 def test_the_environment_says_the_rank(environment, rank):
     assert find_rank(environment=environment) == rank
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "node1", "10.0.0.1", "[::]", "127.example.org"]
+)
+def test_who_is_let_in(host, monkeypatch):
+    """On the loopback interface nobody from elsewhere, neither where processes meet nor at JAX's service."""
+    import jax
+
+    if host == "[::1]" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    rank = Rank(f"{host}:{free_port()}", 2, 0)
+    assert rank.loopback == (host in ("127.0.0.1", "127.1.2.3", "[::1]", "localhost"))
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    with meeting._listening(rank) as server:
+        bound = server.getsockname()[0]
+    assert bound == (("127.0.0.1" if host == "localhost" else rank.host) if rank.loopback else everywhere)
+    given = {}
+    for holder, name, value in (
+        (job, "_meeting", None),
+        (job, "_joined_jax", False),
+        (job, "meet", lambda rank, timeout, lost: (None, f"{host}:1")),
+        (job, "_notice_exit", lambda: None),
+        (job.atexit, "register", lambda end: None),
+        (jax.config, "update", lambda name, value: None),
+        (jax.distributed, "initialize", lambda *arguments, **options: given.update(options)),
+    ):
+        monkeypatch.setattr(holder, name, value)
+    job.join(rank)
+    assert given["coordinator_bind_address"] == (f"{host}:1" if rank.loopback else None)
 
 
 def test_what_is_told_comes_before_the_environment():

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from distsbi.cli.group import cli
-from distsbi.cli.options import NETWORK, RUN, SEED, solver_options, worker_options
+from distsbi.cli.options import NETWORK, RUN, SEED, Numbers, solver_options, worker_options
 
 
 @cli.command()
@@ -25,6 +25,9 @@ from distsbi.cli.options import NETWORK, RUN, SEED, solver_options, worker_optio
 @click.option("--rows-per-shard", type=int, help="Rows in each output file. Default: by size.")
 @click.option("--draws/--no-draws", default=True, show_default=True, help="Write draws, or summaries only.")
 @click.option("--thin", type=int, default=1, show_default=True, help="Write every so many-th draw.")
+@click.option(
+    "--quantiles", type=Numbers(), default="0.05,0.5,0.95", show_default=True, help="Of the summaries; '' for none."
+)
 @solver_options
 @NETWORK
 def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
@@ -33,6 +36,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
     CATALOG and OUT are paths, or URIs such as s3://bucket/out.
     """
     from distsbi.fanout import sample_catalog
+    from distsbi.store.place import shown
 
     options["id_column"] = options["id_column"] or None
     options["x_columns"] = options["x_columns"].split(",") if options["x_columns"] else None
@@ -42,7 +46,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
         if done.rows_now
         else "nothing"
     )
-    click.echo(f"{done.n_rows:,} rows in {out}: {done.n_ok:,} with draws, {done.n_bad:,} without")
+    click.echo(f"{done.n_rows:,} rows in {shown(out)}: {done.n_ok:,} with draws, {done.n_bad:,} without")
     click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s, {rate}")
     if done.n_bad:
         from distsbi.store.status import most_frequent
@@ -52,7 +56,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
         click.echo("each row's reason is in the column `message`", err=True)
     if not done.n_ok:  # nothing to go on with for whoever waits for this command
         raise click.exceptions.Exit(1)
-    click.echo(f'next: python -c "import distsbi; print(distsbi.open_catalog({str(out)!r}).summary())"')
+    click.echo(f'next: python -c "import distsbi; print(distsbi.open_catalog({shown(out)!r}).summary())"')
 
 
 @cli.command()
@@ -64,6 +68,7 @@ def status(out: str, as_json: bool) -> None:
 
     from distsbi.fanout import provenance, simulation
     from distsbi.store import open_catalog, record
+    from distsbi.store.place import shown
     from distsbi.store.status import most_frequent
 
     run = record.read_run(out)
@@ -72,7 +77,7 @@ def status(out: str, as_json: bool) -> None:
     else:
         opened = open_catalog(out)
         run, found = opened.run, opened.status()
-        go_on = provenance.command(run, str(out))
+        go_on = provenance.command(run, out)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "about": run["about"]}, indent=1))
         return
@@ -94,7 +99,7 @@ def status(out: str, as_json: bool) -> None:
         click.echo(f"{name:<8} {value}")
     if found.damaged:
         told = f"damaged {_shards('', found.damaged).removeprefix(': ')}"
-        click.echo(f"{told}: the same command makes them again; distsbi verify {out} names what is wrong")
+        click.echo(f"{told}: the same command makes them again; distsbi verify {shown(out)} names what is wrong")
     for reason, count in most_frequent(found.reasons, 9).items():
         click.echo(f"bad      {count:,} rows {reason}")
     if not found.complete and not found.writer:

@@ -23,6 +23,20 @@ class Axes(click.ParamType):
         return {axis: int(size) for axis, size in (part.split("=") for part in value.split(","))}
 
 
+class Numbers(click.ParamType):
+    """`0.05,0.5` as a tuple."""
+
+    name = "a,b,c"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(",") if part)
+        except ValueError:
+            self.fail(f"{value!r} are no numbers; write them as 0.05,0.5,0.95.", param, ctx)
+
+
 RUN = click.argument("run", type=click.Path(path_type=Path))
 SEED = click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
 DEVICES = click.option(

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "--ray-workers", type=click.IntRange(min=1), help="Train with Ray Train in so many processes, one on each host."
 )
 @click.option(
-    "--address", help="With --ray-workers: the Ray cluster, or auto. Default: $RAY_ADDRESS, else this machine."
+    "--address", help="With --ray-workers: the Ray cluster, or auto. Default: $RAY_ADDRESS, else all of this machine."
 )
 def train(
     config_path: Path | None,

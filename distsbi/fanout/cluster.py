@@ -19,8 +19,8 @@ PROBE_SECONDS = 5.0  # for something to listen at an address
 
 
 @contextlib.contextmanager
-def connected(address: str | None, workers: int | None, cpus: int, gpus: float) -> Iterator[None]:
-    """Ray for the time of the block, for `workers` (None: as many as there is room for) of `cpus` and `gpus` each.
+def connected(address: str | None, workers: int | None, cpus: int, gpus: float | None) -> Iterator[None]:
+    """Ray for the time of the block, for `workers` (None: as many as there is room for) of `cpus` and `gpus` (None: what Ray finds) each.
 
     A Ray that is up in this process is used and left up. Else the cluster at `address` (or $RAY_ADDRESS) is joined,
     or without one a local Ray is started, which listens on the loopback interface alone and, as Ray does unless
@@ -31,8 +31,6 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float) 
     RuntimeError if a local Ray does not start.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    # Ray starts its processes with fork and exec, which JAX, if it runs here, warns of; they exec at once, so nothing can lock.
-    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     import ray
 
     if ray.is_initialized():
@@ -124,7 +122,7 @@ def _probe(address: str) -> None:
             time.sleep(0.2)
 
 
-def _start(workers: int | None, cpus: int, gpus: float) -> None:
+def _start(workers: int | None, cpus: int, gpus: float | None) -> None:
     """A local Ray; a second attempt where the first does not come up, as happens on a machine that is very busy."""
     import ray
 
@@ -138,11 +136,13 @@ def _start(workers: int | None, cpus: int, gpus: float) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for attempt in (1, 2):
         try:
-            with _loopback():
+            with _loopback(), warnings.catch_warnings():
+                # Ray starts its processes with fork and exec, which JAX, if it runs here, warns of; they exec at once, so nothing can lock.
+                warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
                 ray.init(
                     address="local",
                     num_cpus=(workers or own_cpus() // cpus) * cpus,
-                    num_gpus=None if gpus else 0,
+                    num_gpus=0 if gpus == 0 else None,
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     logging_level=logging.ERROR,
@@ -157,7 +157,7 @@ def _start(workers: int | None, cpus: int, gpus: float) -> None:
                     "again, or give workers=0 to do without Ray."
                 ) from error
     found = ray.cluster_resources().get("GPU", 0)
-    if gpus > found:
+    if gpus is not None and gpus > found:
         raise ValueError(
             f"each worker asks for {gpus:g} GPUs and Ray finds {found:g} on this machine; lower num_gpus_per_worker (0: "
             "CPUs), or give the address of a cluster that has them."
@@ -188,35 +188,27 @@ def own_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cluster_workers(cpus_per_worker: int, gpus_per_worker: float) -> int:
-    """As many workers as the cluster that is joined has room for now; at least one."""
-    import ray
-
-    total = ray.cluster_resources()
-    room = total.get("GPU", 0) / gpus_per_worker if gpus_per_worker else total.get("CPU", 0) / cpus_per_worker
-    return max(1, int(room))
-
-
-def cluster_room(cpus_per_worker: int, gpus_per_worker: float, leaving: Collection[str] = ()) -> int:
-    """How many more workers fit now on machines that live, those in `leaving` aside."""
+def cluster_room(cpus: int, gpus: float, leaving: Collection[str] = (), *, empty: bool = False) -> int:
+    """How many more workers of `cpus` and `gpus` fit now on machines that live, those in `leaving` aside. `empty`: if nothing ran there."""
     import ray.util.client
     from ray._private.state import state
 
-    if ray.util.client.ray.is_connected():  # ray://: no more than the sum is told
-        free = [ray.available_resources()]
+    alive = {
+        node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
+    }
+    if empty:
+        rooms = list(alive.values())
+    elif ray.util.client.ray.is_connected():  # ray://: no more than the sum is told
+        rooms = [ray.available_resources()]
     else:
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(leaving)
-        free = [left for node, left in state.available_resources_per_node().items() if node in alive]
-    fits = lambda left, name, each: left.get(name, 0) / each if each else math.inf  # noqa: E731
-    return sum(int(min(fits(left, "CPU", cpus_per_worker), fits(left, "GPU", gpus_per_worker))) for left in free)
+        rooms = [free for node, free in state.available_resources_per_node().items() if node in alive]
+    fits = lambda room, name, each: room.get(name, 0) / each if each else math.inf  # noqa: E731
+    return sum(int(min(fits(room, "CPU", cpus), fits(room, "GPU", gpus))) for room in rooms)
 
 
 def fits_a_machine(cpus: int, gpus: float) -> bool:
     """Whether a machine that is there could hold such a worker, if it were free."""
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
+    return cluster_room(cpus, gpus, empty=True) > 0
 
 
 def grows() -> bool:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distsbi.fanout.cluster import connected, worker_environment
+from distsbi.fanout.cluster import connected, own_cpus, worker_environment
 from distsbi.processes import Rank
 from distsbi.processes.meeting import free_port
 
@@ -119,22 +119,20 @@ def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, addr
     Args:
         arguments: plain values.
         out: a folder that all hosts share.
-        address: of the cluster; None: $RAY_ADDRESS, else this machine.
+        address: of the cluster; None: $RAY_ADDRESS, else this machine, all of it: its GPUs too, unless JAX_PLATFORMS is cpu.
 
     Raises ValueError for too few hosts, and where the function raises one; RuntimeError if it fails otherwise, or workers are lost again and again.
     """
-    with connected(address, workers, 1, 0):
+    gpus = 0 if os.environ.get("JAX_PLATFORMS") == "cpu" else None
+    with connected(address, max(workers, own_cpus()), 1, gpus):
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-        from ray.train.v2.jax import JaxTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
 
         joined = _address(address) is not None
         out.mkdir(parents=True, exist_ok=True)
-        for attempt in range(RESTARTS + 1):
-            hosts = (
-                _wait_for_hosts(workers) if joined else hosts_for(workers, ray.nodes())
-            )  # a lost one may be replaced
+        for left in reversed(range(RESTARTS + 1)):
+            # a lost one may be replaced
+            hosts = _wait_for_hosts(workers) if joined else hosts_for(workers, ray.nodes())
             log.info(
                 "training on %d %s workers, each with %d CPUs and %d accelerators",
                 workers,
@@ -142,34 +140,46 @@ def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, addr
                 hosts.cpus,
                 hosts.accelerators,
             )
-            environment = {"RAY_TRAIN_V2_ENABLED": "1", **worker_environment(hosts.cpus, hosts.accelerators)}
-            environment.pop("XLA_CLIENT_MEM_FRACTION", None)  # of catalogs' workers
-            trainer = JaxTrainer(
-                _member,
-                train_loop_config={"target": target, "arguments": arguments, "join_jax": hosts.kind == "cpu"},
-                scaling_config=ScalingConfig(num_workers=workers, **hosts.scaling()),
-                run_config=RunConfig(
-                    name="run",
-                    storage_path=str(out.absolute() / STORAGE),
-                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
-                    worker_runtime_env={"env_vars": environment},
-                ),
-            )
             try:
-                returned = trainer.fit().return_value
+                returned = _trainer(target, arguments, out, hosts).fit().return_value
                 break
             except TrainingFailedError as error:
-                failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-                raised = [getattr(failure, "_base_exc", failure) for failure in failures]
-                own = [
-                    e for e in raised if not type(e).__module__.startswith("ray.")
-                ]  # the others say that a worker is gone
-                if wrong := [e for e in own if isinstance(e, ValueError)]:
-                    raise ValueError(str(wrong[0])) from error
-                if own or attempt == RESTARTS:
-                    raise RuntimeError(f"a worker failed: {own[0] if own else error}") from error
+                told = _told(error)
+                if told is not None or not left:
+                    raise told or RuntimeError(f"a worker failed: {error}") from error
         shutil.rmtree(out / STORAGE, ignore_errors=True)
         return returned
+
+
+def _trainer(target: str, arguments: dict[str, Any], out: Path, hosts: Hosts) -> Any:
+    """Ray Train's, for one attempt."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.jax import JaxTrainer
+
+    environment = {"RAY_TRAIN_V2_ENABLED": "1", **worker_environment(hosts.cpus, hosts.accelerators)}
+    environment.pop("XLA_CLIENT_MEM_FRACTION", None)  # of catalogs' workers
+    return JaxTrainer(
+        _member,
+        train_loop_config={"target": target, "arguments": arguments, "join_jax": hosts.kind == "cpu"},
+        scaling_config=ScalingConfig(num_workers=hosts.workers, **hosts.scaling()),
+        run_config=RunConfig(
+            name="run",
+            storage_path=str(out.absolute() / STORAGE),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def _told(error: Exception) -> ValueError | RuntimeError | None:
+    """What a worker raised itself, in a failure of Ray Train: its ValueError, or a RuntimeError with its words. None where Ray says no more than
+    that workers are gone: another attempt may go well."""
+    failures = getattr(error, "worker_failures", {}).values()
+    raised = [getattr(failure, "_base_exc", failure) for failure in failures]
+    own = [e for e in raised if not type(e).__module__.startswith("ray.")]
+    if wrong := [e for e in own if isinstance(e, ValueError)]:
+        return ValueError(str(wrong[0]))
+    return RuntimeError(f"a worker failed: {own[0]}") if own else None
 
 
 def _address(given: str | None) -> str | None:

@@ -23,6 +23,7 @@ import numpy as np
 from distsbi.fanout import catalog as catalogs, cluster
 from distsbi.fanout.catalog import sample_catalog
 from distsbi.store import layout
+from distsbi.store.schema import ROW_GROUP_BYTES
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
@@ -144,9 +145,15 @@ def plan(
     return Plan(
         n_rows, n, count, device or f"{platform.platform}: {platform.device_kind}", how, rate, overhead, start_up, rows,
         shards, (tile.slots, tile.draws), _total(n_rows, n, rows, count, rate, overhead, start_up), n_rows * each,
-        # a shard's draws as they are made, and again as a table
-        PROCESS_BYTES + 2 * 4 * size * rows * n,
+        PROCESS_BYTES + shard_bytes(min(rows, n_rows), n, kept, size),
     )  # fmt: skip
+
+
+def shard_bytes(rows: int, n: int, kept: int, size: int) -> int:
+    """Of memory that a worker takes for a shard of `n` draws a row, each of `size` numbers, of which `kept` are written. As draws are summarised
+    there are beside them the deviations from their mean, in float64: 3 n. As the kept ones are encoded there are the table, a row group, the
+    file's buffer, which doubles as it grows and is copied then, and what the checksum takes: up to 5 where all are kept."""
+    return ROW_GROUP_BYTES + 4 * size * rows * (3 * n + 2 * kept)
 
 
 def _total(n_rows: int, n: int, rows: int, workers: int, rate: float, overhead: float, start_up: float) -> float:

@@ -1,6 +1,7 @@
 """Where the draws of a folder come from: what run.json says beside their definition, and the command that goes on."""
 
 import datetime
+import os
 import shlex
 from typing import Any
 
@@ -8,7 +9,7 @@ import distsbi
 from distsbi.environment import versions
 from distsbi.fanout.worker import Job
 from distsbi.store import Output, SourceSpec, source
-from distsbi.store.place import Place, as_place
+from distsbi.store.place import Place, as_place, shown
 
 
 def about(job: Job, told: dict[str, Any]) -> dict[str, Any]:
@@ -54,17 +55,19 @@ def job_of(kept: dict[str, Any], out: Place, loader: str, **instead: str | None)
     )
 
 
-def _found(kept: dict[str, Any], out: object, instead: dict[str, str | None]) -> dict[str, Any]:
+def _found(
+    kept: dict[str, Any], out: "str | os.PathLike[str] | Place", instead: dict[str, str | None]
+) -> dict[str, Any]:
     """What was remembered of the call that began a folder, with what is now instead."""
     there = kept["about"]
     if "columns" not in there:
         raise ValueError(
-            f"{out} was begun by distsbi {there.get('distsbi')}, which did not keep how; rows cannot be drawn again."
+            f"{as_place(out)} was begun by distsbi {there.get('distsbi')}, which did not keep how; rows cannot be drawn again."
         )
     return {**there, **{name: value for name, value in instead.items() if value is not None}}
 
 
-def call(kept: dict[str, Any], out: object, **instead: str | None) -> dict[str, Any]:
+def call(kept: dict[str, Any], out: "str | os.PathLike[str] | Place", **instead: str | None) -> dict[str, Any]:
     """The arguments of `sample_catalog` that go on with the folder `out`, but for the workers, from its run.json. `instead`: as for `job_of`.
 
     Raises ValueError if the run.json is of a version that did not keep them.
@@ -87,11 +90,19 @@ def call(kept: dict[str, Any], out: object, **instead: str | None) -> dict[str, 
 
 
 def command(run: dict[str, Any], out: str) -> str:
-    """The command that goes on with a folder, from its run.json."""
+    """The command that goes on with the folder `out`, a path or URI, from its run.json: that of `call`, with the folder's division."""
     there, definition = run["about"], run["definition"]
     columns, kept = there.get("columns", {}), definition["output"]
     high, low = definition["seed"]
-    words = ["distsbi", "catalog", there["run"], there["catalog"], out, "--nsamples", str(definition["nsamples"])]
+    words = [
+        "distsbi",
+        "catalog",
+        there["run"],
+        there["catalog"],
+        shown(out),
+        "--nsamples",
+        str(definition["nsamples"]),
+    ]
     words += ["--seed", str((high << 32) | low)] if high or low else []
     if columns.get("id_column") != "id" and not there["catalog"].endswith(".npy"):
         words += ["--id-column", columns.get("id_column") or ""]
@@ -101,6 +112,8 @@ def command(run: dict[str, Any], out: str) -> str:
         words += ["--x-column", columns["x_column"]]
     words += [] if kept["draws"] else ["--no-draws"]
     words += ["--thin", str(kept["thin"])] if kept["thin"] != 1 else []
+    if tuple(kept["quantiles"]) != Output().quantiles:
+        words += ["--quantiles", ",".join(map(str, kept["quantiles"]))]
     for name, value in there.get("options", {}).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--network", there["network"]] if there.get("network") else []

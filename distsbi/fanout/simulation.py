@@ -38,7 +38,7 @@ from distsbi.fanout.simulation_worker import (
     unlike,
 )
 from distsbi.store import layout, record, schema
-from distsbi.store.place import Place, as_place, is_url
+from distsbi.store.place import Place, as_place, is_url, shown
 from distsbi.store.status import Status, read_status
 from distsbi.store.writer import one_writer
 
@@ -144,11 +144,13 @@ def simulate(
     if shard_size is not None and shard_size % step:
         raise ValueError(f"shard_size must be a multiple of batch_size={step}; got {shard_size}.")
     folder = _folder(out)
-    job = Job(simulators.by_name(simulator), _checked(prior), _words(seed), folder.path, batch_size, missing)
-    if isinstance(job.simulator, str) and not address:  # on a cluster this machine may lack what the simulator needs
-        simulators.arranged(simulators.import_simulator(job.simulator))
-    elif not isinstance(job.simulator, str):
-        simulators.arranged(job.simulator)
+    named = simulators.by_name(simulator)
+    digest = None if isinstance(named, str) else simulators.source_digest(named)
+    job = Job(named, _checked(prior), _words(seed), folder.path, batch_size, missing, digest)
+    if not isinstance(named, str):
+        simulators.arranged(named)
+    elif not address:  # on a cluster this machine may lack what the simulator needs
+        simulators.arranged(simulators.import_simulator(named))
     with says_how_far(folder), contextlib.ExitStack() as stack:
         (folder / layout.HIDDEN).make_folder()
         writer = stack.enter_context(one_writer(folder))
@@ -168,9 +170,11 @@ def simulate(
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:
             shape, seconds = _look(pool, n, step, max_failures)
-        count = cluster.cluster_workers(cpus_per_worker, num_gpus_per_worker) if workers is None else max(workers, 1)
+        room = (
+            workers if workers is not None else cluster.cluster_room(cpus_per_worker, num_gpus_per_worker, empty=True)
+        )
         size = shard_size or there.get("rows_per_shard")
-        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), count, time_limit)
+        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(room, 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
         record.begin(folder, definition, _about(job, told))
         layout.remove_partial(folder)
@@ -198,7 +202,7 @@ def status(out: str | os.PathLike[str]) -> tuple[Status, str | None]:
     place = as_place(out)
     found = record.read_run(place)
     if found is None or "simulator" not in found["definition"]:
-        raise ValueError(f"{out} is no folder of simulations (no {layout.run_file(place)} of one).")
+        raise ValueError(f"{shown(out)} is no folder of simulations (no {layout.run_file(place)} of one).")
     definition = found["definition"]
     return read_status(place, definition["n_rows"], definition["rows_per_shard"], read_manifest), command(
         found, str(out)
@@ -271,7 +275,7 @@ def _folder(out: str | os.PathLike[str]) -> Place:
     """Raises ValueError if `out` is no folder on disks, or holds files that are not of a simulation like this."""
     if is_url(out):
         raise ValueError(
-            f"out must be a folder on disks that the workers share, for training reads it there; got {out}."
+            f"out must be a folder on disks that the workers share, for training reads it there; got {shown(out)}."
         )
     place = as_place(out)
     folder = Path(place.path)

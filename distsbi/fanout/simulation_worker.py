@@ -41,6 +41,8 @@ class Job:
         out: the output folder.
         batch: rows of one call; None: single ones.
         missing: NaN in x is an entry that is missing, not a failure.
+        source: `source_digest` of a function that is carried over, whose file the machines of workers need not have. Of one that is named each
+            worker reads its own: they must have the same.
     """
 
     simulator: str | Callable[..., Any]
@@ -49,6 +51,7 @@ class Job:
     out: str
     batch: int | None = None
     missing: bool = False
+    source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,11 @@ class SimulationWorker:
             raise ValueError(
                 f"on {socket.gethostname()} there is no folder {job.out}; give one that all machines share."
             )
-        function = simulator.import_simulator(job.simulator) if isinstance(job.simulator, str) else job.simulator
+        if isinstance(job.simulator, str):
+            function = simulator.import_simulator(job.simulator)
+            source = simulator.source_digest(function)
+        else:
+            function, source = job.simulator, job.source
         prior = parse_prior(job.prior) if isinstance(job.prior, Mapping) else job.prior
         dim = len(supports(prior))
         self._simulator = simulator.Simulator(function, prior, keys.from_words(job.seed), job.batch, job.missing)
@@ -100,7 +107,7 @@ class SimulationWorker:
         self._device = device_name(jax.local_devices()[0])
         return {
             "definition": {
-                "simulator": {"name": simulator.name_of(job.simulator), "source": simulator.source_digest(function)},
+                "simulator": {"name": simulator.name_of(job.simulator), "source": source},
                 "prior": describe(prior),
                 "seed": list(job.seed),
                 "first theta": [f"{value:.3g}" for value in first.tolist()],

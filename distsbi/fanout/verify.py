@@ -167,7 +167,7 @@ def verify(
         removed=tuple(sorted(removed)),
         made=tuple(sorted(missing - left)),
         reason=reason,
-        command=provenance.command(opened.run, str(opened.path)),
+        command=provenance.command(opened.run, place.url),
     )
 
 

@@ -10,6 +10,7 @@ Nothing here touches JAX.
 """
 
 import dataclasses
+import ipaddress
 import os
 import re
 import zlib
@@ -53,6 +54,14 @@ class Rank:
     def host(self) -> str:
         """Without the port, and without the brackets of an IPv6 address."""
         return self.coordinator.rpartition(":")[0].strip("[]")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the address is on the loopback interface: then nobody but this machine is to reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @property
     def port(self) -> int:

@@ -43,7 +43,7 @@ def initialize(
     XLA notices first, by XLA's own abort, which cannot be caught (its client calls LOG(FATAL)).
 
     Args:
-        coordinator: "host:port" of process 0's machine, with a free port.
+        coordinator: "host:port" of process 0's machine, with a free port. On the loopback interface only this machine is let in.
         num_processes, process_id: how many there are, and this one's number from 0 on.
         timeout: seconds to wait for the others.
         detect: look at the environment where nothing is given.
@@ -82,6 +82,7 @@ def join(rank: Rank, *, timeout: float = 300.0, join_jax: bool = True) -> bool:
             local_device_ids=rank.local,
             initialization_timeout=int(timeout) + 1,
             cluster_detection_method="deactivate",
+            coordinator_bind_address=address if rank.loopback else None,  # None: all interfaces
         )
         _joined_jax = True
     return True

@@ -303,13 +303,11 @@ def _join(rank: Rank, deadline: float, timeout: float, lost: Callable[[str, bool
 
 def _listening(rank: Rank) -> socket.socket:
     """Where the coordinator's address is, on all interfaces unless it is the loopback one."""
-    loopback = rank.host == "localhost" or rank.host.startswith("127.")
-    family = socket.AF_INET if loopback or not socket.has_dualstack_ipv6() else socket.AF_INET6
+    both = not rank.loopback and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in rank.host else socket.AF_INET
     try:
-        where = rank.host if loopback else ""
-        return socket.create_server(
-            (where, rank.port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=rank.count
-        )
+        where = rank.host if rank.loopback else ""
+        return socket.create_server((where, rank.port), family=family, dualstack_ipv6=both, backlog=rank.count)
     except OSError as error:
         raise ValueError(
             f"process 0 cannot listen at {rank.coordinator} ({error.strerror or error}): choose another port for all processes, or end what uses "

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from distsbi.store import check, layout, record, schema, status
-from distsbi.store.place import Place, as_place
+from distsbi.store.place import Place, as_place, shown
 from distsbi.store.schema import OK
 from distsbi.store.status import Status
 
@@ -48,10 +48,12 @@ class Catalog:
         run = record.read_run(self.place)
         if run is None:
             raise ValueError(
-                f"{path} is no output folder of sample_catalog or simulate (no {layout.run_file(self.place)})."
+                f"{shown(path)} is no output folder of sample_catalog or simulate (no {layout.run_file(self.place)})."
             )
         if "simulator" in run["definition"]:
-            raise ValueError(f"{path} is a folder of simulations, not a catalog; read it with distsbi.data.read_pairs.")
+            raise ValueError(
+                f"{shown(path)} is a folder of simulations, not a catalog; read it with distsbi.data.read_pairs."
+            )
         self.run: dict[str, Any] = run
         definition = run["definition"]
         self.fingerprint: str = run["fingerprint"]

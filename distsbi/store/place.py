@@ -15,6 +15,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as filesystems
@@ -23,6 +24,10 @@ from distsbi.files import write_whole
 
 NATIVE = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
+_SECRET = re.compile(
+    r"secret|passw|token|signature|credentials?$|(^|[-_])(pass|pwd|sig|key)$|(access|api)key", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Found:
 class Place:
     """A file or a folder. Made by `as_place`; `place / "name"` is one in it.
 
-    `url`: what makes it again elsewhere; `str(place)` is for people: without credentials and options.
+    `url`: what makes it again elsewhere; `str(place)` is for people: without secrets and options.
     """
 
     url: str
@@ -51,7 +56,7 @@ class Place:
         return Place(f"{base.rstrip('/')}/{name}{mark}{query}", self.fs, f"{self.path.rstrip('/')}/{name}", self.local)
 
     def __str__(self) -> str:
-        return self.url if self.local else re.sub(r"://[^/@]*@", "://", self.url.partition("?")[0])
+        return self.url if self.local else self.without_secrets.partition("?")[0]
 
     @property
     def name(self) -> str:
@@ -63,8 +68,9 @@ class Place:
 
     @property
     def without_secrets(self) -> str:
-        """The URL without user and password: what may be written down."""
-        return self.url if self.local else re.sub(r"://[^/@]*@", "://", self.url)
+        """The URL without what opens the store: what may be shown and written down. With credentials from the environment it leads to the
+        same place."""
+        return self.url if self.local else _parted(self.url)[0]
 
     def info(self) -> Any:
         """pyarrow's FileInfo."""
@@ -145,6 +151,52 @@ def as_place(path: "str | os.PathLike[str] | Place") -> Place:
     return Place(os.path.abspath(text), _LOCAL, os.path.abspath(text), True)
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path or URI as it may be shown: as it is, without secrets."""
+    text = os.fspath(path)
+    return _parted(text)[0] if is_url(text) else text
+
+
+def _parted(url: str) -> tuple[str, list[str]]:
+    """(the URI without secrets, which these are): the password, also one with a character that belongs encoded, options named like one, and the
+    user of S3, who is a key. Of other stores the user is a part of the address, as in abfss://container@account.dfs.core.windows.net/.
+
+    >>> _parted("ftp://me:pw@host/a?token=t&region=eu")
+    ('ftp://me@host/a?region=eu', ['me:pw', 'pw', 't'])
+    """
+    scheme, _, rest = url.partition("://")
+    authority = re.match(r"[^/?#]*", rest)[0]  # type: ignore[index]
+    s3 = scheme.lower() in ("s3", "s3a", "s3n")
+    end, secrets = authority.rfind("@"), []
+    if end < 0 and ((s3 and ":" in authority) or not _HOST.fullmatch(authority)):
+        end = rest.rfind("@")
+    if end >= 0:
+        given, rest = rest[:end], rest[end + 1 :]
+        user, _, password = given.partition(":")
+        if s3 or password:
+            secrets += [given, password]
+        if user and not s3:
+            rest = f"{user}@{rest}"
+    base, _, query = rest.partition("?")
+    kept = []
+    for option in filter(None, query.split("&")):
+        name, _, value = option.partition("=")
+        if _SECRET.search(unquote(name)):
+            secrets.append(value)
+        else:
+            kept.append(option)
+    return f"{scheme}://{base}{'?' if kept else ''}{'&'.join(kept)}", [secret for secret in secrets if secret]
+
+
+def _without(text: str, url: str) -> str:
+    """What pyarrow or fsspec says of a URI, which it may repeat, without its secrets."""
+    public, secrets = _parted(url)
+    text = text.replace(url, public)
+    for secret in secrets:
+        text = text.replace(secret, "...").replace(unquote(secret), "...")
+    return text
+
+
 _LOCAL = filesystems.LocalFileSystem()
 
 
@@ -154,10 +206,10 @@ def _remote(url: str) -> Place:
     try:
         fs, path = filesystems.FileSystem.from_uri(url if scheme in NATIVE else f"fsspec+{url}")
     except ImportError as error:
-        raise ValueError(f"{scheme}:// needs a package that is not installed ({error}).") from error
-    except (ValueError, pa.ArrowException, OSError) as error:
+        raise ValueError(f"{scheme}:// needs a package that is not installed ({_without(str(error), url)}).") from None
+    except (ValueError, pa.ArrowException, OSError) as error:  # in a traceback it would tell the secrets
         raise ValueError(
-            f"{re.sub(r'://[^/@]*@', '://', url)} is no address that can be opened ({error}); give a local path, s3://bucket/..., "
+            f"{shown(url)} is no address that can be opened ({_without(str(error), url)}); give a local path, s3://bucket/..., "
             "gs://bucket/... or another that pyarrow or fsspec knows."
-        ) from error
+        ) from None
     return Place(url, fs, path, False)

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from distsbi.fanout import cluster, launch as launching
 from distsbi.fanout.launch import STORAGE, Hosts, hosts_for, launch
 
 pytestmark = pytest.mark.timeout(600)
@@ -73,6 +75,78 @@ def test_ray_takes_the_scaling(hosts):
     made = ScalingConfig(num_workers=hosts.workers, **hosts.scaling())
     assert made.total_resources["CPU"] == hosts.workers * hosts.cpus
     assert (made.placement_strategy == "STRICT_SPREAD") == (hosts.apart or hosts.kind == "gpu")
+
+
+class Failure(Exception):
+    """As Ray Train tells of workers."""
+
+    def __init__(self, *failures: Exception):
+        self.worker_failures = dict(enumerate(failures))
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    """What is given to `ray.init` and how each attempt of Ray Train goes, on one node of 8 CPUs and 2 GPUs."""
+    ray = pytest.importorskip("ray")
+    given, attempts = [], []
+
+    def init(**options):
+        warnings.warn("os.fork() was called. os.fork() is incompatible with JAX", RuntimeWarning, stacklevel=2)
+        given.append(options)
+
+    class Trainer:
+        def __init__(self, hosts):
+            given.append(hosts)
+
+        def fit(self):
+            raise attempts.pop(0)
+
+    for name, value in {
+        "is_initialized": lambda: False,
+        "init": init,
+        "shutdown": lambda: None,
+        "cluster_resources": lambda: {"CPU": 8.0, "GPU": 2.0},
+        "nodes": lambda: [node(CPU=8.0, GPU=2.0)],
+    }.items():
+        monkeypatch.setattr(ray, name, value)
+    monkeypatch.setattr(launching, "_trainer", lambda target, arguments, out, hosts: Trainer(hosts))
+    monkeypatch.setattr("ray.train.v2.api.exceptions.TrainingFailedError", Failure)
+    monkeypatch.setattr(cluster, "own_cpus", lambda: 8)
+    monkeypatch.setattr(launching, "own_cpus", lambda: 8)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return given, attempts
+
+
+@pytest.mark.parametrize(("platform", "gpus"), [(None, None), ("cpu", 0)])
+def test_a_local_ray_has_all_of_the_machine(fake_ray, tmp_path, monkeypatch, platform, gpus):
+    given, attempts = fake_ray
+    monkeypatch.setenv("JAX_PLATFORMS", platform) if platform else monkeypatch.delenv("JAX_PLATFORMS")
+    attempts.append(Failure(ValueError("enough")))
+    filters = list(warnings.filters)
+    with pytest.raises(ValueError, match="enough"):
+        launch("a:b", {}, tmp_path, 1)
+    options, hosts = given
+    assert (options["num_cpus"], options["num_gpus"]) == (8, gpus)  # None: as many as Ray finds
+    assert hosts == Hosts("gpu", 1, 8, 2)
+    assert warnings.filters == filters
+
+
+def test_what_becomes_of_failures(fake_ray, tmp_path):
+    """What a worker raised ends it; what Ray says of workers that are gone is tried again, a few times."""
+    from ray.exceptions import WorkerCrashedError
+
+    _, attempts = fake_ray
+    gone = Failure(WorkerCrashedError())
+    attempts += [gone, Failure(WorkerCrashedError(), OSError("the disk is away"))]
+    with pytest.raises(RuntimeError, match="a worker failed: the disk is away"):
+        launch("a:b", {}, tmp_path, 1)
+    attempts += [gone, Failure(OSError("x"), ValueError("the data are bad"))]
+    with pytest.raises(ValueError, match="^the data are bad$"):
+        launch("a:b", {}, tmp_path, 1)
+    attempts += [gone] * (launching.RESTARTS + 1)
+    with pytest.raises(RuntimeError, match="a worker failed: "):
+        launch("a:b", {}, tmp_path, 1)
+    assert not attempts
 
 
 def test_two_workers_one_of_which_is_killed(local_ray, tmp_path):

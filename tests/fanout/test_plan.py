@@ -1,6 +1,9 @@
 """A plan is a rehearsal and a sum."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,6 +77,32 @@ def test_another_device_is_estimated_from_the_arithmetic(real_run):
     known = planning.plan(real_run, observations=1e7, nsamples=1e4, workers=64, rate=1e6, draws=False)
     assert known.seconds == pytest.approx(1e11 / 64 / 1e6, rel=0.1)
     assert known.stored_bytes < made.stored_bytes / 100
+
+
+MEMORY = """
+import sys
+import distsbi.fanout.catalog as c
+c.LOADER = "fake_posterior:load"
+run, catalog, out, nsamples = *sys.argv[1:4], int(sys.argv[4])
+for name, n, thin in (("small", 9, 1), ("thin", nsamples, 10), ("whole", nsamples, 1)):
+    c.sample_catalog(run, catalog, out + name, nsamples=n, thin=thin, workers=0, rows_per_shard=40, show_progress=False)
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))  # kB
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process without that of its parent")
+def test_the_memory_of_a_shard(run, make_catalog, tmp_path):
+    """What a process takes more for a shard of 64 MB than for a small one is no more than what is planned, and not much less."""
+    catalog, n = make_catalog(rows={3: [1.0, 2.0]}), 200_000
+    arguments = [str(path) for path in (run, catalog, tmp_path / "out", n)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    said = subprocess.check_output([sys.executable, "-c", MEMORY, *arguments], env=env, text=True)
+    small, *larger = (1024 * int(peak) for peak in said.split())
+    for taken, kept in zip(larger, (n // 10, n), strict=True):
+        planned = planning.shard_bytes(40, n, kept, 2)
+        assert 0.6 * planned < taken - small < planned
+        assert taken < planning.PROCESS_BYTES + planned
 
 
 def test_made_up_observations_are_like_the_training_set(real_run):

@@ -168,6 +168,25 @@ def test_whether_a_cluster_grows(monkeypatch):
     assert cluster.grows()
 
 
+def test_room_is_by_machine(monkeypatch):
+    """Two machines of three cores, of which one runs a worker of two: what fits now, and what would if nothing ran."""
+    import ray
+    from ray._private.state import state
+
+    has = {"CPU": 3.0, "GPU": 1.0}
+    nodes = [{"NodeID": name, "Alive": name != "gone", "Resources": has} for name in ("a", "b", "gone")]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(
+        state, "available_resources_per_node", lambda: {"a": {"CPU": 1.0, "GPU": 0.5}, "b": has, "gone": has}
+    )
+    assert (cluster.cluster_room(2, 0), cluster.cluster_room(2, 0, empty=True)) == (1, 2)
+    assert cluster.cluster_room(1, 0.5) == 1 + 2
+    assert cluster.cluster_room(1, 0, leaving=["b"]) == 1
+    assert cluster.fits_a_machine(3, 1)
+    assert not cluster.fits_a_machine(4, 0)
+    assert not cluster.fits_a_machine(1, 2)
+
+
 def test_environment_of_a_worker(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
     cpu = worker_environment(2, 0)

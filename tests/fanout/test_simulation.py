@@ -1,6 +1,8 @@
 """Simulations into folders of pairs: the same rows however they are made, failures beside them, and what is refused."""
 
+import linecache
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from distsbi.fanout.simulator import BLOCK, Simulator, arranged, import_simulato
 from distsbi.files import sha256_of
 from distsbi.keys import as_key
 from distsbi.store import layout, open_catalog
+from distsbi.store.record import read_run
 from distsbi.store.writer import one_writer
 
 HERE = {"workers": 0, "shard_size": 6, "show_progress": False}
@@ -247,6 +250,27 @@ class TestRefusals:
         simulate(marked(theta_of(40), {}), tmp_path / "out")
         with pytest.raises(ValueError, match="simulator.source: given"):
             simulate(marked(theta_of(40), {3: "nan"}), tmp_path / "out")
+
+    def test_a_function_of_a_script_is_known_where_its_file_is_not(self, tmp_path, monkeypatch):
+        """As on another machine of a cluster: its digest is that of the driver, and the folder goes on."""
+        script, ready = tmp_path / "script.py", SimulationWorker.ready
+        script.write_text("def own(theta):\n    return theta\n")
+        function = runpy.run_path(str(script), run_name="__main__")["own"]
+        digest = source_digest(function)
+
+        def elsewhere(worker, own_process=False):
+            script.unlink()
+            linecache.clearcache()
+            return ready(worker, own_process)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SimulationWorker, "ready", elsewhere)
+            simulate(function, tmp_path / "out")
+        assert digest is not None
+        assert (read_run(tmp_path / "out") or {})["definition"]["simulator"] == {
+            "name": "__main__:own",
+            "source": digest,
+        }
 
     def test_what_the_function_calls_in_its_file_belongs_to_it(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)

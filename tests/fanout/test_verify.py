@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import importlib.metadata
+import inspect
 import json
 import shlex
 
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from fake_posterior import RAISE, draws_hash, make_run
 
-from distsbi import open_catalog
+from distsbi import fanout, open_catalog
+from distsbi.cli import cli
 from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
-from distsbi.fanout.provenance import command
+from distsbi.fanout.provenance import call, command
 from distsbi.fanout.worker import Worker
 from distsbi.files import sha256_of
 from distsbi.store import layout, reading, schema, status, writer
@@ -332,6 +334,55 @@ def test_run_json_says_where_the_draws_come_from(out, run):
     words = shlex.split(command(there, str(out)))
     assert words[:3] == ["distsbi", "catalog", str(run)]
     assert words[5:] == ["--nsamples", "9", "--seed", "5", "--steps", "3"]
+    assert shlex.split(command(there, "s3://key:SECRET@bucket/out"))[4] == "s3://bucket/out"
+
+
+class Called(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"quantiles": [0.1, 0.9], "draws": False},
+        {"quantiles": ()},
+        {"id_column": None, "thin": 4, "seed": 2**40 + 1, "solver": "tsit5", "rtol": 1e-3, "atol": 1e-06},
+        {"x_columns": ["u", "v"], "id_column": "name", "steps": 5},
+        {"x_column": "u v"},
+    ],
+)
+def test_the_command_is_the_call(run, tmp_path, monkeypatch, given):
+    """What the command line makes of the words that "go on with:" prints are the arguments of the call that began the folder."""
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    columns = {
+        "id": np.arange(4),
+        "name": np.arange(4),
+        "x": list(x),
+        "u v": list(x),
+        "u": list(x[:, :2]),
+        "v": x[:, 2],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    began = {"nsamples": 9, "workers": 0, "show_progress": False, **given}
+    sample_catalog(run, tmp_path / "c.parquet", tmp_path / "out", **began)
+    kept = open_catalog(tmp_path / "out").run
+
+    def called(*arguments, **options):
+        raise Called(arguments, options)
+
+    signature = inspect.signature(sample_catalog)
+    monkeypatch.setattr(fanout, "sample_catalog", called)
+    with pytest.raises(Called) as told:
+        cli.main(shlex.split(command(kept, str(tmp_path / "out")))[1:], standalone_mode=False)
+
+    def bound(*arguments, **options):
+        found = signature.bind(*arguments, **options)
+        found.apply_defaults()
+        return json.loads(json.dumps({**found.arguments, "rows_per_shard": None}, default=str))  # the folder has one
+
+    arguments, options = told.value.args
+    assert bound(*arguments, **options) == bound(**call(kept, tmp_path / "out"))
 
 
 def test_status_while_it_is_written_and_after(run, make_catalog, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Catalogs that come from an object store and go there: an S3 server on this machine, and fsspec's memory."""
 
 import time
+import traceback
 import uuid
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distsbi.store import SourceSpec, layout, open_source, record, writer
-from distsbi.store.place import Place, as_place
+from distsbi.store.place import Place, as_place, shown
 from distsbi.store.source import check_ids, fingerprint, glance
 
 X = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
@@ -56,6 +57,42 @@ def test_names_without_secrets():
     assert place.without_secrets == "s3://bucket/out/b?region=eu&scheme=http"
     with pytest.raises(ValueError, match="nowhere://a is no address that can be opened"):
         as_place("nowhere://a")
+
+
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("s3://AKIA:abc/def+SECRET@bucket/a@b?region=eu", "s3://b?region=eu"),  # of a URI that nothing opens: rather too much
+        ("s3://bucket/a@b:c", "s3://bucket/a@b:c"),
+        ("s3://AKIA:SECRET@bucket/a?secret_key=SECRET&scheme=http&X-Amz-Security-Token=SECRET", "s3://bucket/a?scheme=http"),
+        ("gs://anonymous@bucket/out", "gs://anonymous@bucket/out"),
+        ("abfss://container@account.dfs.core.windows.net/cat", "abfss://container@account.dfs.core.windows.net/cat"),
+        ("abfss://:SECRET@account.dfs.core.windows.net/c", "abfss://account.dfs.core.windows.net/c"),
+        ("abfs://c@a/x?tenant_id=1&client_secret=SECRET&credential_kind=default", "abfs://c@a/x?tenant_id=1&credential_kind=default"),
+        ("sftp://me:p@SECRET@host:22/a", "sftp://me@host:22/a"),
+        ("hdfs://namenode:8020/a@b", "hdfs://namenode:8020/a@b"),
+        ("dav://[::1]:80/a@b", "dav://[::1]:80/a@b"),
+        ("file name @ home", "file name @ home"),
+    ],
+)  # fmt: skip
+def test_secrets_alone_are_left_out(url, written):
+    assert shown(url) == written
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:abc/def+SECRET@bucket",
+        "s3://AKIA:abc SECRET@bucket",
+        "s3://AKIA:SECRET@bucket/a?secret_key=SECRET&nothing=1",
+        "nowhere://me:abc%20SECRET@host",
+    ],
+)
+def test_a_refusal_tells_no_secrets(url):
+    with pytest.raises(ValueError, match="bucket|host") as refused:
+        as_place(url)
+    assert "SECRET" not in "".join(traceback.format_exception(refused.value))
+    assert "AKIA" not in str(refused.value)
 
 
 def put(root: Place, kind: str) -> SourceSpec:
