@@ -312,6 +312,8 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     assert code == 1
     assert "1 ids occur more than once: 0.\nids that occur more than once are not repaired" in err
     shard.unlink()
+    code, text, err = distsbi("verify", out)
+    assert (code, err) == (1, f"not complete; go on with: {again}\n")
     code, text, _ = distsbi(*shlex.split(again)[1:], "--workers", 0)
     assert "now: 1 of 2 shards" in text
     assert distsbi("verify", out)[0] == 0

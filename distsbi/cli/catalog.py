@@ -51,7 +51,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
     if done.n_bad:
         from distsbi.store.status import most_frequent
 
-        for reason, count in most_frequent(done.open().status().reasons, 3).items():
+        for reason, count in most_frequent(done.open().status().reasons, 9).items():
             click.echo(f"{count:,} rows {reason}", err=True)
         click.echo("each row's reason is in the column `message`", err=True)
     if not done.n_ok:  # nothing to go on with for whoever waits for this command
@@ -116,8 +116,8 @@ def status(out: str, as_json: bool) -> None:
 @NETWORK
 @worker_options
 def verify(out: str, repair: bool, **options: Any) -> None:
-    """Check the checksums of every file in OUT, a catalog, pairs or draws; of a catalog also draw some rows again to compare. The options of
-    workers are for --repair."""
+    """Check the checksums of every file in OUT, a catalog, pairs or draws; of a catalog also draw some rows again to compare. Exit code 0: it is complete, and
+    nothing is wrong. The options of workers are for --repair."""
     from distsbi.fanout.verify import TOLERANCE, verify
     from distsbi.store import record
 
@@ -152,7 +152,9 @@ def verify(out: str, repair: bool, **options: Any) -> None:
         click.echo("ids that occur more than once are not repaired; sample the catalog into another folder", err=True)
     elif not repair and not found.good:
         click.echo("give --repair to make the bad shards again", err=True)
-    if not (found.repaired if repair else found.good):
+    elif found.left:
+        click.echo(f"not complete; go on with: {found.command}", err=True)
+    if not (found.repaired if repair else found.good and not found.left):
         click.get_current_context().exit(1)
 
 
@@ -162,11 +164,15 @@ def _verify_folder(out: str, repair: bool) -> None:
     if repair:
         raise click.UsageError("--repair is for catalogs; without it verify says what to do.")
     found = verify_folder(out)
-    click.echo(f"{found.files:,} files of {found.what} checked" + ("" if found.complete else ", more to come"))
+    click.echo(
+        f"{found.files:,} files of {found.what} checked"
+        + ("" if found.complete else "; not complete, the same command goes on")
+    )
     for problem in found.problems:
         click.echo(f"{problem}", err=True)
     if not found.good:
         click.echo(found.advice, err=True)
+    if not (found.good and found.complete):
         click.get_current_context().exit(1)
 
 

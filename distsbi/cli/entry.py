@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo(f"\nInterrupted{f': {so_far}' if so_far else '.'}", err=True)
         code = getattr(error.__cause__ or error, "exit_code", 130)
     except ValueError as error:
-        code, said = 2, _in_options(str(error), command)
+        code, said = 2, str(error) if "The known ones are" in str(error) else _in_options(str(error), command)
         _complain(f"Error: {said}", debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,7 +66,7 @@ def _in_options(message: str, command: str | None) -> str:
         message = re.sub(rf"\b{keyword}\b", flag, message)
     for option in (cli.commands[command] if command else cli).params:
         name, flag = str(option.name), max(option.opts, key=len)
-        if "_" in name and flag == f"--{name.replace('_', '-')}":  # a single word may be any word of a sentence
+        if "_" in name:  # a single word may be any word of a sentence
             message = re.sub(rf"\b{name}=None\b", f"{flag} ''", message)
             message = re.sub(rf"\b{name}\b=?", lambda found, flag=flag: flag + " " * found[0].endswith("="), message)
         if isinstance(option, click.Option) and option.is_flag:

@@ -113,9 +113,7 @@ def verify(
             stack.enter_context(one_writer(place))
         again = None
         if fraction and opened.shards:
-            again = _Again(
-                opened, provenance.job_of(opened.run, place, catalogs.LOADER, run=run, catalog=catalog, network=network)
-            )
+            again = _again(opened, run=run, catalog=catalog, network=network)
         rng = np.random.default_rng(seed)
         one = opened.shards[rng.integers(len(opened.shards))] if opened.shards else None
         problems, good = [], []
@@ -171,6 +169,17 @@ def verify(
     )
 
 
+def _again(opened: Catalog, **instead: str | None) -> "_Again":
+    """`instead`: `run`, `catalog` or `network`, where they are now. Raises ValueError saying what to give, if one is not there or another one."""
+    try:
+        return _Again(opened, provenance.job_of(opened.run, opened.place, catalogs.LOADER, **instead))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"rows of {opened.path} cannot be drawn again: {str(error).splitlines()[0].rstrip('.')}. If run or catalog were moved, give run or "
+            "catalog; with fraction=0 the checksums alone are compared."
+        ) from error
+
+
 class _Again:
     """Draws rows again."""
 
@@ -178,17 +187,13 @@ class _Again:
         definition = catalog.run["definition"]
         if source.fingerprint(job.source) != definition["catalog"]["content"]:
             raise ValueError(
-                f"{as_place(job.source.path)} is not the catalog that was sampled: it has changed since; give the one that was, or "
-                "fraction=0 to check the checksums alone."
+                f"{as_place(job.source.path)} is not the catalog that was sampled: it has changed since; give the one that was."
             )
         self._worker = Worker(job)
         told = self._worker.ready()
         for name in ("posterior", "seed", "solver"):
             if told["definition"][name] != definition[name]:
-                raise ValueError(
-                    f"{job.run} is not the run that was sampled: another {name}; give the one that was, or fraction=0 to check the "
-                    "checksums alone."
-                )
+                raise ValueError(f"{job.run} is not the run that was sampled: another {name}; give the one that was.")
         self._worker.begin(Shards(catalog.n_rows, catalog.rows_per_shard, catalog.fingerprint))
         self._same_tile = told["definition"]["tile"] == definition["tile"]
         self._lines = status.last_lines(layout.read_journal(catalog.place))

@@ -10,6 +10,8 @@ from distsbi.store.layout import Where
 from distsbi.store.place import Place, as_place
 
 FORMAT = 2  # 2: rows may be quarantined
+# of what a digest says no more than that it differs
+DIFFERS = {"catalog.content": "the rows of the catalog are others, or have changed"}
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
@@ -64,7 +66,8 @@ def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -
     differing = [name for name in sorted({*given, *there}) if given.get(name) != there.get(name)]
     if differing:
         named = "; ".join(
-            f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}" for name in differing
+            DIFFERS.get(name) or f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}"
+            for name in differing
         )
         raise ValueError(
             f"{place} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "

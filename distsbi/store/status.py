@@ -159,8 +159,13 @@ def count_reasons(table: pa.Table) -> dict[str, int]:
 
 
 def most_frequent(counts: Mapping[str, int], most: int) -> dict[str, int]:
-    """So many of the reasons, by number of rows; the rest under one name."""
+    """So many of the reasons, by number of rows; the rest under one name. Where there are more, those that differ in numbers alone are one."""
     named = Counter({reason: count for reason, count in counts.items() if reason != OTHER})
+    if len(named) > most:
+        alike: Counter[str] = Counter()
+        for reason, count in named.items():
+            alike[NUMBER.sub("#", reason)] += count
+        named = alike
     kept = dict(named.most_common(most))
     rest = sum(counts.values()) - sum(kept.values())
     return {**kept, OTHER: rest} if rest else kept

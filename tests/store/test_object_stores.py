@@ -1,5 +1,6 @@
 """Catalogs that come from an object store and go there: an S3 server on this machine, and fsspec's memory."""
 
+import threading
 import time
 import traceback
 import uuid
@@ -251,8 +252,20 @@ class FakeClock:
 
 @pytest.fixture
 def bucket(monkeypatch) -> Place:
+    """In memory, where two threads that read one file at a time share their place in it."""
     pytest.importorskip("fsspec")
     monkeypatch.setattr(writer, "BEAT_SECONDS", 0.005)
+    one = threading.Lock()
+
+    def alone(call):
+        def called(*given):
+            with one:
+                return call(*given)
+
+        return called
+
+    for name in ("read", "write"):
+        monkeypatch.setattr(Place, name, alone(getattr(Place, name)))
     return as_place(f"memory://{uuid.uuid4().hex}")
 
 
