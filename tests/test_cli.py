@@ -350,7 +350,7 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
         (["train", "--task", "slcp", "--stream", "--out", "{tmp}/r"], "data.stream is for a folder of pairs"),
         (["train", "--data", "{tmp}/none", "--out", "{tmp}/r"], "is not a folder of pairs"),
         (["train", "--config", "{tmp}/none.yaml", "--out", "{tmp}/r"], "cannot read the configuration"),
-        (["train", "--task", "two_moons", "--network", "unet", "--out", "{tmp}/r"], "strategy.model must be one of"),
+        (["train", "--task", "two_moons", "--network", "unet", "--out", "{tmp}/r"], "--network must be one of"),
         (["train", "--task", "two_moons", "--mesh", "two", "--out", "{tmp}/r"], "write axis sizes such as data=2"),
         (["train", "--task", "two_moons", "--mesh", "rows=2", "--out", "{tmp}/r"], "unknown mesh axes ['rows']"),
         (["train", "--task", "two_moons", "--no-resume", "--out", "{tmp}"], "is not empty"),

@@ -14,7 +14,8 @@ import click
 from distsbi.cli.group import cli
 from distsbi.cli.log import told
 
-ELSEWHERE = {"train": {"checkpoint_dir": "--out"}}  # keywords of the library that are options of another name
+# keywords of the library that are options of another name
+ELSEWHERE = {"train": {"checkpoint_dir": "--out", "strategy.model": "--network", "strategy.method": "--method"}}
 RESUMES = {"simulate", "train", "catalog"}  # commands that go on where they stopped
 LOGGED = RESUMES | {"verify"}  # commands that say what they do
 
@@ -46,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo(f"\nInterrupted{f': {so_far}' if so_far else '.'}", err=True)
         code = getattr(error.__cause__ or error, "exit_code", 130)
     except ValueError as error:
-        code, said = 2, str(error) if "The known ones are" in str(error) else _in_options(str(error), command)
+        code, said = 2, _in_options(str(error), command, from_file="--config" in arguments)
         _complain(f"Error: {said}", debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,10 +61,12 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _in_options(message: str, command: str | None) -> str:
-    """A sentence of the library with its keywords as the options of the command that was given: id_column=None is --id-column ''."""
+def _in_options(message: str, command: str | None, *, from_file: bool = False) -> str:
+    """A sentence of the library with its keywords as the options of the command that was given: id_column=None is --id-column ''. `from_file`: what
+    was given may be a file's, whose keywords are its own."""
     for keyword, flag in ELSEWHERE.get(command or "", {}).items():
-        message = re.sub(rf"\b{keyword}\b", flag, message)
+        if not (from_file and (keyword.startswith("strategy.") or "The known ones are" in message)):
+            message = re.sub(rf"\b{re.escape(keyword)}\b", flag, message)
     for option in (cli.commands[command] if command else cli).params:
         name, flag = str(option.name), max(option.opts, key=len)
         if "_" in name:  # a single word may be any word of a sentence

@@ -26,6 +26,8 @@ def check_resources(workers: Any, cpus: Any, gpus: Any, max_failures: Any, time_
     check_whole("max_failures", max_failures)
     if gpus < 0:
         raise ValueError(f"num_gpus_per_worker must not be negative; got {gpus!r}.")
+    if gpus and workers == 0:
+        raise ValueError("num_gpus_per_worker needs workers of their own; give workers >= 1.")
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit must be a positive number of seconds or None; got {time_limit!r}.")
     if time_limit is not None and workers == 0:

@@ -22,12 +22,15 @@ import numpy as np
 
 from distsbi.fanout import catalog as catalogs, cluster
 from distsbi.fanout.catalog import sample_catalog
+from distsbi.sampling import tiles
 from distsbi.store import layout
 from distsbi.store.schema import ROW_GROUP_BYTES
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
-ACHIEVED = 0.15  # of the peak, which small networks reach on accelerators: an assumption, not a measurement
+# Of other devices, assumptions and no measurements: the share of the peak that small networks reach, seconds of one evaluation however small (some
+# dozens of kernels), and bytes/s of draws that a worker summarises, encodes and writes.
+ACHIEVED, LAUNCH_SECONDS, WRITE_BYTES = 0.15, 1e-4, 2e8
 ROW_BYTES = 200  # of a row's id, status and summaries beside 3 numbers for each parameter
 PROCESS_BYTES = 700 * 2**20  # Python, JAX, Arrow and Ray of one worker
 
@@ -122,13 +125,18 @@ def plan(
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
     rows = rows_per_shard or catalogs._rows_per_shard(n_rows, n, size, workers)
-    overhead, start_up = 0.05, 20.0
+    overhead, start_up, tile = 0.05, 20.0, posterior.tile.for_draws(n, posterior.most_slots)
     if rate is not None:
         how = "the rate that was given"
     elif device is not None:
-        flops = flops_per_draw(posterior, **options)
-        rate = ACHIEVED * DEVICES[device].flops / flops
-        how = f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the peak; rehearse on that device to know"
+        tile = tiles.KINDS["tpu" if device.startswith("tpu") else "gpu"].tile.for_draws(n, posterior.most_slots)
+        flops, evaluations = flops_per_draw(posterior, **options)
+        launching = evaluations * LAUNCH_SECONDS / (tile.slots * tile.draws)
+        rate = 1 / (flops / (ACHIEVED * DEVICES[device].flops) + launching + 4 * size / WRITE_BYTES)
+        how = (
+            f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the peak, {LAUNCH_SECONDS * 1e6:.0f} µs an evaluation of a tile, draws written at "
+            f"{WRITE_BYTES / 1e6:.0f} MB/s; rehearse on that device to know"
+        )
     else:
         at_once = min(count, here)
         rate, overhead, start_up = _rehearse(
@@ -138,7 +146,6 @@ def plan(
         )  # fmt: skip
         how = f"rehearsed here with {at_once} workers at once"
     shards = math.ceil(n_rows / rows)
-    tile = posterior.tile.for_draws(n, posterior.most_slots)
     kept = math.ceil(n / thin) if draws else 0
     each = ROW_BYTES + 4 * size * (kept + 5)
     platform = posterior.mesh.devices.flat[0]
@@ -163,8 +170,8 @@ def _total(n_rows: int, n: int, rows: int, workers: int, rate: float, overhead: 
     return start_up + rounds * (overhead + min(rows, n_rows) * n / rate)
 
 
-def flops_per_draw(posterior: Any, **options: Any) -> float:
-    """Floating-point operations of one draw, as XLA counts them for one evaluation of the network, times evaluations."""
+def flops_per_draw(posterior: Any, **options: Any) -> tuple[float, int]:
+    """Floating-point operations of one draw, as XLA counts them for one evaluation of the network, times evaluations; and these."""
     import jax
     import jax.numpy as jnp
 
@@ -183,7 +190,7 @@ def flops_per_draw(posterior: Any, **options: Any) -> float:
     cost = lowered.cost_analysis() or {}
     # a scanned block is counted once; its repetitions are those of the weights
     blocks = max((leaf.shape[0] for leaf in jax.tree.leaves(posterior.weights.params) if leaf.ndim > 2), default=1)
-    return evaluations * blocks * float(cost.get("flops", 0.0)) / rows
+    return evaluations * blocks * float(cost.get("flops", 0.0)) / rows, evaluations
 
 
 def _rehearse(

@@ -23,6 +23,8 @@ class SourceSpec:
             ids, so with the default this becomes None there.
         x_column: the column with x, a list or a tensor per row.
         x_columns: instead, columns that make up x, in this order: scalars, or lists and tensors, which are flattened and joined.
+
+    Raises ValueError if both are given.
     """
 
     path: str
@@ -33,6 +35,10 @@ class SourceSpec:
     def __post_init__(self) -> None:
         if self.path.partition("?")[0].endswith(".npy") and self.id_column == SourceSpec.id_column:
             object.__setattr__(self, "id_column", None)
+        if self.x_columns and self.x_column != SourceSpec.x_column:
+            raise ValueError(
+                f"give x_column or x_columns; got both, {self.x_column!r} and {', '.join(self.x_columns)}."
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -227,6 +227,8 @@ def test_a_folder_has_one_writer(run, make_catalog, tmp_path):
         ({"x_column": "data"}, "no column 'data' for x"),
         ({"seed": 3, "rng": jax.random.key(1)}, "seed or rng, not both"),
         ({"time_limit": 5.0}, "time_limit needs workers"),
+        ({"num_gpus_per_worker": 1.0}, "num_gpus_per_worker needs workers"),
+        ({"x_column": "y", "x_columns": ["u"]}, "give x_column or x_columns"),
     ],
 )
 def test_bad_arguments_say_what_to_do(run, make_catalog, tmp_path, change, message):

@@ -65,15 +65,22 @@ def test_a_rehearsal_stays_on_this_machine(real_run, monkeypatch):
         planning.plan(real_run, observations=1e4, nsamples=2_000, workers=1)
 
 
-def test_another_device_is_estimated_from_the_arithmetic(real_run):
+def test_another_device_is_estimated_from_the_arithmetic(real_run, monkeypatch):
     from distsbi.sampling import load
 
     posterior = load(real_run, mesh={"data": 1})
     by_hand = 4 * 2 * (2 * WIDTH + DEPTH * 2 * WIDTH**2 + WIDTH * 2)  # four evaluations of the matrices
-    assert by_hand < planning.flops_per_draw(posterior, solver="euler", steps=4) < 2 * by_hand
+    flops, evaluations = planning.flops_per_draw(posterior, solver="euler", steps=4)
+    assert by_hand < flops < 2 * by_hand
+    assert evaluations == 4
     made = planning.plan(real_run, observations=1e7, nsamples=1e4, workers=64, device="h100")
     assert made.how.startswith("estimated")
     assert made.seconds > 1e11 / 64 / made.rate
+    assert made.rate < planning.WRITE_BYTES / (4 * 2)  # two parameters: the network alone would be faster
+    assert made.tile == (128, 512)
+    monkeypatch.setattr(planning, "LAUNCH_SECONDS", 1.0)
+    slow = planning.plan(real_run, observations=1e7, nsamples=1e4, device="h100", solver="euler", steps=4)
+    assert slow.rate == pytest.approx(128 * 512 / 4, rel=0.01)
     known = planning.plan(real_run, observations=1e7, nsamples=1e4, workers=64, rate=1e6, draws=False)
     assert known.seconds == pytest.approx(1e11 / 64 / 1e6, rel=0.1)
     assert known.stored_bytes < made.stored_bytes / 100
