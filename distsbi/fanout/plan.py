@@ -120,7 +120,7 @@ def plan(
         raise ValueError(f"rate must be draws per second of one worker, positive; got {rate!r}.")
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
-    rows = rows_per_shard or catalogs._rows_per_shard(n_rows, n, size, workers)
+    rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, workers)
     overhead, start_up = 0.05, 20.0
     if rate is not None:
         how = "the rate that was given"
