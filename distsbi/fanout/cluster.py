@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import sysconfig
@@ -40,16 +41,30 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float) 
         return
     address = address or os.environ.get("RAY_ADDRESS")
     try:
-        if address and address != "local":
-            _join(address)
-        else:
-            _start(workers, cpus, gpus)
+        with _sigterm_as_it_is():
+            if address and address != "local":
+                _join(address)
+            else:
+                _start(workers, cpus, gpus)
         yield
     finally:
         ray.shutdown()
         for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
             del os.environ[name]
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _sigterm_as_it_is() -> Iterator[None]:
+    """ray.init puts handlers of its own, which end the process amid whatever it does, in the place of a handler of SIGTERM: in this block it
+    does not, where there is one."""
+    from ray._private import utils
+
+    with contextlib.ExitStack() as stack:
+        if callable(signal.getsignal(signal.SIGTERM)):
+            stack.callback(setattr, utils, "set_sigterm_handler", utils.set_sigterm_handler)
+            utils.set_sigterm_handler = lambda handler: None
+        yield
 
 
 def _join(address: str) -> None:
@@ -211,12 +226,12 @@ def cluster_room(cpus_per_worker: int, gpus_per_worker: float, leaving: Collecti
     return sum(int(min(fits(left, "CPU", cpus_per_worker), fits(left, "GPU", gpus_per_worker))) for left in free)
 
 
-def fits_a_machine(cpus: int, gpus: float) -> bool:
-    """Whether a machine that is there could hold such a worker, if it were free."""
+def machines_that_fit(cpus: int, gpus: float) -> set[str]:
+    """Ray's names of the machines that are there and could hold such a worker, if they were free."""
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {node for node, has in alive.items() if has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus}
 
 
 def grows() -> bool:

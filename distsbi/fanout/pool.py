@@ -1,4 +1,4 @@
-"""Who does the tasks: this process, or actors on Ray (ray_pool.py). Both take tasks and give outcomes.
+"""Who does the tasks: this process, or actors on Ray (ray_pool.py, staff.py). Both take tasks and give outcomes.
 
 A worker is any class with `ready(own_process)`, `begin(plan)` and `do(task, ...)`, such as that of catalogs (worker.py). A task is
 anything that can be hashed.

@@ -17,6 +17,7 @@ from distsbi.fanout.loop import work
 from distsbi.fanout.metrics import Metrics
 from distsbi.fanout.pool import InProcess, Pool
 from distsbi.fanout.ray_pool import RayPool
+from distsbi.fanout.staff import Staff
 from distsbi.fanout.stopping import Stop, says_how_far, told_to_stop
 from distsbi.store import layout, record
 from distsbi.store.place import Place
@@ -108,7 +109,7 @@ def _pool(stack: contextlib.ExitStack, crew: Crew, there: Mapping[str, Any], fol
 
     stack.enter_context(cluster.connected(crew.address, crew.workers, crew.cpus, crew.gpus))
     environment = cluster.worker_environment(crew.cpus, crew.gpus)
-    return RayPool(
-        crew.worker, crew.job, crew.workers, environment, crew.cpus, crew.gpus, crew.time_limit, crew.max_failures,
-        check, crew.unlike, most=crew.most,
+    staff = Staff(
+        crew.worker, crew.job, crew.workers, environment, crew.cpus, crew.gpus, crew.max_failures, check, crew.unlike, crew.most
     )  # fmt: skip
+    return RayPool(staff, crew.time_limit)
