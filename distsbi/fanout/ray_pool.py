@@ -31,6 +31,7 @@ class RayPool:
         return sum(len(m.queue) for m in self._staff.members)
 
     def __enter__(self) -> Self:
+        self._staff.look()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -146,6 +146,8 @@ def simulate(
         simulators.arranged(simulators.import_simulator(job.simulator))
     elif not isinstance(job.simulator, str):
         simulators.arranged(job.simulator)
+    if workers != 0:
+        _check_travels(simulator=job.simulator, prior=job.prior)
     crew = Crew(
         SimulationWorker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
         most=-(-n // step), unlike=unlike,
@@ -287,6 +289,23 @@ def _checked(prior: Any) -> Any:
         )
     supports(prior)
     return prior
+
+
+def _check_travels(**parts: Any) -> None:
+    """Raises ValueError naming the part that cannot be carried to workers."""
+    from ray import cloudpickle
+
+    for name, part in parts.items():
+        try:
+            cloudpickle.dumps(part)
+        except Exception as error:  # of whatever it holds
+            instead = {
+                "simulator": "give 'module:function' of a module that they can import, and make there what cannot be carried",
+                "prior": "give texts by name, such as {'mass': 'LogNormal(0, 0.5)'}",
+            }
+            raise ValueError(
+                f"the {name} cannot be carried to workers ({one_line(error)}); {instead[name]}, or give workers=0 to stay in this process."
+            ) from error
 
 
 def _words(seed: Any) -> tuple[int, int]:

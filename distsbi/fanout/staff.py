@@ -106,7 +106,7 @@ class Staff:
         while self._told is None:
             stop.check()
             self.clock.tick()
-            self._look()
+            self.look()
             self._greet(timeout=1.0)
             if small and self.clock.now - began > PATIENCE:
                 small = not grows() and not machines_that_fit(self._cpus, self._gpus)
@@ -128,7 +128,7 @@ class Staff:
     def attend(self) -> None:
         """Looks after who comes and goes. To be called often."""
         self.clock.tick()
-        self._look()
+        self.look()
         self._greet(timeout=0)
         self._say_if_nobody_is_up()
 
@@ -156,7 +156,7 @@ class Staff:
             return True
         return member.node in {node["NodeID"] for node in self.ray.nodes() if not node["Alive"]}
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Adds workers that are missing or have room, and lets those on leaving machines take no more."""
         if self._held or time.monotonic() - self._looked < LOOK_SECONDS:
             return
@@ -181,7 +181,7 @@ class Staff:
             starting = sum(m.starting is not None for m in self.members)  # Ray may not have placed them yet
             wanted = cluster_room(self._cpus, self._gpus, leaving | avoid) - starting
             wanted = max(wanted, 1) if not self.members else wanted
-        for _ in range(wanted if self._most is None else min(wanted, self._most - staying)):
+        for _ in range(min(wanted, self._most - staying)):
             actor = self._make.options(label_selector=not_on(avoid)).remote(self._job)
             self.members.append(Member(actor, actor.ready.remote(own_process=True), self.clock.now, avoid))
 
