@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator
@@ -56,15 +57,20 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float) 
 
 @contextlib.contextmanager
 def _sigterm_as_it_is() -> Iterator[None]:
-    """ray.init puts handlers of its own, which end the process amid whatever it does, in the place of a handler of SIGTERM: in this block it
-    does not, where there is one."""
+    """A handler of SIGTERM that is there, if any, is there after the block too, for ray.init puts others in its place that end the process
+    amid whatever it does: Ray's own, first, which are kept away, and at last that of its C++, which is replaced again."""
     from ray._private import utils
 
-    with contextlib.ExitStack() as stack:
-        if callable(signal.getsignal(signal.SIGTERM)):
-            stack.callback(setattr, utils, "set_sigterm_handler", utils.set_sigterm_handler)
-            utils.set_sigterm_handler = lambda handler: None
+    handler, setter = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
+        return
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = setter
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _join(address: str) -> None:

@@ -132,6 +132,11 @@ def kill(ray, machine):
         ray.results.setdefault((actor, "do", count), DIED)
 
 
+def soon(ray, *events):
+    """What happens in the next seconds, one event in each."""
+    ray.later += [(ray.seconds + second, event) for second, event in enumerate(events, 1)]
+
+
 def work_and_kill(pool, ray, machine):
     """Two workers come up and are given a task each; then that of this machine dies."""
     come_up(ray)
@@ -245,11 +250,6 @@ def test_nobody_is_left_only_when_the_good_machine_has_failed_too(make):
         assert pool.room()
 
 
-def soon(ray, *events):
-    """What happens in the next seconds, one event in each."""
-    ray.later += [(ray.seconds + second, event) for second, event in enumerate(events, 1)]
-
-
 def test_errors_of_all_machines_are_raised_at_once(make):
     """On one machine those of the first worker, on several when each has failed: what the first worker raised."""
     pool, ray = make(2, a=2)
@@ -272,6 +272,7 @@ def test_one_sick_machine_does_not_end_the_start(make, caplog, result, workers):
     soon(ray, lambda: fail(ray, "b", result), *[lambda: None] * 5, lambda: come_up(ray, "a"), lambda: come_up(ray, "c"))
     with pool:
         assert pool.start(Stop())["worker"]["node"] == "a"
+        assert pool._staff._reason is None  # it is not what a later end is put down to
     (warned,) = {r.message for r in caplog.records}
     assert warned.startswith("a worker did not start on machine b, which is left alone for 2 s")
 
@@ -475,6 +476,29 @@ def test_a_worker_without_a_task_goes_at_once_from_a_leaving_machine(make):
         ray.draining = {"b"}
         pool.wait()
         assert [a.machine for a in ray.actors if a.alive and (a, "ready") in ray.results] == ["a"]
+
+
+def test_a_leaving_machine_gets_no_tasks(make):
+    pool, ray = make(1, a=1)
+    with pool:
+        come_up(ray)
+        pool.start(Stop())
+        pool.submit("task")
+        assert pool.room()
+        ray.draining = {"a"}
+        pool.wait()
+        assert (pool.busy, pool.room()) == (1, False)
+
+
+def test_who_has_no_task_is_held_no_longer(make):
+    """One has a task, one has none, one is starting."""
+    pool, ray = make(3, a=1, b=1, c=1)
+    with pool:
+        come_up(ray, "a"), come_up(ray, "b")
+        pool.start(Stop())
+        pool.submit("task")
+        pool.hold()
+        assert [a.machine for a in ray.actors if a.alive] == ["a"]
 
 
 def test_hold_finishes_what_is_at_work_and_nothing_else(two):

@@ -306,15 +306,17 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
         assert simulate(locked, tmp_path / "out").n_ok == 40
 
-    def test_sigterm_ends_a_first_look(self, tmp_path):
+    @pytest.mark.parametrize("room", [True, False])
+    def test_sigterm_ends_a_first_look(self, room):
         class Silent:
             def room(self):
-                return True
+                return room
 
             def submit(self, look):
-                stop.told = True
+                pass
 
             def wait(self):
+                stop.told = True
                 return []
 
         stop = Stop()
