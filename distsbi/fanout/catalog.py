@@ -1,32 +1,27 @@
 """A catalog of observations, sampled by many workers into one folder.
 
-    rows -> shards -> workers (worker.py), on Ray or in this process (pool.py) -> shard files (distsbi.store)
+    rows -> shards -> workers (worker.py), on Ray or in this process (session.py) -> shard files (distsbi.store)
 
 Resume is: list the shards that are there, do the rest.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distsbi.fanout import cluster, provenance
-from distsbi.fanout.agenda import Shards
+from distsbi.fanout import provenance
 from distsbi.fanout.arguments import check_resources, check_whole, plain
-from distsbi.fanout.loop import says_how_far, work
-from distsbi.fanout.metrics import Metrics
-from distsbi.fanout.pool import InProcess, Pool
-from distsbi.fanout.ray_pool import RayPool
+from distsbi.fanout.session import Crew, begun
 from distsbi.fanout.worker import Job, Worker, unlike
-from distsbi.sampling.run import instruments
-from distsbi.store import Catalog, Output, SourceSpec, layout, open_catalog, open_source, record, schema, source
+from distsbi.sampling.run import SPEC, instruments, read_spec
+from distsbi.store import Catalog, Output, SourceSpec, open_catalog, open_source, schema, source
 from distsbi.store.place import Place, as_place
-from distsbi.store.writer import one_writer
 
 SHARD_BYTES = 128 * 2**20  # at most this much of draws in a worker's memory
 SHARD_DRAWS = 32_768  # at least this many draws, that the work outweighs the file
@@ -159,23 +154,15 @@ def sample_catalog(
     source.check_ids(opened, spec)
     n_rows, digest = opened.n_rows, source.fingerprint(spec)
     del opened
-    with says_how_far(folder), contextlib.ExitStack() as stack:
-        (folder / layout.HIDDEN).make_folder()
-        writer = stack.enter_context(one_writer(folder))
-        if workers == 0:
-            pool: Pool = InProcess(Worker(job))
-        else:
-            cpus, gpus = cpus_per_worker, num_gpus_per_worker
-            stack.enter_context(cluster.connected(address, workers, cpus, gpus))
-            environment = cluster.worker_environment(cpus, gpus)
-            other = functools.partial(unlike, run=job.run)
-            pool = RayPool(Worker, job, workers, environment, cpus, gpus, time_limit, max_failures, other, most=n_rows)
-        stack.enter_context(pool)
-        told = pool.start()
-        found = record.read_run(folder)
-        if rows_per_shard is None and found is not None:
-            rows_per_shard = found["definition"].get("rows_per_shard")
-        rows_per_shard = rows_per_shard or _rows_per_shard(n_rows, nsamples, math.prod(told["sizes"]), workers)
+    crew = Crew(
+        Worker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
+        most=n_rows, unlike=functools.partial(unlike, run=job.run), check=_check_posterior(job.run),
+    )  # fmt: skip
+    with begun(folder, crew) as session:
+        told = session.told
+        if rows_per_shard is None:
+            rows_per_shard = session.there.get("rows_per_shard")
+        rows_per_shard = rows_per_shard or choose_rows_per_shard(n_rows, nsamples, math.prod(told["sizes"]), workers)
         definition = {
             **told["definition"],
             "nsamples": nsamples,
@@ -184,12 +171,8 @@ def sample_catalog(
             "catalog": {"content": digest, "id_column": spec.id_column, "x": list(spec.columns)},
             "output": {"draws": draws, "thin": thin if draws else 1, "quantiles": list(job.output.quantiles)},
         }
-        record.begin(folder, definition, provenance.about(job, told))
-        layout.remove_partial(folder)
-        shards = Shards(n_rows, rows_per_shard, record.fingerprint(definition))
-        pool.begin(shards)
-        metrics = Metrics(str(folder), nsamples, ray=workers != 0)
-        counts, shards_now, rows_now = work(pool, shards, folder, writer, max_failures, show_progress, metrics)
+        shards = session.claim(definition, provenance.about(job, told))
+        counts, shards_now, rows_now = session.work(shards, shards, "catalog", nsamples, show_progress)
         n_ok, seconds = counts[schema.OK], time.monotonic() - began
         return CatalogResult(
             *(
@@ -206,11 +189,25 @@ def sample_catalog(
         )
 
 
-def _rows_per_shard(n_rows: int, nsamples: int, size: int, workers: int | None = None) -> int:
+def choose_rows_per_shard(n_rows: int, nsamples: int, size: int, workers: int | None = None) -> int:
     """Rows of a shard where none is given, and the folder has no run yet; later calls, with other workers, keep what it has."""
     fewest = math.ceil(SHARD_DRAWS / nsamples)
     most = max(1, SHARD_BYTES // (4 * nsamples * size))
     return min(max(math.ceil(n_rows / max(SHARD_COUNT, SHARDS_EACH * (workers or 0))), fewest), most, n_rows)
+
+
+def _check_posterior(run: str) -> Callable[[Mapping[str, Any]], None]:
+    """Raises ValueError, given what a worker tells, if its run is not the one that is here; of a run that only workers see it knows nothing."""
+    here = read_spec(run)["fingerprint"] if (Path(run) / SPEC).is_file() else None
+
+    def check(told: Mapping[str, Any]) -> None:
+        if here not in (None, told["definition"]["posterior"]):
+            raise ValueError(
+                f"the worker on {told['worker']['host']} found another posterior at {run} than there is on {socket.gethostname()}; give a "
+                "run directory that all machines share, or the same copy everywhere."
+            )
+
+    return check
 
 
 def _seed(seed: int, rng: Any) -> int | tuple[int, int]:

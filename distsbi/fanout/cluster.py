@@ -6,9 +6,11 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator
@@ -38,16 +40,35 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float |
         return
     address = address or os.environ.get("RAY_ADDRESS")
     try:
-        if address and address != "local":
-            _join(address)
-        else:
-            _start(workers, cpus, gpus)
+        with _sigterm_as_it_is():
+            if address and address != "local":
+                _join(address)
+            else:
+                _start(workers, cpus, gpus)
         yield
     finally:
         ray.shutdown()
         for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
             del os.environ[name]
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _sigterm_as_it_is() -> Iterator[None]:
+    """A handler of SIGTERM that is there, if any, is there after the block too, for ray.init puts others in its place that end the process
+    amid whatever it does: Ray's own, first, which are kept away, and at last that of its C++, which is replaced again."""
+    from ray._private import utils
+
+    handler, setter = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = setter
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _join(address: str) -> None:
@@ -206,9 +227,12 @@ def cluster_room(cpus: int, gpus: float, leaving: Collection[str] = (), *, empty
     return sum(int(min(fits(room, "CPU", cpus), fits(room, "GPU", gpus))) for room in rooms)
 
 
-def fits_a_machine(cpus: int, gpus: float) -> bool:
-    """Whether a machine that is there could hold such a worker, if it were free."""
-    return cluster_room(cpus, gpus, empty=True) > 0
+def machines_that_fit(cpus: int, gpus: float) -> set[str]:
+    """Ray's names of the machines that are there and could hold such a worker, if they were free."""
+    import ray
+
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {node for node, has in alive.items() if has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus}
 
 
 def grows() -> bool:

@@ -1,13 +1,10 @@
 """The loop of a catalog or a simulation: keeps the pool filled, journals what happens, stops when it is told to."""
 
 import contextlib
-import errno
 import logging
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +12,7 @@ from tqdm import tqdm
 from distsbi.fanout.agenda import Agenda, Outcome, Shards
 from distsbi.fanout.metrics import Metrics
 from distsbi.fanout.pool import Pool
+from distsbi.fanout.stopping import Stop, Terminated
 from distsbi.files import is_disk_full
 from distsbi.store import layout, record, schema, status
 from distsbi.store.place import Place
@@ -25,12 +23,6 @@ GRACE_SECONDS = 25.0  # for shards at work when SIGTERM comes; Kubernetes and pr
 log = logging.getLogger("distsbi")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came, and the shards at work are finished. The message says how far it is."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
 ReadManifest = Callable[[Place], dict[str, Any]]  # rows by status, and the reasons of the bad ones, from a shard itself
 
 
@@ -39,6 +31,7 @@ def work(
     shards: Shards,
     out: Place,
     writer: Writer,
+    stop: Stop,
     max_failures: int,
     show_progress: bool,
     metrics: Metrics,
@@ -55,7 +48,7 @@ def work(
     Raises RuntimeError at the end if shards were given up (or, as a safeguard, were never done), or if another process took
     the folder over, or may have; OSError if a disk is full, or if the last lines cannot be written; Terminated after SIGTERM.
     """
-    with layout.Journal(out) as journal:
+    with layout.Journal(out) as journal, metrics:
         counts, present = take_stock(out, shards, journal, read_manifest)
         agenda = Agenda(shards, present, max_failures, layout.read_journal(out))
         journal.add({"event": "began", "shards": agenda.left}, now=True)
@@ -68,11 +61,11 @@ def work(
             desc=what,
             disable=None if show_progress else True,
         )
-        with bar, _told_to_stop() as told:
+        with bar:
             deadline = None
             task = agenda.next()
             while task or pool.busy:
-                if told.is_set() and deadline is None:
+                if stop.told and deadline is None:
                     deadline = time.monotonic() + GRACE_SECONDS
                     pool.hold()
                 if deadline is not None and (not pool.busy or time.monotonic() > deadline):
@@ -191,51 +184,3 @@ def _count(metrics: Metrics, outcome: Outcome) -> None:
             metrics.failed()
     elif outcome.task.rows is None:
         metrics.done(outcome.manifest["rows"], outcome.manifest[schema.OK])
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM sets; a second one interrupts. Outside the main thread, which alone may ask for
-    signals, it is never set."""
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-
-    def take_note(*_: object) -> None:
-        if told.is_set():
-            raise Terminated
-        told.set()
-
-    before = signal.signal(signal.SIGTERM, take_note)
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def says_how_far(folder: Place) -> Iterator[None]:
-    """What interrupts the block, or a full disk, says how far the folder is and that the same call goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        by = " by SIGTERM" if isinstance(stop, Terminated) else ""
-        raise type(stop)(f"stopped{by}{_so_far(folder)}; the same call goes on from there.") from None
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk that holds {folder} is full{_so_far(folder)}; free some space, and the same call goes on "
-            "from there",
-        ) from error
-
-
-def _so_far(folder: Place) -> str:
-    """ ", 12 of 100 shards are finished in out", or nothing before a run began."""
-    found = record.read_run(folder)
-    if found is None:
-        return ""
-    count = -(-found["definition"]["n_rows"] // found["definition"]["rows_per_shard"])
-    return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"

@@ -7,11 +7,11 @@
 Each has a tag `out`, the output folder.
 """
 
-from typing import Any
+from typing import Any, Self
 
 
 class Metrics:
-    """Counters of one call. Without Ray they count nothing.
+    """Counters of one call, at whose end (that of a `with`) nothing is in flight. Without Ray they count nothing.
 
     Args:
         out: the output folder.
@@ -36,6 +36,12 @@ class Metrics:
         ):
             self._made[name] = kind(f"distsbi_{of}_{name}", says, ("out",))
             self._made[name].set_default_tags({"out": out})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.in_flight(0)
 
     def done(self, rows: int, good: int) -> None:
         if self._made:

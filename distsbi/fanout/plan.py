@@ -124,7 +124,7 @@ def plan(
         raise ValueError(f"rate must be draws per second of one worker, positive; got {rate!r}.")
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
-    rows = rows_per_shard or catalogs._rows_per_shard(n_rows, n, size, workers)
+    rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, workers)
     overhead, start_up, tile = 0.05, 20.0, posterior.tile.for_draws(n, posterior.most_slots)
     if rate is not None:
         how = "the rate that was given"
@@ -148,6 +148,7 @@ def plan(
     shards = math.ceil(n_rows / rows)
     kept = math.ceil(n / thin) if draws else 0
     each = ROW_BYTES + 4 * size * (kept + 5)
+    assert rate is not None
     platform = posterior.mesh.devices.flat[0]
     return Plan(
         n_rows, n, count, device or f"{platform.platform}: {platform.device_kind}", how, rate, overhead, start_up, rows,

@@ -1,4 +1,4 @@
-"""Who does the tasks: this process, or actors on Ray (ray_pool.py). Both take tasks and give outcomes.
+"""Who does the tasks: this process, or actors on Ray (ray_pool.py, staff.py). Both take tasks and give outcomes.
 
 A worker is any class with `ready(own_process)`, `begin(plan)` and `do(task, ...)`, such as that of catalogs (worker.py). A task is
 anything that can be hashed.
@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from typing import Any, Protocol, Self
 
 from distsbi.fanout.agenda import Outcome
+from distsbi.fanout.stopping import Stop
 
 
 class Pool(Protocol):
@@ -18,8 +19,8 @@ class Pool(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
-    def start(self) -> dict[str, Any]:
-        """What the first worker that is up tells of the run."""
+    def start(self, stop: Stop) -> dict[str, Any]:
+        """What the first worker that is up tells of the run. Raises Terminated if `stop` is told meanwhile."""
         ...
 
     def begin(self, plan: Any) -> None:
@@ -61,8 +62,10 @@ class InProcess:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def start(self) -> dict[str, Any]:
-        return self._worker.ready()
+    def start(self, stop: Stop) -> dict[str, Any]:
+        told = self._worker.ready()
+        stop.check()
+        return told
 
     def begin(self, plan: Any) -> None:
         self._worker.begin(plan)

@@ -1,11 +1,10 @@
 """Simulations of a user's own simulator, by many workers into one folder of pairs that `train` reads.
 
-    prior, seed -> theta of every row (simulator.py) -> workers (simulation_worker.py), on Ray or in this process (pool.py) -> shards of pairs
+    prior, seed -> theta of every row (simulator.py) -> workers (simulation_worker.py), on Ray or in this process (session.py) -> shards of pairs
 
 Resume is: list the shards that are there, do the rest.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import math
@@ -22,12 +21,10 @@ import distsbi
 from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
 from distsbi.environment import versions
 from distsbi.fanout import cluster, simulator as simulators
-from distsbi.fanout.agenda import Shards, one_line
+from distsbi.fanout.agenda import one_line
 from distsbi.fanout.arguments import check_resources, check_whole, plain
-from distsbi.fanout.loop import says_how_far, work
-from distsbi.fanout.metrics import Metrics
-from distsbi.fanout.pool import InProcess, Pool
-from distsbi.fanout.ray_pool import RayPool
+from distsbi.fanout.pool import Pool
+from distsbi.fanout.session import Crew, begun
 from distsbi.fanout.simulation_worker import (
     Job,
     Look,
@@ -37,10 +34,10 @@ from distsbi.fanout.simulation_worker import (
     read_manifest,
     unlike,
 )
+from distsbi.fanout.stopping import Stop
 from distsbi.store import layout, record, schema
 from distsbi.store.place import Place, as_place, is_url, shown
 from distsbi.store.status import Status, read_status
-from distsbi.store.writer import one_writer
 
 SHARD_SECONDS = 10.0  # of work in a shard: little is lost with a worker, and the file costs nothing beside it,
 SHARD_BYTES = 64 * 2**20  # but at most this much of x in a worker's memory,
@@ -151,42 +148,31 @@ def simulate(
         simulators.arranged(named)
     elif not address:  # on a cluster this machine may lack what the simulator needs
         simulators.arranged(simulators.import_simulator(named))
-    with says_how_far(folder), contextlib.ExitStack() as stack:
-        (folder / layout.HIDDEN).make_folder()
-        writer = stack.enter_context(one_writer(folder))
-        found = record.read_run(folder)
-        if workers == 0:
-            pool: Pool = InProcess(SimulationWorker(job))
-        else:
-            cpus, gpus = cpus_per_worker, num_gpus_per_worker
-            stack.enter_context(cluster.connected(address, workers, cpus, gpus))
-            environment, most = cluster.worker_environment(cpus, gpus), -(-n // step)
-            pool = RayPool(
-                SimulationWorker, job, workers, environment, cpus, gpus, time_limit, max_failures, unlike, most=most
-            )
-        stack.enter_context(pool)
-        told = pool.start()
-        there = found["definition"] if found is not None else {}
+    if workers != 0:
+        _check_travels(simulator=job.simulator, prior=job.prior)
+    crew = Crew(
+        SimulationWorker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
+        most=-(-n // step), unlike=unlike,
+    )  # fmt: skip
+    with begun(folder, crew) as session:
+        told, there = session.told, session.there
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:
-            shape, seconds = _look(pool, n, step, max_failures)
+            shape, seconds = _look(session.pool, n, step, max_failures, session.stop)
         room = (
             workers if workers is not None else cluster.cluster_room(cpus_per_worker, num_gpus_per_worker, empty=True)
         )
         size = shard_size or there.get("rows_per_shard")
         size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(room, 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
-        record.begin(folder, definition, _about(job, told))
-        layout.remove_partial(folder)
-        shards = Shards(n, size, record.fingerprint(definition), step)
+        shards = session.claim(definition, _about(job, told), step)
         texts = dict(job.prior) if isinstance(job.prior, Mapping) else None
         source = {"simulator": definition["simulator"]["name"], "prior": texts, "fingerprint": shards.fingerprint}
-        pool.begin(Plan(shards, shape, tuple(told["parameter_names"]), source))
+        plan = Plan(shards, shape, tuple(told["parameter_names"]), source)
         mark_unfinished(Path(folder.path), n)
-        counts, shards_now, rows_now = work(
-            pool, shards, folder, writer, max_failures, show_progress,
-            Metrics(str(folder), 1, ray=workers != 0, of="simulation"), what="simulations", read_manifest=read_manifest,
-        )  # fmt: skip
+        counts, shards_now, rows_now = session.work(
+            shards, plan, "simulation", 1, show_progress, what="simulations", read_manifest=read_manifest
+        )
         mark_finished(Path(folder.path))
         n_ok, taken = counts[schema.OK], time.monotonic() - began
         return SimulationResult(
@@ -223,20 +209,22 @@ def command(run: dict[str, Any], out: str) -> str | None:
     return shlex.join([*words, *(["--missing"] if definition["missing"] else [])])
 
 
-def _look(pool: Pool, n: int, step: int, max_failures: int) -> tuple[tuple[int, ...], float]:
+def _look(pool: Pool, n: int, step: int, max_failures: int, stop: Stop) -> tuple[tuple[int, ...], float]:
     """The shape of one x and the seconds of a row, from the first row (or batch) that can be simulated.
 
-    Raises ValueError if the first LOOKS cannot, or if `max_failures` of them kill or hang their worker.
+    Raises ValueError if the first LOOKS cannot, or if `max_failures` of them kill or hang their worker; Terminated if `stop` is told.
     """
     reason, deaths, looked = "", 0, 0
     for row in range(0, min(n, LOOKS * step), step):
         manifest: dict[str, Any] = {}
         while not manifest:
             while not pool.room():
+                stop.check()
                 pool.wait()
             pool.submit(Look(row))
             outcomes: list[Any] = []
             while not outcomes:
+                stop.check()
                 outcomes = pool.wait()
             outcome = outcomes[0]
             if outcome.manifest is None and not outcome.blamed:
@@ -305,6 +293,23 @@ def _checked(prior: Any) -> Any:
         )
     supports(prior)
     return prior
+
+
+def _check_travels(**parts: Any) -> None:
+    """Raises ValueError naming the part that cannot be carried to workers."""
+    from ray import cloudpickle
+
+    for name, part in parts.items():
+        try:
+            cloudpickle.dumps(part)
+        except Exception as error:  # of whatever it holds
+            instead = {
+                "simulator": "give 'module:function' of a module that they can import, and make there what cannot be carried",
+                "prior": "give texts by name, such as {'mass': 'LogNormal(0, 0.5)'}",
+            }
+            raise ValueError(
+                f"the {name} cannot be carried to workers ({one_line(error)}); {instead[name]}, or give workers=0 to stay in this process."
+            ) from error
 
 
 def _words(seed: Any) -> tuple[int, int]:

@@ -62,7 +62,12 @@ def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -
             },
         )
         return
-    given, there = _flat(definition), _flat(found["definition"])
+    check_same(place, definition, found["definition"])
+
+
+def check_same(out: Where, definition: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises ValueError naming what differs between a definition and the one that was found in a folder, or the same entries of both."""
+    given, there = _flat(definition), _flat(found)
     differing = [name for name in sorted({*given, *there}) if given.get(name) != there.get(name)]
     if differing:
         named = "; ".join(
@@ -70,8 +75,8 @@ def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -
             for name in differing
         )
         raise ValueError(
-            f"{place} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "
-            f"found to go on with it, or delete {place}."
+            f"{out} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "
+            f"found to go on with it, or delete {out}."
         )
 
 

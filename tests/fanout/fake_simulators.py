@@ -47,6 +47,10 @@ def slow(theta, rng):
     return plain(theta, rng)
 
 
+def hangs(theta):
+    time.sleep(600)
+
+
 def broken(theta):
     raise ZeroDivisionError("no such universe")
 

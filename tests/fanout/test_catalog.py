@@ -18,7 +18,7 @@ from fake_posterior import DEVICE, RAISE, draws_hash, load, make_run
 
 from distsbi import open_catalog
 from distsbi.fanout import sample_catalog
-from distsbi.fanout.catalog import _rows_per_shard
+from distsbi.fanout.catalog import choose_rows_per_shard
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.keys import hash_id
@@ -272,9 +272,9 @@ def test_a_npy_has_row_numbers(run, tmp_path):
 
 
 def test_shards_are_enough_for_a_large_cluster():
-    assert -(-(10**7) // _rows_per_shard(10**7, 1000, 2)) >= 1024
-    assert -(-(10**6) // _rows_per_shard(10**6, 100, 2)) >= 1000
-    assert _rows_per_shard(40, 9, 2) == 40
+    assert -(-(10**7) // choose_rows_per_shard(10**7, 1000, 2)) >= 1024
+    assert -(-(10**6) // choose_rows_per_shard(10**6, 100, 2)) >= 1000
+    assert choose_rows_per_shard(40, 9, 2) == 40
 
 
 def test_a_missing_run_is_named(make_catalog, tmp_path):

@@ -3,14 +3,17 @@
 import errno
 import io
 import json
+import types
 import uuid
 from collections import deque
 
 import pytest
 
+from distsbi.fanout import loop as loops
 from distsbi.fanout.agenda import Outcome, Shards
 from distsbi.fanout.loop import work
 from distsbi.fanout.metrics import Metrics
+from distsbi.fanout.stopping import Stop, Terminated
 from distsbi.files import is_disk_full
 from distsbi.store import layout, record, schema
 from distsbi.store.place import Place, as_place
@@ -19,17 +22,17 @@ SHARDS = Shards(8, 2, "f")
 
 
 class FakePool:
-    """Takes two tasks at a time. `become`: what becomes of a task; None: nothing is ever heard of it."""
+    """Takes two tasks at a time, of which one is at work. `become`: what becomes of a task; None: nothing is ever heard of it."""
 
     def __init__(self, become):
-        self._become, self._queue = become, deque()
+        self._become, self._queue, self._held = become, deque(), False
 
     @property
     def busy(self):
         return len(self._queue)
 
     def room(self):
-        return self.busy < 2
+        return self.busy < 2 and not self._held
 
     def submit(self, task):
         self._queue.append(task)
@@ -37,6 +40,11 @@ class FakePool:
     def wait(self):
         outcome = self._become(self._queue.popleft())
         return [outcome] if outcome else []
+
+    def hold(self):
+        self._held = True
+        while self.busy > 1:
+            self._queue.pop()
 
 
 class FakeWriter:
@@ -52,9 +60,21 @@ def done(task):
     return Outcome(task, {"shard": task.shard, "rows": len(SHARDS.rows(task.shard)), **good, **who})
 
 
-def run(place, become, writer=None):
+class Gauge(Metrics):
+    """What is said of shards in flight."""
+
+    def __init__(self):
+        super().__init__("", 1, ray=False)
+        self.said = []
+
+    def in_flight(self, shards):
+        self.said.append(shards)
+
+
+def run(place, become, writer=None, stop=None, metrics=None, pool=None):
     (place / layout.HIDDEN).make_folder()
-    return work(FakePool(become), SHARDS, place, writer or FakeWriter(), 2, False, Metrics("", 1, ray=False))
+    pool, writer, stop, metrics = pool or FakePool(become), writer or FakeWriter(), stop or Stop(), metrics or Gauge()
+    return work(pool, SHARDS, place, writer, stop, 2, False, metrics)
 
 
 def test_a_shard_that_is_neither_done_nor_given_up_is_no_success(tmp_path):
@@ -74,6 +94,45 @@ def test_a_shard_whose_writing_kills_is_named_at_the_end(tmp_path):
     lines = layout.read_journal(tmp_path)
     assert [line["row"] for line in lines if line["event"] == "quarantined"] == [3]
     assert [line["shard"] for line in lines if line["event"] == "done"] == [0, 2, 3]
+
+
+def test_nothing_is_in_flight_at_the_end(tmp_path):
+    gauge = Gauge()
+    run(as_place(tmp_path), done, metrics=gauge)
+    assert (max(gauge.said), gauge.said[-1]) == (2, 0)
+    gauge = Gauge()
+    with pytest.raises(ZeroDivisionError):
+        run(as_place(tmp_path / "cut off"), lambda task: 1 / 0, metrics=gauge)
+    assert (max(gauge.said), gauge.said[-1]) == (2, 0)
+
+
+def test_sigterm_lets_what_is_at_work_finish(tmp_path):
+    stop = Stop()
+
+    def become(task):
+        stop.told = True
+        return done(task)
+
+    with pytest.raises(Terminated):
+        run(as_place(tmp_path), become, stop=stop)
+    assert [line["shard"] for line in layout.read_journal(tmp_path) if line["event"] == "done"] == [0, 1]
+
+
+def test_what_takes_longer_than_the_grace_is_left(tmp_path, monkeypatch):
+    stop, seconds = Stop(), [0.0]
+
+    class Endless(FakePool):
+        def wait(self):
+            stop.told = True
+            seconds[0] += 1.0
+            return []
+
+    monkeypatch.setattr(loops, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
+    pool = Endless(None)
+    with pytest.raises(Terminated):
+        run(as_place(tmp_path), None, stop=stop, pool=pool)
+    assert pool.busy == 1
+    assert loops.GRACE_SECONDS <= seconds[0] < loops.GRACE_SECONDS + 3
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import itertools
 
 import pytest
 
-from distsbi.fanout import patience, ray_pool as pools
+from distsbi.fanout import patience, ray_pool as pools, staff as staffs
 from distsbi.fanout.ray_pool import RayPool
+from distsbi.fanout.staff import Staff
+from distsbi.fanout.stopping import Stop, Terminated
 
 pytest.importorskip("ray")
 DIED = object()
@@ -21,7 +23,8 @@ class FakeRay:
         import ray
 
         self.exceptions = ray.exceptions
-        self.free, self.results, self.actors, self.seconds = free, {}, [], 0.0
+        self.free, self.results, self.actors, self.seconds, self.draining = free, {}, [], 0.0, set()
+        self.later = []  # (seconds, what happens then)
 
     def place(self):
         for actor in self.actors:
@@ -34,6 +37,9 @@ class FakeRay:
         ready = [ref for ref in refs if ref in self.results]
         if not ready:
             self.seconds += timeout
+            for event in [event for event in self.later if event[0] <= self.seconds]:
+                self.later.remove(event)
+                event[1]()
         return ready[:num_returns], [ref for ref in refs if ref not in ready[:num_returns]]
 
     def get(self, ref, timeout=None):
@@ -84,20 +90,19 @@ class Method:
 def make(monkeypatch):
     """A pool on machines with so many cores each. Time passes where the pool waits, and where a test lets it."""
 
-    def make(workers, time_limit=None, **free):
+    def make(workers, time_limit=None, check=lambda told: None, **free):
         ray = FakeRay(free)
-        monkeypatch.setattr(pools, "machine_of", lambda actor: actor.machine)
-        monkeypatch.setattr(pools, "not_on", lambda machines: machines)
-        monkeypatch.setattr(pools, "draining_nodes", set)
-        monkeypatch.setattr(pools, "fits_a_machine", lambda cpus, gpus: True)
-        monkeypatch.setattr(pools, "LOOK_SECONDS", 0.0)
-        made = RayPool(
-            object, "job", workers, {}, 1, 0, time_limit, 3, lambda first, told: f"{told['definition']} is another run"
-        )
-        made._ray, made._clock = ray, patience.Clock(lambda: ray.seconds)
+        monkeypatch.setattr(staffs, "machine_of", lambda actor: actor.machine)
+        monkeypatch.setattr(staffs, "not_on", lambda machines: machines)
+        monkeypatch.setattr(staffs, "draining_nodes", lambda: ray.draining)
+        monkeypatch.setattr(staffs, "machines_that_fit", lambda cpus, gpus: set(ray.free))
+        monkeypatch.setattr(staffs, "LOOK_SECONDS", 0.0)
+        unlike = lambda first, told: f"{told['definition']} is another run"  # noqa: E731
+        staff = Staff(object, "job", workers, {}, 1, 0, 3, check, unlike, 99)
+        staff.ray, staff.clock = ray, patience.Clock(lambda: ray.seconds)
         options = lambda label_selector: type("", (), {"remote": lambda job: FakeActor(ray, label_selector)})  # noqa: E731
-        made._make = type("", (), {"options": staticmethod(options)})
-        return made, ray
+        staff._make = type("", (), {"options": staticmethod(options)})
+        return RayPool(staff, time_limit), ray
 
     return make
 
@@ -127,10 +132,15 @@ def kill(ray, machine):
         ray.results.setdefault((actor, "do", count), DIED)
 
 
+def soon(ray, *events):
+    """What happens in the next seconds, one event in each."""
+    ray.later += [(ray.seconds + second, event) for second, event in enumerate(events, 1)]
+
+
 def work_and_kill(pool, ray, machine):
     """Two workers come up and are given a task each; then that of this machine dies."""
     come_up(ray)
-    pool.start()
+    pool.start(Stop())
     pool.submit("task 1"), pool.submit("task 2")
     kill(ray, machine)
 
@@ -177,14 +187,14 @@ def test_another_machine_is_tried_at_once(make):
         assert starting(ray) == ["c"]
         come_up(ray)
         pool.wait()
-        assert sorted(m.node for m in pool._members if m.starting is None) == ["a", "c"]
+        assert sorted(m.node for m in pool._staff.members if m.starting is None) == ["a", "c"]
 
 
 def test_a_machine_that_has_recovered_is_used_again(make):
     pool, ray = make(2, a=1, b=1)
     with pool:
         come_up(ray, "a")
-        pool.start()
+        pool.start(Stop())
         fail(ray, "b", OSError("the disk is away"))
         pool.wait()
         began = ray.seconds
@@ -195,7 +205,7 @@ def test_a_machine_that_has_recovered_is_used_again(make):
         assert ray.seconds - began >= patience.FIRST_SECONDS
         come_up(ray)
         pool.wait()
-        assert all(m.starting is None for m in pool._members)
+        assert all(m.starting is None for m in pool._staff.members)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +220,7 @@ def test_it_ends_where_nobody_is_left(make, result, error, says):
     failed = 0
     with pool, pytest.raises(error, match=says):
         come_up(ray)
-        pool.start()
+        pool.start(Stop())
         pool.submit("task")
         kill(ray, "a")
         pool.wait()
@@ -226,7 +236,7 @@ def test_nobody_is_left_only_when_the_good_machine_has_failed_too(make):
     pool, ray = make(2, a=1, b=1)
     with pool:
         come_up(ray)
-        pool.start()
+        pool.start(Stop())
         pool.submit("task 1"), pool.submit("task 2")
         kill(ray, "a"), kill(ray, "b")
         failed = 0
@@ -240,51 +250,111 @@ def test_nobody_is_left_only_when_the_good_machine_has_failed_too(make):
         assert pool.room()
 
 
-def test_errors_of_the_first_worker_are_raised_at_once(make):
-    pool, ray = make(2, a=1, b=1)
+def test_errors_of_all_machines_are_raised_at_once(make):
+    """On one machine those of the first worker, on several when each has failed: what the first worker raised."""
+    pool, ray = make(2, a=2)
+    soon(ray, lambda: ray.results.update({(ray.actors[0], "ready"): ValueError("no such solver")}))
     with pool, pytest.raises(ValueError, match="no such solver"):
-        fail(ray, "a", ValueError("no such solver"))
-        pool.start()
+        pool.start(Stop())
+    assert ray.seconds < 3
+    pool, ray = make(2, a=1, b=1)
+    soon(ray, *(lambda m=m: fail(ray, m, ValueError(f"no such solver on {m}")) for m in "ba"))
+    with pool, pytest.raises(ValueError, match="no such solver on b"):
+        pool.start(Stop())
+    assert ray.seconds < 4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("result", [OSError("the disk is away"), DIED])
+def test_one_sick_machine_does_not_end_the_start(make, caplog, result, workers):
+    """It fails fastest; where that was the only worker, the next is tried on another machine."""
+    pool, ray = make(workers, b=1, a=1, c=1)
+    soon(ray, lambda: fail(ray, "b", result), *[lambda: None] * 5, lambda: come_up(ray, "a"), lambda: come_up(ray, "c"))
+    with pool:
+        assert pool.start(Stop())["worker"]["node"] == "a"
+        assert pool._staff._reason is None  # it is not what a later end is put down to
+    (warned,) = {r.message for r in caplog.records}
+    assert warned.startswith("a worker did not start on machine b, which is left alone for 2 s")
+
+
+def test_it_does_not_hope_for_room_for_ever(make):
+    """The good machine is busy with others' work, and the sick one fails again and again."""
+    pool, ray = make(2, b=1, a=0)
+    with pool, pytest.raises(OSError, match="the disk is away"):
+        soon(ray, *[lambda: fail(ray, "b", OSError("the disk is away"))] * 100)
+        pool.start(Stop())
+    assert ray.seconds < 30
+
+
+def other_than(definition):
+    def check(told):
+        if told["definition"] == definition:
+            raise ValueError(f"{definition} is another run than was asked for")
+
+    return check
+
+
+def test_the_first_to_answer_does_not_say_what_the_run_is(make):
+    pool, ray = make(3, a=1, b=1, c=1, check=other_than("stale"))
+    soon(ray, lambda: come_up(ray, "a", "stale"), lambda: come_up(ray, "b"), lambda: come_up(ray, "c"))
+    with pool:
+        assert pool.start(Stop())["definition"] == "run"
+        pool.wait(), pool.wait()
+        assert sorted(m.node for m in pool._staff.takers) == ["b", "c"]
+    pool, ray = make(2, a=1, b=1, check=other_than("stale"))
+    soon(ray, lambda: come_up(ray, "a", "stale"), lambda: come_up(ray, "b", "stale"))
+    with pool, pytest.raises(ValueError, match="stale is another run than was asked for"):
+        pool.start(Stop())
+
+
+def test_sigterm_ends_the_wait_for_the_first_worker(make):
+    pool, ray = make(2, a=1)
+    stop = Stop()
+    soon(ray, *[lambda: None] * 4, lambda: setattr(stop, "told", True))
+    with pool, pytest.raises(Terminated):
+        pool.start(stop)
+    assert ray.seconds < 7
+    assert not any(actor.alive for actor in ray.actors)
 
 
 @pytest.mark.parametrize("what", ["nothing", "an autoscaler", "a machine"])
 def test_a_cluster_whose_machines_are_too_small_is_refused_unless_it_grows(make, monkeypatch, what):
     pool, ray = make(1, a=0)
-    joined = lambda: ray.seconds > 0.9 * pools.PATIENCE and what == "a machine"  # noqa: E731
-    monkeypatch.setattr(pools, "fits_a_machine", lambda cpus, gpus: joined())
-    monkeypatch.setattr(pools, "grows", lambda: what == "an autoscaler")
-    look = pool._look
+    joined = lambda: ray.seconds > 0.9 * staffs.PATIENCE and what == "a machine"  # noqa: E731
+    monkeypatch.setattr(staffs, "machines_that_fit", lambda cpus, gpus: {"b"} if joined() else set())
+    monkeypatch.setattr(staffs, "grows", lambda: what == "an autoscaler")
+    look = pool._staff.look
 
     def up_at_last():
         look()
-        if ray.seconds > 3 * pools.PATIENCE:
+        if ray.seconds > 3 * staffs.PATIENCE:
             ray.free["b"] = 1
             ray.place()
             come_up(ray)
 
-    monkeypatch.setattr(pool, "_look", up_at_last)
+    monkeypatch.setattr(pool._staff, "look", up_at_last)
     with pool:
         if what == "nothing":
             with pytest.raises(
                 ValueError, match="has 1 CPUs and 0 GPUs for a worker, .* lower cpus_per_worker or num_gpus"
             ):
-                pool.start()
-            assert pools.PATIENCE < ray.seconds < 1.1 * pools.PATIENCE
+                pool.start(Stop())
+            assert staffs.PATIENCE < ray.seconds < 1.1 * staffs.PATIENCE
         else:
-            assert pool.start()["definition"] == "run"
+            assert pool.start(Stop())["definition"] == "run"
 
 
 def test_a_worker_that_hangs_while_it_starts_is_replaced(make, caplog):
     pool, ray = make(2, a=1, b=1)
     with pool:
         come_up(ray, "a")
-        pool.start()
+        pool.start(Stop())
         (hanging,) = (actor for actor in ray.actors if actor.machine == "b")
         while hanging.alive:
             pool.wait()
-            assert ray.seconds < 3 * pools.START_SECONDS
+            assert ray.seconds < 3 * staffs.START_SECONDS
             ray.seconds += 1
-        assert ray.seconds > pools.START_SECONDS
+        assert ray.seconds > staffs.START_SECONDS
         assert "hung for 900 s while it loaded" in caplog.text
         while starting(ray) != ["b"]:
             pool.wait()
@@ -295,15 +365,15 @@ def test_a_worker_that_waits_for_its_machine_may_wait_for_ever(make):
     pool, ray = make(2, a=1)
     with pool:
         come_up(ray)
-        pool.start()
+        pool.start(Stop())
         (waiting,) = (actor for actor in ray.actors if not actor.machine)
-        while ray.seconds < 5 * pools.START_SECONDS:
+        while ray.seconds < 5 * staffs.START_SECONDS:
             pool.wait()
         assert waiting.alive
         ray.free["b"] = 1
         ray.place()
         began = ray.seconds
-        while ray.seconds < began + 0.9 * pools.START_SECONDS:  # and then has its full time
+        while ray.seconds < began + 0.9 * staffs.START_SECONDS:  # and then has its full time
             pool.wait()
         assert waiting.alive
         assert waiting.machine == "b"
@@ -315,7 +385,7 @@ def two(make):
     pool, ray = make(2, time_limit=6.0, a=1, b=1)
     with pool:
         come_up(ray)
-        pool.start()
+        pool.start(Stop())
         for task in ("a0", "b0", "a1", "b1"):
             pool.submit(task)
         yield pool, ray, {a.machine: a for a in ray.actors if a.alive}
@@ -362,7 +432,7 @@ def test_the_time_of_a_task_begins_when_it_is_given(make):
     pool, ray = make(1, time_limit=6.0, a=1)
     with pool:
         come_up(ray)
-        pool.start()
+        pool.start(Stop())
         ray.seconds += 1.9
         pool.submit("task")
         assert until(pool, ray, ray.seconds + 6) == []
@@ -381,3 +451,84 @@ def test_a_task_that_ends_as_its_worker_is_killed_for_it_blames_nobody(two, monk
     outcomes = until(pool, ray, ray.seconds + 8)
     assert [(o.task, o.error is None, o.blamed) for o in outcomes[:2]] == [("a0", True, True), ("a1", False, False)]
     assert [(o.task, o.error is None, o.blamed) for o in outcomes[2:]] == [("b0", True, True), ("b1", False, False)]
+
+
+def test_a_worker_on_a_leaving_machine_finishes_its_task_and_goes(two):
+    pool, ray, actors = two
+    ray.draining, ray.free["c"] = {"a"}, 1
+    assert pool.wait() == []
+    come_up(ray, "c")
+    assert pool.wait() == []
+    pool.submit("c0"), pool.submit("c1")
+    assert not pool.room()  # on the leaving machine, either
+    assert actors["a"].alive
+    ray.results[actors["a"], "do", 0] = {}
+    ended = pool.wait()
+    assert [(o.task, o.error, o.blamed) for o in ended] == [("a0", None, True), ("a1", None, False)]
+    assert not actors["a"].alive
+
+
+def test_a_worker_without_a_task_goes_at_once_from_a_leaving_machine(make):
+    pool, ray = make(2, a=1, b=1)
+    with pool:
+        come_up(ray)
+        pool.start(Stop())
+        ray.draining = {"b"}
+        pool.wait()
+        assert [a.machine for a in ray.actors if a.alive and (a, "ready") in ray.results] == ["a"]
+
+
+def test_a_leaving_machine_gets_no_tasks(make):
+    pool, ray = make(1, a=1)
+    with pool:
+        come_up(ray)
+        pool.start(Stop())
+        pool.submit("task")
+        assert pool.room()
+        ray.draining = {"a"}
+        pool.wait()
+        assert (pool.busy, pool.room()) == (1, False)
+
+
+def test_who_has_no_task_is_held_no_longer(make):
+    """One has a task, one has none, one is starting."""
+    pool, ray = make(3, a=1, b=1, c=1)
+    with pool:
+        come_up(ray, "a"), come_up(ray, "b")
+        pool.start(Stop())
+        pool.submit("task")
+        pool.hold()
+        assert [a.machine for a in ray.actors if a.alive] == ["a"]
+
+
+def test_hold_finishes_what_is_at_work_and_nothing_else(two):
+    pool, ray, actors = two
+    pool.hold()
+    assert (pool.busy, pool.room()) == (2, False)
+    assert pool.wait() == []
+    ray.results[actors["b"], "do", 0] = {}
+    assert [o.task for o in pool.wait()] == ["b0"]
+    assert (actors["a"].alive, actors["b"].alive) == (True, False)
+    ray.results[actors["a"], "do", 0] = {}
+    assert [o.task for o in pool.wait()] == ["a0"]
+    assert (pool.busy, pool.wait()) == (0, [])
+    assert not any(actor.alive for actor in ray.actors)  # and nobody comes in their place
+
+
+def test_a_task_is_excused_for_machines_that_die_so_many_times(make, monkeypatch):
+    pool, ray = make(1, a=1)
+    monkeypatch.setattr(pool._staff, "machine_died", lambda member, error: error is not None)
+    monkeypatch.setattr(pools, "EXCUSED", 3)
+    blamed = []
+    with pool:
+        come_up(ray)
+        pool.start(Stop())
+        while len(blamed) < 4:
+            come_up(ray)
+            if not pool.room():
+                pool.wait()
+                continue
+            pool.submit("task")
+            kill(ray, "a")
+            blamed += [outcome.blamed for outcome in pool.wait()]
+    assert blamed == [False] * 3 + [True]

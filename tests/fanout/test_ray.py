@@ -182,9 +182,9 @@ def test_room_is_by_machine(monkeypatch):
     assert (cluster.cluster_room(2, 0), cluster.cluster_room(2, 0, empty=True)) == (1, 2)
     assert cluster.cluster_room(1, 0.5) == 1 + 2
     assert cluster.cluster_room(1, 0, leaving=["b"]) == 1
-    assert cluster.fits_a_machine(3, 1)
-    assert not cluster.fits_a_machine(4, 0)
-    assert not cluster.fits_a_machine(1, 2)
+    assert cluster.machines_that_fit(3, 1)
+    assert not cluster.machines_that_fit(4, 0)
+    assert not cluster.machines_that_fit(1, 2)
 
 
 def test_environment_of_a_worker(monkeypatch):

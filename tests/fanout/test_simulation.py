@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from distsbi.data import Prior, open_pairs, read_pairs
 from distsbi.data.prior import describe, parse_prior
 from distsbi.fanout.cluster import connected
 from distsbi.fanout.pool import InProcess
-from distsbi.fanout.simulation import _shard_size
+from distsbi.fanout.simulation import _look, _shard_size
 from distsbi.fanout.simulation_worker import Job, SimulationWorker, unlike
 from distsbi.fanout.simulator import BLOCK, Simulator, arranged, import_simulator, source_digest
+from distsbi.fanout.stopping import Stop, Terminated
 from distsbi.files import sha256_of
 from distsbi.keys import as_key
 from distsbi.store import layout, open_catalog
@@ -307,6 +309,44 @@ class TestRefusals:
         with pytest.raises(ValueError, match="on .* there is no folder /nowhere; give one that all machines share"):
             SimulationWorker(Job(PLAIN, PRIOR, (0, 0), "/nowhere")).ready()
 
+    def test_what_cannot_be_carried_to_workers_is_named(self, tmp_path):
+        lock = threading.Lock()
+
+        def locked(theta):
+            with lock:
+                return theta
+
+        class Locked(dist.Uniform):
+            def __init__(self):
+                super().__init__(0.0, 1.0)
+                self.lock = lock
+
+        with pytest.raises(
+            ValueError, match="^the simulator cannot be carried to .*'_thread.lock'.*; give 'module:function'"
+        ):
+            simulate(locked, tmp_path / "out", workers=2)
+        with pytest.raises(ValueError, match="^the prior cannot be carried to workers .*; give texts by name"):
+            simulate(PLAIN, tmp_path / "out", prior=Prior(a=Locked()), workers=2)
+        assert not (tmp_path / "out").exists()
+        assert simulate(locked, tmp_path / "out").n_ok == 40
+
+    @pytest.mark.parametrize("room", [True, False])
+    def test_sigterm_ends_a_first_look(self, room):
+        class Silent:
+            def room(self):
+                return room
+
+            def submit(self, look):
+                pass
+
+            def wait(self):
+                stop.told = True
+                return []
+
+        stop = Stop()
+        with pytest.raises(Terminated):
+            _look(Silent(), 40, 1, 3, stop)
+
 
 class TestResume:
     def test_goes_on_where_it_stopped(self, calm, tmp_path, monkeypatch):
@@ -471,7 +511,7 @@ class TestRay:
             simulate(simulator, tmp_path / "out", workers=1, max_failures=2)
 
     def test_a_cluster_whose_machines_are_too_small_is_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("distsbi.fanout.ray_pool.PATIENCE", 1.0)
+        monkeypatch.setattr("distsbi.fanout.staff.PATIENCE", 1.0)
         with (
             connected("local", 1, 1, 0),
             pytest.raises(

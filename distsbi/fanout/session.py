@@ -1,0 +1,115 @@
+"""One call of `sample_catalog` or `simulate`, in its order:
+
+    the folder is held ──► Ray, workers ──► one that is up tells what it makes ──► the folder is claimed for that run ──► the work
+
+SIGTERM stops it at any of these.
+"""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from distsbi.fanout import cluster
+from distsbi.fanout.agenda import Shards
+from distsbi.fanout.loop import work
+from distsbi.fanout.metrics import Metrics
+from distsbi.fanout.pool import InProcess, Pool
+from distsbi.fanout.ray_pool import RayPool
+from distsbi.fanout.staff import Staff
+from distsbi.fanout.stopping import Stop, says_how_far, told_to_stop
+from distsbi.store import layout, record
+from distsbi.store.place import Place
+from distsbi.store.writer import Writer, one_writer
+
+
+@dataclasses.dataclass(frozen=True)
+class Crew:
+    """Who is to do the work.
+
+    Args:
+        worker: the class (see pool.py).
+        job: what each is made with.
+        workers, address, cpus, gpus, max_failures, time_limit: as for `sample_catalog`.
+        most: at most so many have something to do.
+        unlike: why two of them, by what they told when they came up, cannot fill one folder.
+        check: raises ValueError for what a worker tells that makes another run than the one that was asked for.
+    """
+
+    worker: type
+    job: Any
+    workers: int | None
+    address: str | None
+    cpus: int
+    gpus: float
+    max_failures: int
+    time_limit: float | None
+    most: int
+    unlike: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+    check: Callable[[Mapping[str, Any]], None] = lambda told: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A folder that is held, and workers of which at least one is up.
+
+    `told`: what that one tells; `there`: what defines the run that is in the folder, nothing where it is new.
+    """
+
+    folder: Place
+    crew: Crew
+    pool: Pool
+    writer: Writer
+    stop: Stop
+    told: dict[str, Any]
+    there: dict[str, Any]
+
+    def claim(self, definition: Mapping[str, Any], about: Mapping[str, Any], step: int = 1) -> Shards:
+        """The shards of the run that `definition` defines, whose the folder is now. `step`: as for `Shards`.
+
+        Raises ValueError naming what differs, if it is another run's.
+        """
+        record.begin(self.folder, definition, about)
+        layout.remove_partial(self.folder)
+        return Shards(definition["n_rows"], definition["rows_per_shard"], record.fingerprint(definition), step)
+
+    def work(
+        self, shards: Shards, plan: Any, of: str, nsamples: int, show_progress: bool, **more: Any
+    ) -> tuple[Counter[str], int, int]:
+        """Does what is left of `shards`; returns and raises as `loop.work`, which takes `more`. `plan`: what workers are told before; `of`,
+        `nsamples`: as for `Metrics`."""
+        self.pool.begin(plan)
+        metrics = Metrics(str(self.folder), nsamples, ray=self.crew.workers != 0, of=of)
+        return work(
+            self.pool, shards, self.folder, self.writer, self.stop, self.crew.max_failures, show_progress, metrics, **more
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def begun(folder: Place, crew: Crew) -> Iterator[Session]:
+    """Holds the folder, and has the crew at hand, for the time of the block. Raises Terminated after SIGTERM, here or in the block."""
+    with says_how_far(folder), told_to_stop() as stop, contextlib.ExitStack() as stack:
+        (folder / layout.HIDDEN).make_folder()
+        writer = stack.enter_context(one_writer(folder))
+        found = record.read_run(folder)
+        there = {} if found is None else found["definition"]
+        pool = stack.enter_context(_pool(stack, crew, there, folder))
+        yield Session(folder, crew, pool, writer, stop, pool.start(stop), there)
+
+
+def _pool(stack: contextlib.ExitStack, crew: Crew, there: Mapping[str, Any], folder: Place) -> Pool:
+    if crew.workers == 0:
+        return InProcess(crew.worker(crew.job))
+
+    def check(told: Mapping[str, Any]) -> None:
+        crew.check(told)
+        if there:
+            record.check_same(folder, told["definition"], {name: there.get(name) for name in told["definition"]})
+
+    stack.enter_context(cluster.connected(crew.address, crew.workers, crew.cpus, crew.gpus))
+    environment = cluster.worker_environment(crew.cpus, crew.gpus)
+    staff = Staff(
+        crew.worker, crew.job, crew.workers, environment, crew.cpus, crew.gpus, crew.max_failures, check, crew.unlike, crew.most
+    )  # fmt: skip
+    return RayPool(staff, crew.time_limit)

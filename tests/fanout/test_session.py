@@ -1,0 +1,109 @@
+"""One call: which workers are of the run that was asked for, and SIGTERM before the first shard."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_simulators import PRIOR
+
+from distsbi.fanout import Terminated, catalog as catalogs, session as sessions
+from distsbi.fanout.session import Crew, begun
+from distsbi.fanout.stopping import told_to_stop
+from distsbi.sampling import run as runs
+from distsbi.store import record
+from distsbi.store.place import as_place
+
+
+class FakeStaff:
+    """Tells nothing but how it is to tell workers apart."""
+
+    def __init__(self, worker, job, workers, environment, cpus, gpus, max_failures, check, *more):
+        self.check, self.members, self.ray, self.clock = check, [], None, None
+
+    def look(self):
+        pass
+
+    def start(self, stop):
+        return {}
+
+
+@pytest.fixture
+def staff_of(monkeypatch, tmp_path):
+    """The staff of a call on the folder `out`. `check`: as of a Crew."""
+    monkeypatch.setattr(sessions, "Staff", FakeStaff)
+    monkeypatch.setattr(sessions.cluster, "connected", lambda *_: contextlib.nullcontext())
+
+    def staff_of(check=lambda told: None):
+        crew = Crew(object, "job", 2, None, 1, 0, 3, None, 9, lambda first, told: "", check)
+        with begun(as_place(tmp_path / "out"), crew) as session:
+            return session.pool._staff
+
+    return staff_of
+
+
+def told(**definition):
+    return {"definition": definition, "worker": {"host": "b"}}
+
+
+def test_a_worker_of_another_run_than_the_folders_is_told_apart(staff_of, tmp_path):
+    staff_of().check(told(posterior="beef", tile=[2, 4]))  # the folder is new
+    record.begin(tmp_path / "out", {"posterior": "f00d", "tile": [2, 4], "n_rows": 8}, {})
+    staff_of().check(told(posterior="f00d", tile=[2, 4]))
+    with pytest.raises(
+        ValueError, match='out holds another run, .*: posterior: given "beef", found "f00d". Use another'
+    ):
+        staff_of().check(told(posterior="beef", tile=[2, 4]))
+
+
+def test_a_worker_with_another_copy_of_the_run_is_told_apart(staff_of, tmp_path):
+    run = tmp_path / "run"
+    staff_of(catalogs._check_posterior(str(run))).check(told(posterior="beef"))  # this machine has none
+    run.mkdir()
+    (run / "spec.json").write_text(
+        json.dumps({**dict.fromkeys(runs.REQUIRED), "format": runs.FORMAT, "fingerprint": "f00d"})
+    )
+    staff = staff_of(catalogs._check_posterior(str(run)))
+    staff.check(told(posterior="f00d"))
+    with pytest.raises(
+        ValueError, match="the worker on b found another posterior at .*/run than there is on .*; give a run dir"
+    ):
+        staff.check(told(posterior="beef"))
+
+
+def test_a_second_sigterm_interrupts_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), told_to_stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.told
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_sigterm_while_ray_and_workers_start(tmp_path, seconds):
+    """So many seconds after the folder is held."""
+    out = tmp_path / "out"
+    code = f"import sys; from distsbi.cli import main; main({['simulate', '--simulator', 'fake_simulators:hangs', *_prior(), '--out', str(out), '--workers', '2']!r})"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "_distsbi" / "lock").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, err
+    assert err.strip().splitlines()[-1] == "Interrupted: stopped by SIGTERM; the same call goes on from there."
+
+
+def _prior():
+    return [word for name, text in PRIOR.items() for word in ("--prior", f"{name}={text}")]
