@@ -42,6 +42,7 @@ def slow(theta, rng):
 
 
 def hangs(theta):
+    Path(os.environ["AT_WORK"]).touch()
     time.sleep(600)
 
 
