@@ -48,6 +48,7 @@ def slow(theta, rng):
 
 
 def hangs(theta):
+    Path(os.environ["AT_WORK"]).touch()
     time.sleep(600)
 
 

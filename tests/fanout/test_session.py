@@ -86,19 +86,18 @@ def test_a_second_sigterm_interrupts_and_the_handler_is_put_back():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.0, 3.0])
-def test_sigterm_while_ray_and_workers_start(tmp_path, seconds):
-    """So many seconds after the folder is held."""
-    out = tmp_path / "out"
+@pytest.mark.parametrize("when", ["Ray starts", "a worker takes its first look"])
+def test_sigterm_before_the_first_shard(tmp_path, when):
+    out, at_work = tmp_path / "out", tmp_path / "at work"
+    sign = out / "_distsbi" / "lock" if when == "Ray starts" else at_work
     code = f"import sys; from distsbi.cli import main; main({['simulate', '--simulator', 'fake_simulators:hangs', *_prior(), '--out', str(out), '--workers', '2']!r})"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "AT_WORK": str(at_work)}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not (out / "_distsbi" / "lock").exists():
+        while not sign.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(seconds)
         process.send_signal(signal.SIGTERM)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 143, err
