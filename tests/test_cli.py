@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -442,6 +443,12 @@ def test_interrupt_exits_with_130(distsbi: Cli, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("distsbi.fanout.sample_catalog", terminated)
     assert distsbi("catalog", "run", "catalog.parquet", "out")[0] == 143
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("distsbi.cli.train.train_member", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = distsbi("train", "--task", "two_moons", "--out", "out")
+    assert code == 143
+    assert "Interrupted: what is finished is kept; give the same command again to go on." in err
+    assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr("distsbi.sampling.load", interrupt)
     code, _, err = distsbi("sample", "run", "--x", "0,0", "--out", "d.npy")  # of which nothing is kept
     assert code == 130

@@ -4,10 +4,12 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 
 import click
 
@@ -35,7 +37,10 @@ def main(args: list[str] | None = None) -> None:
         threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *_: None
     said = "interrupted"
     try:
-        with told(logging.WARNING if quiet else logging.INFO) if command in LOGGED else contextlib.nullcontext():
+        with (
+            _ended_by_sigterm(),
+            told(logging.WARNING if quiet else logging.INFO) if command in LOGGED else contextlib.nullcontext(),
+        ):
             code = cli.main(arguments, prog_name="distsbi", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
@@ -59,6 +64,29 @@ def main(args: list[str] | None = None) -> None:
     if code and "distsbi.processes" in sys.modules:
         sys.modules["distsbi.processes"].end(failed=said, code=code)  # tells the other processes, where there are some
     sys.exit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does. (Catalogs and simulations finish their shards first.)"""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_options(message: str, command: str | None, *, from_file: bool = False) -> str:
