@@ -12,11 +12,14 @@ Every step is an event, a line of the journal; a search that was cut off is take
 """
 
 import dataclasses
+import re
 from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
 from distsbi.store import layout
+
+_DIED = re.compile(r"Worker exit detail: (.*?)(?= There are some potential root causes|$)")  # of Ray's ActorDiedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +234,10 @@ class Agenda:
 
 
 def one_line(error: BaseException | None) -> str:
-    """An error in a sentence: Ray's are pages long."""
+    """An error in a sentence: Ray's are pages long, and of a worker that died say how at their end."""
     text = " ".join(str(error).split())
+    if died := _DIED.search(text):
+        where = dict(re.findall(r"\b(pid|ip): (\S+)", text))
+        process = f"process {where.get('pid', '?')} on {where.get('ip', '?')}"
+        return f"its worker ({process}) died: {died[1].rstrip('. ')}"[:300]
     return f"{type(error).__name__}: {text}"[:300]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from distsbi.fanout.agenda import Agenda, Outcome, Shards
+from distsbi.fanout.agenda import Agenda, Outcome, Shards, one_line
 
 SHARDS = Shards(60, 20, "f")
 DIED = ConnectionError("the process is gone")
@@ -163,3 +163,14 @@ def test_rows_that_are_done_together_are_searched_and_quarantined_together(guilt
             agendas.append(Agenda(shards, done, 2, events))
     assert skipped == expected
     assert not agendas[-1].given_up
+
+
+def test_what_ray_says_of_a_dead_worker_is_a_sentence():
+    error = RuntimeError(
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: Worker\n\tactor_id: 6a\n\tpid: 12\n\tnamespace: 7\n\tip: 10.0.0.1\n"
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a "
+        "connection error code 2. End of file. There are some potential root causes. (1) The process is killed by SIGKILL"
+    )
+    says = "its worker (process 12 on 10.0.0.1) died: Worker unexpectedly exits with a connection error code 2. End of file"
+    assert one_line(error) == says
+    assert one_line(ValueError("a\nb")) == "ValueError: a b"

@@ -486,7 +486,7 @@ class TestRay:
         assert result.counts == {"ok": 38, "invalid": 0, "failed": 1, "quarantined": 1}
         bad = result.failures().to_pylist()
         assert [row["row"] for row in bad] == [0, 15]
-        assert ("time limit of 2 s" if limit else "ActorDiedError") in bad[1]["message"]
+        assert ("time limit of 2 s" if limit else "its worker (process ") in bad[1]["message"]
         keep = [i for i in range(40) if i not in (0, 15)]
         np.testing.assert_array_equal(result.read().x, read_pairs(calm).x[keep])
         assert simulate(simulator, tmp_path / "out", workers=2).shards_now == 0
@@ -506,7 +506,7 @@ class TestRay:
     def test_a_simulator_that_kills_at_once_is_named(self, tmp_path):
         simulator = marked(theta_of(40), dict.fromkeys(range(40), "abort"))
         with pytest.raises(
-            ValueError, match="kills or hangs its worker at the first rows .0 to 1., the last with ActorDied"
+            ValueError, match="kills or hangs its worker at the first rows .0 to 1., the last with its worker .process"
         ):
             simulate(simulator, tmp_path / "out", workers=1, max_failures=2)
 
