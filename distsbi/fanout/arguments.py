@@ -1,5 +1,6 @@
 """Checks of the arguments that catalogs and simulations share."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,3 +33,11 @@ def check_resources(workers: Any, cpus: Any, gpus: Any, max_failures: Any, time_
         raise ValueError(f"time_limit must be a positive number of seconds or None; got {time_limit!r}.")
     if time_limit is not None and workers == 0:
         raise ValueError("time_limit needs workers of their own to kill; give workers >= 1.")
+
+
+def check_folder(out: Path) -> Path:
+    """`out`, a path that exists or may be made. Raises ValueError if it, or what it is to lie in, is a file."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out must be a folder; {there} is a file. Give another path.")
+    return out

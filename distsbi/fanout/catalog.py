@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from distsbi.fanout import provenance
-from distsbi.fanout.arguments import check_resources, check_whole, plain
-from distsbi.fanout.session import Crew, begun
+from distsbi.fanout.arguments import check_folder, check_resources, check_whole, plain
+from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.sampling.run import SPEC, instruments, read_spec
 from distsbi.store import Catalog, Output, SourceSpec, open_catalog, open_source, schema, source
@@ -32,22 +32,8 @@ LOADER = "distsbi.sampling:load"
 
 
 @dataclasses.dataclass(frozen=True)
-class CatalogResult:
-    """A catalog that is done.
-
-    `path`: of the output folder; a URI in an object store. `n_ok`, `n_bad`: rows with draws and without, of the whole catalog; `counts`: by status; `shards`: all,
-    `shards_now`: those done in this call, in `seconds` with `rows_now` rows.
-    """
-
-    path: Path | str
-    n_rows: int
-    n_ok: int
-    n_bad: int
-    counts: dict[str, int]
-    shards: int
-    shards_now: int
-    rows_now: int
-    seconds: float
+class CatalogResult(Done):
+    """A catalog that is done. Good rows are those with draws."""
 
     def open(self) -> Catalog:
         """The catalog, to read."""
@@ -224,10 +210,7 @@ def _seed(seed: int, rng: Any) -> int | tuple[int, int]:
 def _check_out(catalog: Place, out: Place) -> None:
     """Raises ValueError if `out` is no folder, or one that is read as part of the catalog."""
     if out.local:
-        folder = Path(out.path).resolve()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir():
-            raise ValueError(f"out must be a folder; {there} is a file. Give another path.")
+        folder = check_folder(Path(out.path).resolve())
     if catalog.local and out.local:
         inside = Path(catalog.path).is_dir() and folder.is_relative_to(Path(catalog.path).resolve())
     else:

@@ -13,7 +13,7 @@ import sysconfig
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 OBJECT_STORE_BYTES = 100 * 2**20  # manifests only: samples never enter it
@@ -223,8 +223,7 @@ def cluster_room(cpus: int, gpus: float, leaving: Collection[str] = (), *, empty
         rooms = [ray.available_resources()]
     else:
         rooms = [free for node, free in state.available_resources_per_node().items() if node in alive]
-    fits = lambda room, name, each: room.get(name, 0) / each if each else math.inf  # noqa: E731
-    return sum(int(min(fits(room, "CPU", cpus), fits(room, "GPU", gpus))) for room in rooms)
+    return sum(_fitting(room, cpus, gpus) for room in rooms)
 
 
 def machines_that_fit(cpus: int, gpus: float) -> set[str]:
@@ -232,7 +231,13 @@ def machines_that_fit(cpus: int, gpus: float) -> set[str]:
     import ray
 
     alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    return {node for node, has in alive.items() if has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus}
+    return {node for node, has in alive.items() if _fitting(has, cpus, gpus)}
+
+
+def _fitting(resources: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """How many workers of `cpus` and `gpus` the resources of a machine are enough for."""
+    fits = lambda name, each: resources.get(name, 0) / each if each else math.inf  # noqa: E731
+    return int(min(fits("CPU", cpus), fits("GPU", gpus)))
 
 
 def grows() -> bool:

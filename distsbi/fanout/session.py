@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from distsbi.fanout import cluster
@@ -48,6 +49,25 @@ class Crew:
     most: int
     unlike: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
     check: Callable[[Mapping[str, Any]], None] = lambda told: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A call that is done.
+
+    `path`: of the output folder; a URI in an object store. `n_ok`, `n_bad`: good rows and others, of the whole folder; `counts`: by status;
+    `shards`: all, `shards_now`: those done in this call, in `seconds` with `rows_now` rows.
+    """
+
+    path: Path | str
+    n_rows: int
+    n_ok: int
+    n_bad: int
+    counts: dict[str, int]
+    shards: int
+    shards_now: int
+    rows_now: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
 from distsbi.environment import versions
 from distsbi.fanout import cluster, simulator as simulators
 from distsbi.fanout.agenda import one_line
-from distsbi.fanout.arguments import check_resources, check_whole, plain
+from distsbi.fanout.arguments import check_folder, check_resources, check_whole, plain
 from distsbi.fanout.pool import Pool
-from distsbi.fanout.session import Crew, begun
+from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.simulation_worker import (
     Job,
     Look,
@@ -48,22 +48,10 @@ LOOKS = 32  # rows that may fail in succession before the simulator is taken for
 
 
 @dataclasses.dataclass(frozen=True)
-class SimulationResult:
-    """A folder of pairs that is done.
-
-    `n_ok`, `n_bad`: rows that are pairs and rows that are not, of the whole folder; `counts`: by status; `shards`: all, `shards_now`: those done in
-    this call, in `seconds` with `rows_now` rows.
-    """
+class SimulationResult(Done):
+    """A folder of pairs that is done. Good rows are those that are pairs."""
 
     path: Path
-    n_rows: int
-    n_ok: int
-    n_bad: int
-    counts: dict[str, int]
-    shards: int
-    shards_now: int
-    rows_now: int
-    seconds: float
 
     def read(self) -> Pairs:
         """The pairs, in memory. Raises ValueError if every row failed."""
@@ -266,10 +254,7 @@ def _folder(out: str | os.PathLike[str]) -> Place:
             f"out must be a folder on disks that the workers share, for training reads it there; got {shown(out)}."
         )
     place = as_place(out)
-    folder = Path(place.path)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"out must be a folder; {there} is a file. Give another path.")
+    folder = check_folder(Path(place.path))
     other = [file.name for file in folder.glob("*.parquet") if not file.name.startswith(("shard-", ".", "_"))]
     if other:
         raise ValueError(
