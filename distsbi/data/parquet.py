@@ -67,6 +67,11 @@ def _column(array: np.ndarray) -> pa.Array:
     return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
 
 
+def get_ready() -> None:
+    """Loads what pyarrow (26.0) loads at its first tensor, pandas among it: a tenth of a second that is then not the first file's."""
+    _column(np.zeros((1, 1, 1), np.float32))
+
+
 def read_footer(path: Path) -> Footer:
     """What a file says of itself. Raises ValueError if it is damaged, newer than this code, or no file of pairs."""
     try:

@@ -42,7 +42,7 @@ from distsbi.store.status import Status, read_status
 SHARD_SECONDS = 10.0  # of work in a shard: little is lost with a worker, and the file costs nothing beside it,
 SHARD_BYTES = 64 * 2**20  # but at most this much of x in a worker's memory,
 SHARDS_EACH = 16  # at least so many shards for each worker: in the last round some have nothing to do,
-LEAST_SECONDS = 0.5  # of at least so much work,
+LEAST_SECONDS = 0.2  # of at least so much work,
 SHARD_COUNT = 10_000  # and not many more files than this
 LOOKS = 32  # rows that may fail in succession before the simulator is taken for broken
 

@@ -105,6 +105,7 @@ class SimulationWorker:
         self._simulator = simulator.Simulator(function, prior, keys.from_words(job.seed), job.batch, job.missing)
         first = self._simulator.theta(0, 1)[0]
         self._device = device_name(jax.local_devices()[0])
+        parquet.get_ready()
         return {
             "definition": {
                 "simulator": {"name": simulator.name_of(job.simulator), "source": source},
