@@ -250,9 +250,10 @@ def inject(bench: Bench, kind: str, out: Path, rng: random.Random) -> dict[str, 
     driver = Driver(bench, out, catalog, limit)
     expected = 0
     if kind in ("worker", "rename", "raylet", "drain", "driver", "sigterm", "head"):
-        told["shards_before"] = rng.randrange(1, ROWS // ROWS_PER_SHARD // 2)
+        count = ROWS // ROWS_PER_SHARD
+        told["shards_before"] = rng.randrange(1, count - 3)  # up to when the last are handed out, two to each worker
         driver.wait_for(lambda: shards(out) >= told["shards_before"] and worker_pids(out))
-        told["delay"] = round(rng.uniform(0, 2.0), 3)
+        told["delay"] = round(rng.uniform(0, min(2.0, (count - told["shards_before"]) / 8)), 3)  # before the end
         time.sleep(told["delay"])
     if kind == "worker":
         os.kill(rng.choice(worker_pids(out)), signal.SIGKILL)

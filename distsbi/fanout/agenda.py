@@ -62,8 +62,8 @@ class Task:
 class Outcome:
     """What became of a task (a `Task`, where an agenda takes it): a manifest row, or an error.
 
-    `blamed`: it was at work then, not waiting behind another, and its machine lives. `died`: it took its worker along or
-    ran out of time; else it raised.
+    `blamed`: it was at work then, not waiting behind another, its machine lives, and its worker is not one that may be sick.
+    `died`: it took its worker along or ran out of time; else it raised.
     """
 
     task: Any

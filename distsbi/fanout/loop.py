@@ -98,6 +98,10 @@ def work(
         for device in devices - noted:
             record.note_device(out, device)
     missing = shards.count - len(present) - shards_now - len(agenda.given_up)
+    if (
+        missing and deadline is not None
+    ):  # the last were handed out when SIGTERM came, and those that waited were dropped
+        raise Terminated
     if missing:
         raise RuntimeError(
             f"{missing} of {shards.count} shards in {out} are neither done nor given up, a defect of distsbi; report it with "

@@ -1,4 +1,4 @@
-"""How long a pool waits: with machines on which workers do not start, and with workers while the driver itself stood still. No Ray here."""
+"""How long a pool waits: with machines on which workers do not start or only raise, and with workers while the driver itself stood still. No Ray here."""
 
 import time
 from collections import Counter
@@ -12,22 +12,22 @@ MOST_SECONDS = 2.0  # between two ticks of a driver that runs: it waits for at m
 
 
 class Backoff:
-    """Machines, by name, that are left alone for a while because workers did not start there. "" is one that nobody knows."""
+    """Machines, by name, that are left alone for a while because workers did not start there, or only raised. "" is one that nobody knows."""
 
     def __init__(self) -> None:
         self._failures: Counter[str] = Counter()
         self._until: dict[str, float] = {}
 
     def failed(self, machine: str, now: float, *, lasting: bool = False) -> float:
-        """Notes a worker that did not start there. `lasting`: the next will hardly do better. Returns the seconds that it is left alone."""
+        """Notes a worker that did not start there, or only raised. `lasting`: the next will hardly do better. Returns the seconds that it is left alone."""
         self._failures[machine] += 1
         doubled = FIRST_SECONDS * 2.0 ** min(self._failures[machine] - 1, 30)
         seconds = LONGEST_SECONDS if lasting else min(doubled, LONGEST_SECONDS)
         self._until[machine] = now + seconds
         return seconds
 
-    def started(self, machine: str) -> None:
-        """Notes a worker that is up there."""
+    def well(self, machine: str) -> None:
+        """Notes a new worker that has done something there: to be up is not enough, if it then only raises."""
         self._failures.pop(machine, None)
         self._until.pop(machine, None)
 

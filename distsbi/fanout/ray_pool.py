@@ -2,7 +2,8 @@
 
 Ray gives placement and transport. Retries are counted in agenda.py, and here it is known which task a dead worker was at:
 actors are made with max_restarts=0 and max_task_retries=0, and a dead one is replaced by a new one (staff.py). A task that was at
-work when its machine died is not blamed.
+work when its machine died is not blamed, nor one at which a worker raised that may be sick: such a one goes, and does not use up the
+attempts at what others can do.
 """
 
 import time
@@ -48,7 +49,8 @@ class RayPool:
         return any(len(m.queue) < IN_FLIGHT for m in self._staff.takers)
 
     def submit(self, task: Hashable, *given: Any) -> None:
-        member = min(self._staff.takers, key=lambda m: len(m.queue))
+        free = [m for m in self._staff.takers if len(m.queue) < IN_FLIGHT]
+        member = min(free, key=lambda m: (len(m.raised), len(m.queue)))  # what failed, by another
         if not member.queue:
             member.since = self._clock.tick()
         member.queue.append((task, member.actor.do.remote(task, *given)))
@@ -71,6 +73,8 @@ class RayPool:
             for member in [m for m in self._staff.members if m.queue and self._clock.now - m.since > self._time_limit]:
                 late = TimeoutError(f"it took longer than the time limit of {self._time_limit:g} s")
                 outcomes += self._bury(member, late)
+        for member in self._staff.sick():
+            outcomes += self._bury(member, None)
         return outcomes
 
     def hold(self) -> None:
@@ -88,8 +92,10 @@ class RayPool:
                 break
             try:
                 outcomes.append(Outcome(task, self._ray.get(ref)))
+                self._staff.did(member)
             except self._ray.exceptions.RayTaskError as error:
-                outcomes.append(Outcome(task, error=error.cause))
+                blamed = self._staff.raised(member, error.cause)
+                outcomes.append(Outcome(task, error=error.cause, blamed=blamed))
             except self._ray.exceptions.RayError as error:
                 return outcomes + self._bury(member, error)
             member.queue.popleft()

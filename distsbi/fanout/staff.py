@@ -2,8 +2,9 @@
 
 Machines come and go. A number of workers that was asked for is kept up (those without room yet wait at Ray, which an
 autoscaler sees); without a number, workers are added wherever room appears. A worker on a machine that Ray is draining
-finishes the task it is at, and its next one goes to others. A machine on which workers do not start, or tell of another run,
-is left alone for a while (patience.py), and the others go on, from the very start: only where nobody is left does that end the run.
+finishes the task it is at, and its next one goes to others. A machine on which workers do not start, tell of another run, or come up
+and only raise, is left alone for a while (patience.py), and the others go on, from the very start: only where nobody is left does that
+end the run.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from distsbi.fanout.patience import Backoff, Clock
 from distsbi.fanout.stopping import Stop
 
 PATIENCE = 60.0  # seconds without a worker before saying so, and without a machine for one before giving up
+SICK = 3  # tasks in a row at which a worker raises before it gets no more while others do better
 START_SECONDS = 900.0  # for a worker that has its machine to come up; up to twice that
 LOOK_SECONDS = 2.0  # between looks at what machines there are
 
@@ -30,7 +32,8 @@ class Member:
     """An actor, what it is starting with, and its tasks in the order it takes them.
 
     `since`: when it was made, then when the first of `queue` began; `avoids`: machines that it is not put on; `node`: Ray's name of its
-    machine, once that is known; `leaving`: it gets no more.
+    machine, once that is known; `leaving`: it gets no more; `raised`: what it raised since it last did a task; `outdone`: another
+    worker did one since the first of these; `useful`: it has done one.
     """
 
     actor: Any
@@ -40,6 +43,14 @@ class Member:
     queue: deque[tuple[Any, Any]] = dataclasses.field(default_factory=deque)
     node: str = ""
     leaving: bool = False
+    raised: list[BaseException] = dataclasses.field(default_factory=list)
+    outdone: bool = False
+    useful: bool = False
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it may be sick; or its last tasks were at fault."""
+        return len(self.raised) >= SICK
 
 
 class Staff:
@@ -51,7 +62,7 @@ class Staff:
         workers: how many; None: as many as there is room for, also on machines that join later.
         environment: of their processes.
         cpus, gpus: that Ray sets aside for each.
-        max_failures: workers in a row that may fail to start while none is up.
+        max_failures: workers in a row that may fail to start while none is up, or may be dismissed as sick while nobody does better.
         check: raises ValueError for what a worker tells that is not of this run.
         unlike: what is said of a worker that tells of another definition than the first: of what the first told, and what it told.
         most: at most so many workers.
@@ -84,6 +95,7 @@ class Staff:
         self._told: dict[str, Any] | None = None
         self._deaths = 0  # of workers that were starting while none was up,
         self._reason: BaseException | None = None  # and what the first of them raised
+        self._dismissed = 0  # workers that were dismissed as sick since any did a task, and nobody did better
         self._backoff, self.clock = Backoff(), Clock()
         self._looked = -LOOK_SECONDS
         self._held = False
@@ -91,8 +103,9 @@ class Staff:
 
     @property
     def takers(self) -> list[Member]:
-        """Those who may be given tasks."""
-        return [m for m in self.members if m.starting is None and not m.leaving and not self._held]
+        """Those who may be given tasks: the doubtful only where all are."""
+        up = [m for m in self.members if m.starting is None and not m.leaving and not self._held]
+        return [m for m in up if not m.doubtful] or up
 
     def start(self, stop: Stop) -> dict[str, Any]:
         """Waits for a worker that is up and of this run, and returns what it tells.
@@ -141,6 +154,53 @@ class Staff:
     def stays(self, member: Member) -> bool:
         """Whether it is to have more tasks after the one that it has done."""
         return not (member.leaving or self._held)
+
+    def did(self, member: Member) -> None:
+        """Notes that it has done a task."""
+        if not member.useful:
+            # what it does later says nothing of others on its machine, such as of one whose GPU is full
+            self._backoff.well(member.node)
+        member.useful, member.outdone, self._dismissed = True, False, 0
+        member.raised.clear()
+        for other in self.members:
+            other.outdone = other.outdone or bool(other.raised)
+
+    def raised(self, member: Member, error: BaseException) -> bool:
+        """Notes that it raised at a task. Returns whether that is held against the task: if the worker did the one before, or if there
+        is nobody else who may do better.
+
+        Tasks at which everybody raises come to an end by that: what is not held against them are at most a few raises of each worker,
+        until all that are up are doubtful. Workers that come in the place of others are as few: see `sick`.
+        """
+        sound = member.useful and not member.raised
+        member.raised.append(error)
+        held = sound or not any(m is not member and not m.doubtful for m in self.takers)
+        if not held:
+            log.info(
+                "a worker on machine %s raised; another tries what it was at: %s", member.node[:8], one_line(error)
+            )
+        return held
+
+    def sick(self) -> list[Member]:
+        """Those to be dismissed because they only raise: others have done tasks meanwhile or, where all who are up only raise, a
+        machine where none failed may do better. Their machines are left alone for a while.
+
+        Where everybody raises, everywhere, the tasks are to blame, and the rest is kept, which gives them up: between two tasks that are
+        done each member is outdone once at most, and `max_failures` are dismissed without that, beside those in whose place another is
+        just starting on a machine where none failed, of which each is one only once.
+        """
+        found = []
+        for member in [m for m in self.members if m.doubtful and not self._held]:
+            if not member.outdone:
+                if any(not m.doubtful for m in self.takers) or not self._hope(self._dismissed):
+                    continue
+                self._dismissed += 1
+            seconds = self._backoff.failed(member.node, self.clock.now)
+            self._say_left_alone(
+                f"a worker raised {len(member.raised)} times in a row", member, seconds, member.raised[-1]
+            )
+            found.append(member)
+        return found
 
     def dismiss(self, member: Member) -> None:
         self.ray.kill(member.actor)
@@ -208,7 +268,6 @@ class Staff:
                 continue
             self._deaths, self._reason = 0, None
             member.starting, member.node = None, told["worker"]["node"]
-            self._backoff.started(member.node)
             if self._plan is not None:
                 member.actor.begin.remote(self._plan)
         for member in starting.values():
@@ -246,24 +305,27 @@ class Staff:
             self._deaths += 1
             self._reason = self._reason or (error if ours else None)
             final = lasting or self._deaths >= self._max_failures or (ours and self._told is None)
-            if final and not self._hope():
+            if final and not self._hope(self._deaths):
                 if self._reason is not None:
                     raise self._reason from None
                 raise RuntimeError(f"{self._deaths} workers in a row died while starting: {one_line(error)}") from error
+        self._say_left_alone("a worker did not start", member, seconds, error)
+
+    def _say_left_alone(self, what: str, member: Member, seconds: float, error: BaseException) -> None:
         log.log(
             logging.WARNING if self._backoff.failures(member.node) == 1 else logging.INFO,
-            "a worker did not start%s, which is left alone for %.0f s: %s",
-            *(f" on machine {member.node[:8]}" if member.node else " on a machine", seconds, one_line(error)),
+            "%s on %s, which is left alone for %.0f s: %s",
+            *(what, f"machine {member.node[:8]}" if member.node else "a machine", seconds, one_line(error)),
         )
 
-    def _hope(self) -> bool:
+    def _hope(self, failed_in_a_row: int) -> bool:
         """Whether a worker is starting on a machine where none failed or, before `max_failures` in a row, whether there is such a machine."""
         starting = {machine_of(m.actor) for m in self.members if m.starting is not None} - {""}
         if any(not self._backoff.failures(machine) for machine in starting):
             return True
         fit = machines_that_fit(self._cpus, self._gpus)
         failed = sum(self._backoff.failures(machine) > 0 for machine in {*fit, ""})
-        return self._deaths < self._max_failures and failed < len(fit)
+        return failed_in_a_row < self._max_failures and failed < len(fit)
 
     def _say_if_nobody_is_up(self) -> None:
         if any(m.starting is None for m in self.members):

@@ -68,9 +68,11 @@ def says_how_far(folder: Place) -> Iterator[None]:
 
 
 def _so_far(folder: Place) -> str:
-    """ ", 12 of 100 shards are finished in out", or nothing before a run began."""
-    found = record.read_run(folder)
-    if found is None:
-        return ""
-    count = -(-found["definition"]["n_rows"] // found["definition"]["rows_per_shard"])
-    return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"
+    """ ", 12 of 100 shards are finished in out"; nothing before a run began, or where the folder does not tell now: what interrupts the
+    block is not to be lost for that."""
+    with contextlib.suppress(Exception):
+        found = record.read_run(folder)
+        if found is not None:
+            count = -(-found["definition"]["n_rows"] // found["definition"]["rows_per_shard"])
+            return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"
+    return ""

@@ -71,7 +71,7 @@ class Worker:
         `own_process`: the process is this worker's alone, so its environment and jax's settings are ours to choose.
 
         Raises ValueError for a run, catalog or option that cannot be used, for a catalog that is not the one that was
-        checked, and for other versions than the job's.
+        checked, and for other versions than the job's; what compiling raises, such as that of a device that is full.
         """
         if own_process:
             own_jax()
@@ -84,7 +84,7 @@ class Worker:
                 "bits. Install the same everywhere."
             )
         from distsbi import keys
-        from distsbi.sampling import SampleOptions
+        from distsbi.sampling import SampleOptions, SolveError
 
         job = self.job
         module, name = job.loader.split(":")
@@ -102,7 +102,7 @@ class Worker:
         solver = options.make_solver(self.posterior.method, self.posterior.default_solver)
         tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples, self.posterior.most_slots)
         p = self.posterior
-        with contextlib.suppress(RuntimeError):  # compiles; zeros may be no x that a solver converges on
+        with contextlib.suppress(SolveError):  # compiles; zeros may be no x that a solver converges on
             self._draw(
                 np.zeros((1, p.dim_x, p.ch_x), np.float32), np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws)
             )

@@ -22,6 +22,7 @@ from distsbi.fanout.catalog import choose_rows_per_shard
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.keys import hash_id
+from distsbi.sampling import SolveError
 from distsbi.store import Output, SourceSpec, layout, schema
 from distsbi.store.source import glance
 from distsbi.store.writer import one_writer
@@ -139,6 +140,22 @@ def test_a_worker_refuses_other_versions_than_the_driver_has(worker, monkeypatch
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1" if name == "jax" else version(name))
     with pytest.raises(ValueError, match="has distsbi .*, jax 0.0.1, .* made with .* Install the same everywhere"):
         worker.ready()
+
+
+def test_a_worker_whose_device_is_full_does_not_come_up(worker, monkeypatch):
+    """One whose solver does not converge on the zeros that it compiles with does."""
+
+    def fails(error):
+        def draw(*given, **more):
+            raise error
+
+        monkeypatch.setattr(type(worker.posterior), "draw", draw)
+
+    fails(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        worker.ready()
+    fails(SolveError({0: 1}, np.zeros(1, np.uint64), "draws", np.full((1, 1), np.nan)))
+    assert worker.ready()["sizes"] == [2, 1]
 
 
 def test_why_workers_do_not_go_together(worker):

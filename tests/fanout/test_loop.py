@@ -13,7 +13,7 @@ from distsbi.fanout import loop as loops
 from distsbi.fanout.agenda import Outcome, Shards
 from distsbi.fanout.loop import work
 from distsbi.fanout.metrics import Metrics
-from distsbi.fanout.stopping import Stop, Terminated
+from distsbi.fanout.stopping import Stop, Terminated, says_how_far
 from distsbi.files import is_disk_full
 from distsbi.store import layout, record, schema
 from distsbi.store.place import Place, as_place
@@ -116,6 +116,40 @@ def test_sigterm_lets_what_is_at_work_finish(tmp_path):
     with pytest.raises(Terminated):
         run(as_place(tmp_path), become, stop=stop)
     assert [line["shard"] for line in layout.read_journal(tmp_path) if line["event"] == "done"] == [0, 1]
+
+
+def test_sigterm_is_sigterm_when_the_last_shards_are_handed_out(tmp_path):
+    """One of them is at work, the other waits behind it and is dropped."""
+    stop = Stop()
+
+    class Slow(FakePool):
+        def wait(self):
+            if [task.shard for task in self._queue] == [2, 3]:
+                stop.told = True
+                return []
+            return super().wait()
+
+    with pytest.raises(Terminated):
+        run(as_place(tmp_path), done, stop=stop, pool=Slow(done))
+    assert [line["shard"] for line in layout.read_journal(tmp_path) if line["event"] == "done"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [Terminated, KeyboardInterrupt])
+def test_a_folder_that_does_not_answer_hides_no_interrupt(tmp_path, monkeypatch, error):
+    def away(self):
+        raise OSError("503: slow down")
+
+    place = as_place(tmp_path)
+    (place / layout.HIDDEN).make_folder()
+    record.begin(place, {"n_rows": 8, "rows_per_shard": 2}, {})
+    with (
+        pytest.raises(error, match="^stopped.*, 0 of 4 shards are finished in .*; the same call goes on"),
+        says_how_far(place),
+    ):
+        raise error
+    monkeypatch.setattr(Place, "read", away)
+    with pytest.raises(error, match="^stopped( by SIGTERM)?; the same call goes on from there"), says_how_far(place):
+        raise error
 
 
 def test_what_takes_longer_than_the_grace_is_left(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ def test_a_machine_is_left_alone_for_longer_each_time_and_not_for_ever():
     assert backoff.failed("b", now) == waits[0]
     backoff.failed("c", now, lasting=True)
     assert backoff.avoided(now + 0.99 * LONGEST_SECONDS) == {"c"}
-    backoff.started("a")
+    backoff.well("a")
     assert backoff.failures("a") == 0
     assert backoff.failed("a", now) == waits[0]
 

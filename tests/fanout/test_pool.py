@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from distsbi.fanout import patience, ray_pool as pools, staff as staffs
+from distsbi.fanout.agenda import Agenda, Shards
 from distsbi.fanout.ray_pool import RayPool
 from distsbi.fanout.staff import Staff
 from distsbi.fanout.stopping import Stop, Terminated
@@ -532,3 +533,77 @@ def test_a_task_is_excused_for_machines_that_die_so_many_times(make, monkeypatch
             kill(ray, "a")
             blamed += [outcome.blamed for outcome in pool.wait()]
     assert blamed == [False] * 3 + [True]
+
+
+def play(pool, ray, agenda, raises, starts=1, until=20_000):
+    """Runs an agenda to its end. A worker is up after `starts` seconds, a task takes 10 s, or none where `raises(machine, task)`.
+
+    Returns the events, and how many workers were made.
+    """
+    events, made = [], {}
+    with pool:
+        while agenda.left and ray.seconds < until:
+            for actor in ray.actors:
+                if actor.alive and actor.machine and ray.seconds - made.setdefault(actor, ray.seconds) >= starts:
+                    ray.results.setdefault((actor, "ready"), {"definition": "run", "worker": {"node": actor.machine}})
+            pool._staff._greet(0)
+            task = agenda.next() if pool.room() else None
+            while task:
+                pool.submit(task)
+                task = agenda.next() if pool.room() else None
+            for member in [m for m in pool._staff.members if m.queue]:
+                task, ref = member.queue[0]
+                if raises(member.actor.machine, task.shard):
+                    ray.results[ref] = OSError(f"{member.actor.machine} is sick")
+                elif pool._staff.clock.now - member.since >= 10:
+                    ray.results[ref] = {"shard": task.shard}
+            for outcome in pool.wait():
+                new = agenda.take(outcome)
+                agenda.left -= sum(event["event"] in ("done", "given_up") for event in new)
+                events += new
+    assert agenda.left == 0
+    return events, len(ray.actors)
+
+
+def count(events, kind, shard=None):
+    return sum(event["event"] == kind and shard in (None, event["shard"]) for event in events)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+@pytest.mark.parametrize("starts", [1, 40])
+@pytest.mark.parametrize("shards", [4, 200])
+def test_a_sick_machine_costs_no_shard(make, caplog, workers, starts, shards):
+    """Its workers are up first, and raise at once at whatever they get, also those that come later."""
+    pool, ray = make(workers, sick=2, a=2, b=2, c=2)
+    agenda = Agenda(Shards(shards, 1, "f"), [], 3)
+    events, made = play(pool, ray, agenda, lambda machine, shard: machine == "sick", starts)
+    assert (count(events, "done"), agenda.given_up) == (shards, {})
+    assert count(events, "failed") <= 4  # of the one that is alone, before anyone does better
+    assert made <= workers + 25  # it is left alone for longer each time
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 or (shards == 4 and not said)  # few shards may be done before it is known
+    assert all(
+        text.startswith("a worker raised ") and "on machine sick, which is left alone for 2 s" in text for text in said
+    )
+
+
+def test_a_machine_that_was_sick_does_its_share_again(make):
+    pool, ray = make(2, a=1, b=1)
+    sick = lambda machine, shard: machine == "b" and ray.seconds < 200  # noqa: E731
+    play(pool, ray, Agenda(Shards(100, 1, "f"), [], 3), sick)
+    assert ray.seconds < 800  # alone, a needs 1000
+
+
+@pytest.mark.parametrize("most", [1, 3, 10])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_what_raises_everywhere_is_given_up(make, workers, most):
+    """One shard does, so do three of a row at the end, or all: nobody is sick, and it ends."""
+    for bad in ({7}, {17, 18, 19}, set(range(20))):
+        pool, ray = make(workers, a=1, b=1, c=1, d=1)
+        agenda = Agenda(Shards(20, 1, "f"), [], most)
+        events, made = play(pool, ray, agenda, lambda machine, shard, bad=bad: shard in bad)
+        assert set(agenda.given_up) == bad
+        assert count(events, "failed") == most * len(bad)
+        assert count(events, "done") == 20 - len(bad)
+        assert made <= workers + 10
+        assert ray.seconds < 300
