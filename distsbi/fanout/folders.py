@@ -42,7 +42,12 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     folder = Path(path).absolute()
     if (folder / dataset.DEFINITION).exists():
         complete, checked = dataset.check(folder)
-        return _verdict("draws", complete, checked, "give the same call again, which draws these parts anew")
+        return _verdict(
+            "draws",
+            complete,
+            checked,
+            "give the same call again, which draws these parts anew, and removes those that are none of these draws",
+        )
     run, complete = record.read_run(folder), not (folder / UNFINISHED).exists()
     if run is not None and "simulator" in run["definition"]:
         again = simulation.command(run, str(path)) or "the same call of distsbi.simulate"
