@@ -4,7 +4,6 @@ Only reads. Nothing is made again to compare, as `distsbi.fanout.verify` does of
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +72,7 @@ def _verdict(what: str, complete: bool, checked: Iterator[str | None], advice: s
 
 def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool) -> Iterator[str | None]:
     lines = status.last_lines(layout.read_journal(folder))
-    count = math.ceil(definition["n_rows"] / definition["rows_per_shard"])
+    count = layout.shard_count(definition["n_rows"], definition["rows_per_shard"])
     for shard in range(count):
         file = layout.shard_file(folder, shard, count)
         if file.exists():
