@@ -32,7 +32,8 @@ from distsbi import keys, processes
 from distsbi.environment import device_name, versions
 from distsbi.files import full_disk_says, one_holder, write_json, write_whole
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import SolveError, unsolved
+from distsbi.sampling.checks import SolveError, as_ids, unsolved
+from distsbi.sampling.fill import dispatches
 from distsbi.sampling.options import ONE, SampleOptions
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ def write(
         raise ValueError(
             "a dataset takes draws that can be divided: leave out return_trajectory, check and coupled, or use sample."
         )
-    solver = posterior._solver(chosen)
+    solver = posterior.solver_for(chosen)
     tile = chosen.make_tile(posterior.tile).for_draws(nsamples, posterior.most_slots)
     if rows_per_part is not None and rows_per_part < 1:
         raise ValueError(f"rows_per_part must be positive; got {rows_per_part}.")
     rows = math.ceil((rows_per_part or PART_ROWS) / tile.draws) * tile.draws
-    ids = posterior._ids(x, [observation_id])
+    ids = as_ids([observation_id], len(x))
     definition = {
         "format": FORMAT, "fingerprint": posterior.fingerprint, "x": hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest(),
         "seed": list(keys.key_words(key)), "observation_id": int(ids[0]), "nsamples": nsamples, "rows_per_part": rows,
@@ -123,10 +124,10 @@ def write(
         with tqdm(total=wanted, unit="draws", unit_scale=True, disable=_hidden(chosen), delay=3) as bar:
             for first, stop in _runs(mine):
                 begin, end = first * rows, min(stop * rows, nsamples)
-                dispatches = posterior._dispatches(
-                    tiles.DRAWS, key, x, ids, end - begin, solver, tile, first_draw=begin
-                )  # fmt: skip
-                for number, draws in _cut(dispatches, rows, end, ids):
+                dispatched = dispatches(
+                    posterior, tiles.DRAWS, key, x, ids, end - begin, solver, tile, first_draw=begin
+                )
+                for number, draws in _cut(dispatched, rows, end, ids):
                     table = pa.table(columns(draws, posterior.parameter_names), metadata={DIGEST: digest})
                     write_whole(
                         part_file(folder, number, parts),
@@ -291,11 +292,11 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _cut(
-    dispatches: Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]], rows: int, end: int, ids: np.ndarray
+    dispatched: Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]], rows: int, end: int, ids: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number of a part, its draws) from blocks in order, which do not cross parts; `end`: the draw after the last."""
     held: list[np.ndarray] = []
-    blocks = ((s, slot[: end - s]) for _, start, (made,) in dispatches for s, slot in zip(start, made) if s < end)  # noqa: B905
+    blocks = ((s, slot[: end - s]) for _, start, (made,) in dispatched for s, slot in zip(start, made) if s < end)  # noqa: B905
     for start, draws in blocks:
         if bad := int(unsolved([draws], tiles.DRAWS).sum()):
             raise SolveError({0: bad}, ids, "draws", draws[None])
