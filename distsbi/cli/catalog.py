@@ -144,6 +144,8 @@ def verify(out: str, repair: bool, **options: Any) -> None:
     if repair and found.left:
         click.echo(f"{found.left} shards could not be made: {found.reason}", err=True)
         click.echo(f"make them with: {found.command}")
+    elif found.reason:
+        click.echo(f"all shards are there, but the repair did not end well: {found.reason}; verify again", err=True)
     elif any(problem.unread for problem in found.problems):
         click.echo(
             "what could not be read now is left as it is; verify again when the disk or the store answers", err=True

@@ -37,7 +37,7 @@ class Shards:
 
     @property
     def count(self) -> int:
-        return -(-self.n_rows // self.rows_per_shard)
+        return layout.shard_count(self.n_rows, self.rows_per_shard)
 
     def rows(self, shard: int) -> range:
         return layout.shard_rows(shard, self.n_rows, self.rows_per_shard)

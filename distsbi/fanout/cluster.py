@@ -265,7 +265,7 @@ def machine_of(actor: Any) -> str:
 
     if ray.util.client.ray.is_connected():
         return ""
-    found = state.actor_table(actor._actor_id.hex())
+    found = state.actor_table(actor._actor_id.hex())  # noqa: SLF001 Ray has no public name for it
     # of one that waits it is the machine at which it waits
     return found["Address"]["NodeID"] if found.get("State") in ("ALIVE", "DEAD") else ""
 

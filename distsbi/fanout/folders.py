@@ -4,7 +4,6 @@ Only reads. Nothing is made again to compare, as `distsbi.fanout.verify` does of
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +41,12 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     folder = Path(path).absolute()
     if (folder / dataset.DEFINITION).exists():
         complete, checked = dataset.check(folder)
-        return _verdict("draws", complete, checked, "give the same call again, which draws these parts anew")
+        return _verdict(
+            "draws",
+            complete,
+            checked,
+            "give the same call again, which draws these parts anew, and removes those that are none of these draws",
+        )
     run, complete = record.read_run(folder), not (folder / UNFINISHED).exists()
     if run is not None and "simulator" in run["definition"]:
         again = simulation.command(run, str(path)) or "the same call of distsbi.simulate"
@@ -68,7 +72,7 @@ def _verdict(what: str, complete: bool, checked: Iterator[str | None], advice: s
 
 def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool) -> Iterator[str | None]:
     lines = status.last_lines(layout.read_journal(folder))
-    count = math.ceil(definition["n_rows"] / definition["rows_per_shard"])
+    count = layout.shard_count(definition["n_rows"], definition["rows_per_shard"])
     for shard in range(count):
         file = layout.shard_file(folder, shard, count)
         if file.exists():

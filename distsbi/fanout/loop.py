@@ -126,7 +126,7 @@ def take_stock(
     A shard that is not as large as it was written, is damaged or was found bad is removed, and so made again. One that the journal does
     not know (a kill came between shard and line) is read, and known from now on.
 
-    Raises OSError if such a one cannot be read now: that is no damage, and it stays.
+    Raises OSError if such a one cannot be read now, which is no damage, or if one cannot be removed: it stays.
     """
     sizes = layout.shard_sizes(out, shards.count)
     lines = layout.read_journal(out)
@@ -154,8 +154,8 @@ def take_stock(
                 )
         except ValueError as error:
             log.warning("shard %d is made again: %s", shard, error)
+            file.remove()  # before its line: a bad one that stays, for it cannot be removed or a kill comes, must stay known as bad
             journal.add({"event": "removed", "shard": shard, "reason": str(error)}, now=True)
-            file.remove()
             continue
         counts.update({name: found.get(name, 0) for name in schema.STATUSES})
         present.append(shard)

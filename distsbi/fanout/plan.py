@@ -24,7 +24,7 @@ from distsbi.fanout import catalog as catalogs, cluster
 from distsbi.fanout.catalog import sample_catalog
 from distsbi.sampling import tiles
 from distsbi.store import layout
-from distsbi.store.schema import ROW_GROUP_BYTES
+from distsbi.store.schema import ROW_GROUP_BYTES, Output
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
@@ -113,11 +113,12 @@ def plan(
         seconds: about how long the draws of the rehearsal take.
         options: solver, steps, ... as for `sample_catalog`.
 
-    Raises ValueError for an unknown device, counts that are no positive whole numbers, or a missing run.
+    Raises ValueError for an unknown device, counts (also `thin`) that are no positive whole numbers, or a missing run.
     """
     n_rows, n = _whole("observations", observations), _whole("nsamples", nsamples)
     here = max(1, cluster.own_cpus() // cpus_per_worker)
     count = here if workers is None else _whole("workers", workers)
+    kept = Output(draws=draws, thin=thin).kept(n)
     if device is not None and device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, or left out for this machine; got {device!r}.")
     if rate is not None and not rate > 0:
@@ -145,8 +146,7 @@ def plan(
              "draws": draws, "thin": thin, **options},
         )  # fmt: skip
         how = f"rehearsed here with {at_once} workers at once"
-    shards = math.ceil(n_rows / rows)
-    kept = math.ceil(n / thin) if draws else 0
+    shards = layout.shard_count(n_rows, rows)
     each = ROW_BYTES + 4 * size * (kept + 5)
     assert rate is not None
     platform = posterior.mesh.devices.flat[0]
@@ -166,8 +166,7 @@ def shard_bytes(rows: int, n: int, kept: int, size: int) -> int:
 
 def _total(n_rows: int, n: int, rows: int, workers: int, rate: float, overhead: float, start_up: float) -> float:
     """Seconds. The last round of shards keeps some workers waiting: it is counted whole, unless it holds less work."""
-    shards = math.ceil(n_rows / rows)
-    rounds = math.ceil(shards / workers)
+    rounds = math.ceil(layout.shard_count(n_rows, rows) / workers)
     return start_up + rounds * (overhead + min(rows, n_rows) * n / rate)
 
 

@@ -73,6 +73,6 @@ def _so_far(folder: Place) -> str:
     with contextlib.suppress(Exception):
         found = record.read_run(folder)
         if found is not None:
-            count = -(-found["definition"]["n_rows"] // found["definition"]["rows_per_shard"])
+            count = layout.shard_count(found["definition"]["n_rows"], found["definition"]["rows_per_shard"])
             return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"
     return ""

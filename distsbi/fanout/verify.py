@@ -36,8 +36,8 @@ class Verdict:
 
     `shards`: checked; `left`: not done yet, and not made by a repair; `rows`: drawn again, `same` of them with the same bits, `close` within
     TOLERANCE, `incomparable` neither, and made with other versions; `farthest`: the largest difference of the others, in standard
-    deviations; `elsewhere`: hardware or versions that made rows and are not those here; `problems`: what was wrong; `removed`: shards that a repair removed for it; `made`: shards that it made; `reason`: why it
-    could not make all, "" if it could; `command`: what makes those that are left.
+    deviations; `elsewhere`: hardware or versions that made rows and are not those here; `problems`: what was wrong; `removed`: shards that a repair removed for it;
+    `made`: shards that it made; `reason`: why it did not end well, "" if it did; `command`: what makes those that are left.
 
     A shard that could not be read now (`Problem.unread`) is neither good nor bad, and is not removed.
     """
@@ -63,8 +63,8 @@ class Verdict:
 
     @property
     def repaired(self) -> bool:
-        """Whether the catalog is complete, and everything that was wrong was made again."""
-        return not self.left and all(problem.shard in self.made for problem in self.problems)
+        """Whether the catalog is complete, everything that was wrong was made again, and that ended well."""
+        return not (self.left or self.reason) and all(problem.shard in self.made for problem in self.problems)
 
 
 def verify(
@@ -88,7 +88,7 @@ def verify(
 
     A repair notes in the journal which shards are bad, and goes on with the call that began the folder: once that has found run and catalog to be
     the same, it removes them, and makes them and those that were not done, as any resumed call does. If it cannot (the run or the catalog
-    is not where it was, ...), nothing is removed, and the verdict says why.
+    is not where it was, ...), nothing is removed, and the verdict says why; a bad shard that cannot be removed stays known as bad.
 
     Args:
         out: the output folder, or a URI.
@@ -149,8 +149,9 @@ def verify(
             )
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error)
-        still_bad = status.known_bad(layout.read_journal(place)).keys() & bad
-        left = missing - set(layout.shards_done(place, opened.n_shards)) | still_bad
+        there = set(layout.shards_done(place, opened.n_shards))
+        still_bad = status.known_bad(layout.read_journal(place)).keys() & bad & there
+        left = missing - there | still_bad
         removed = bad - still_bad
     return Verdict(
         shards=len(opened.shards),

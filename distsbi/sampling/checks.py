@@ -1,4 +1,4 @@
-"""What is asked of a posterior, checked before anything is computed; and what a solve left unsolved, told after.
+"""What is asked of a posterior, checked before anything is computed; and what a solve left unsolved or inexact, told after.
 
 Every message names what was given, what was expected and what to do: of an array that lacks axes, the index that adds them.
 """
@@ -15,6 +15,7 @@ from distsbi.data.standardise import ABOVE, BELOW, INTERVAL, REAL, Standardizer
 from distsbi.sampling import tiles
 
 BLOCK_ROWS = 4_096  # observations that are looked at together
+CHECK_WARNS = 0.1  # posterior sd, 95 % quantile: what `check=` warns of
 FAR = 2.0  # times the training set's most extreme value: what is warned of
 
 
@@ -136,6 +137,15 @@ def one_of(first: str, a: Any, second: str, b: Any) -> Any:
     return a if a is not None else b
 
 
+def as_ids(observation_ids: Any, count: int) -> np.ndarray:
+    """The ids of so many observations; None: 0, 1, 2, ... Raises ValueError unless there is one for each."""
+    ids = np.arange(count) if observation_ids is None else observation_ids
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids, object)  # numpy would make floats of ids beyond int64
+    if ids.shape != (count,):
+        raise ValueError(f"observation_ids must have shape ({count},), one per observation; got {ids.shape}.")
+    return ids
+
+
 def check_nsamples(nsamples: Any) -> int:
     """Raises ValueError for what is no number of draws."""
     if isinstance(nsamples, bool) or not isinstance(nsamples, (int, np.integer)) or not 0 < nsamples <= keys.MAX_DRAWS:
@@ -174,3 +184,16 @@ def unsolved(parts: Sequence[np.ndarray], make: str) -> Bool[np.ndarray, "draws"
         if there.any():
             bad |= there.reshape(len(bad), -1).any(axis=1)
     return bad
+
+
+def compare(draws: np.ndarray, refined: np.ndarray, sd: np.ndarray) -> dict[str, float]:
+    """What halving the steps changes, in standard deviations of each posterior: largest over parameters, median and 95 % quantile over
+    draws."""
+    error = (np.abs(draws - refined) / np.maximum(sd, np.finfo(np.float32).tiny)).max(axis=(-2, -1))
+    q95 = float(np.quantile(error, 0.95))
+    if q95 > CHECK_WARNS:
+        warnings.warn(
+            f"halving the solver's steps moves 5 % of the draws by more than {q95:.2g} posterior sd; use more steps.",
+            stacklevel=4,
+        )
+    return {"draws": int(error.size), "median": float(np.median(error)), "q95": q95}

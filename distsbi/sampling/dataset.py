@@ -8,7 +8,7 @@
 A draw depends on (seed, observation id, number of the draw) alone, so parts can be drawn anywhere: each process takes a run of the missing ones
 and draws them on its own devices, and nothing passes between processes but the list. The files do not depend on how many processes there were. A
 part is there if it is complete, holds the bits that were written (checksums of its pages) and says that it is of these draws; the same call again,
-by any number of processes, draws what is missing.
+by any number of processes, draws what is missing, and removes other parts, which a call that overwrote them and was stopped may have left.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ from distsbi import keys, processes
 from distsbi.environment import device_name, versions
 from distsbi.files import full_disk_says, one_holder, write_json, write_whole
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import SolveError, unsolved
+from distsbi.sampling.checks import SolveError, as_ids, unsolved
+from distsbi.sampling.fill import dispatches
 from distsbi.sampling.options import ONE, SampleOptions
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ def write(
         raise ValueError(
             "a dataset takes draws that can be divided: leave out return_trajectory, check and coupled, or use sample."
         )
-    solver = posterior._solver(chosen)
+    solver = posterior.solver_for(chosen)
     tile = chosen.make_tile(posterior.tile).for_draws(nsamples, posterior.most_slots)
     if rows_per_part is not None and rows_per_part < 1:
         raise ValueError(f"rows_per_part must be positive; got {rows_per_part}.")
     rows = math.ceil((rows_per_part or PART_ROWS) / tile.draws) * tile.draws
-    ids = posterior._ids(x, [observation_id])
+    ids = as_ids([observation_id], len(x))
     definition = {
         "format": FORMAT, "fingerprint": posterior.fingerprint, "x": hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest(),
         "seed": list(keys.key_words(key)), "observation_id": int(ids[0]), "nsamples": nsamples, "rows_per_part": rows,
@@ -100,7 +101,7 @@ def write(
     }  # fmt: skip
     processes.agree_on(definition, "give all of them the same run and the same command")
     folder = Path(path).absolute()
-    parts, digest = math.ceil(nsamples / rows), _digest(definition)
+    parts, digest = _count(definition), _digest(definition)
     kept = "free some space and give the same call again: complete parts are kept"
     with full_disk_says(folder, kept), contextlib.ExitStack() as stack:
         if processes.is_first():
@@ -123,10 +124,10 @@ def write(
         with tqdm(total=wanted, unit="draws", unit_scale=True, disable=_hidden(chosen), delay=3) as bar:
             for first, stop in _runs(mine):
                 begin, end = first * rows, min(stop * rows, nsamples)
-                dispatches = posterior._dispatches(
-                    tiles.DRAWS, key, x, ids, end - begin, solver, tile, first_draw=begin
-                )  # fmt: skip
-                for number, draws in _cut(dispatches, rows, end, ids):
+                dispatched = dispatches(
+                    posterior, tiles.DRAWS, key, x, ids, end - begin, solver, tile, first_draw=begin
+                )
+                for number, draws in _cut(dispatched, rows, end, ids):
                     table = pa.table(columns(draws, posterior.parameter_names), metadata={DIGEST: digest})
                     write_whole(
                         part_file(folder, number, parts),
@@ -141,7 +142,8 @@ def write(
 
 
 def check(path: str | os.PathLike[str]) -> tuple[bool, Iterator[str | None]]:
-    """(whether all draws are there, for each part what is wrong with it, in a sentence). The parts are read one after another.
+    """(whether all draws are there, for each part what is wrong with it, in a sentence). The parts are read one after another; those that are none
+    of these draws, and would be read with them, come last.
 
     Raises ValueError if the folder holds no draws, or those of another format.
     """
@@ -150,7 +152,7 @@ def check(path: str | os.PathLike[str]) -> tuple[bool, Iterator[str | None]]:
         found = json.loads((folder / DEFINITION).read_text())
         complete, version = found["complete"], found["format"]
         definition = {name: value for name, value in found.items() if name not in ("complete", "made_on")}
-        parts = math.ceil(definition["nsamples"] / definition["rows_per_part"])
+        parts = _count(definition)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no draws of distsbi (no {DEFINITION}).") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -158,7 +160,9 @@ def check(path: str | os.PathLike[str]) -> tuple[bool, Iterator[str | None]]:
     if version != FORMAT:
         raise ValueError(f"the draws in {folder} have format {version}; this distsbi checks format {FORMAT}.")
     names = (part_file(folder, number, parts) for number in range(parts))
-    return complete, (_wrong(part, _digest(definition)) for part in names if complete or part.exists())
+    wrong = (_wrong(part, _digest(definition)) for part in names if complete or part.exists())
+    strays = (f"{part} is none of these draws, but would be read with them." for part in _strays(folder, definition))
+    return complete, itertools.chain(wrong, strays)
 
 
 def _wrong(part: Path, digest: bytes) -> str | None:
@@ -184,6 +188,18 @@ def columns(draws: Float[np.ndarray, "n dim ch"], names: tuple[str, ...]) -> dic
     if draws.shape[2] == 1:
         return {name: draws[:, i, 0] for i, name in enumerate(names)}
     return {f"{name}[{c}]": draws[:, i, c] for i, name in enumerate(names) for c in range(draws.shape[2])}
+
+
+def _count(definition: dict[str, Any]) -> int:
+    """Of parts."""
+    return math.ceil(definition["nsamples"] / definition["rows_per_part"])
+
+
+def _strays(folder: Path, definition: dict[str, Any]) -> list[Path]:
+    """Parts of names that these draws do not have: of more draws, which were overwritten by a call that was stopped before it removed them."""
+    parts = _count(definition)
+    own = {part_file(folder, number, parts) for number in range(parts)}
+    return sorted(part for part in folder.glob("part-*.parquet") if part not in own)
 
 
 def _digest(definition: dict[str, Any]) -> bytes:
@@ -216,14 +232,14 @@ def _differing(folder: Path, definition: dict[str, Any], overwrite: bool) -> lis
 
 
 def _begin(folder: Path, definition: dict[str, Any], overwrite: bool) -> None:
-    """The folder with its definition, and without other draws."""
+    """The folder with its definition, and without parts of other names. Of its names some may hold other draws, which are then drawn again."""
     for partial in folder.glob(".part-*"):  # of a process that was killed; nobody writes now
         partial.unlink(missing_ok=True)
-    if _differing(folder, definition, overwrite) == []:
-        return
-    write_json(folder / DEFINITION, {**definition, "complete": False})  # first: what is removed is not said to be there
-    for old in folder.glob("part-*.parquet"):
-        old.unlink()
+    same = _differing(folder, definition, overwrite) == []
+    if not same:  # first, so that what is removed is not said to be there
+        write_json(folder / DEFINITION, {**definition, "complete": False})
+    for other in _strays(folder, definition) if same else folder.glob("part-*.parquet"):
+        other.unlink()
 
 
 def _made_on(posterior: "Posterior") -> dict[str, Any]:
@@ -276,11 +292,11 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _cut(
-    dispatches: Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]], rows: int, end: int, ids: np.ndarray
+    dispatched: Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]], rows: int, end: int, ids: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number of a part, its draws) from blocks in order, which do not cross parts; `end`: the draw after the last."""
     held: list[np.ndarray] = []
-    blocks = ((s, slot[: end - s]) for _, start, (made,) in dispatches for s, slot in zip(start, made) if s < end)  # noqa: B905
+    blocks = ((s, slot[: end - s]) for _, start, (made,) in dispatched for s, slot in zip(start, made) if s < end)  # noqa: B905
     for start, draws in blocks:
         if bad := int(unsolved([draws], tiles.DRAWS).sum()):
             raise SolveError({0: bad}, ids, "draws", draws[None])

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from distsbi import keys
 from distsbi.methods import Method
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import as_array, check_nsamples, one_of
+from distsbi.sampling.checks import as_array, as_ids, check_nsamples, one_of
+from distsbi.sampling.fill import fill
 from distsbi.sampling.flow import BASIS_AT_ONCE, EXACT, Divergence
 from distsbi.sampling.options import NO_GIVEN, ONE, SampleOptions
 from distsbi.sampling.tiles import Tile, Weights
@@ -29,8 +31,8 @@ DENSITY_RULE, DENSITY_STEPS = "rk4", 16  # 64 evaluations
 class Densities:
     """What `Posterior` inherits: `log_prob`, `log_prob_batched`, `sample_and_log_prob` and `map`.
 
-    It needs of that class what is declared first: the network and its sizes, the default tile and what fits (`_most_rows`), the checks of
-    observations (`_one`, `_check_batch`, `_ids`), and `_fill`, which streams tiles into arrays.
+    It needs of that class what is declared first: the network and its sizes, where to draw, the default tile and what fits (`most_slots`,
+    `_most_rows`), and the checks of observations (`check_xs`, `_one`).
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -38,14 +40,14 @@ class Densities:
     method: Method
     dim_theta: int
     ch_theta: int
+    mesh: Mesh
     tile: Tile
+    most_slots: int
     is_student: bool
     no_given: str = NO_GIVEN  # what is said to a call that has no given=
     _most_rows: float
     _one: Callable[[Any], np.ndarray]
-    _check_batch: Callable[[Any], np.ndarray]
-    _ids: Callable[[np.ndarray, Any], np.ndarray]
-    _fill: Callable[..., None]
+    check_xs: Callable[[Any], np.ndarray]
 
     def log_prob(
         self,
@@ -82,7 +84,7 @@ class Densities:
         **options: Any,
     ) -> Float[np.ndarray, "n batch"]:
         """log p(theta[:, i] | xs[i]) for many observations, shaped as `sample_batched` gives its draws. See `log_prob`."""
-        data = self._check_batch(xs)
+        data = self.check_xs(xs)
         shape = np.shape(theta)
         n = shape[0] if len(shape) == 4 else 1
         points = as_array(theta, (n, len(data), self.dim_theta, self.ch_theta), "theta", many=(0,))
@@ -104,7 +106,7 @@ class Densities:
             solver = self._density_solver(chosen)
             asked, tile = _divergence(divergence, probes, solver), self._density_tile(chosen)
             ids, show = np.arange(len(xs)), chosen.show_progress
-            self._fill((out,), tiles.DENSITY, keys.as_key(key), xs, ids, solver, tile, show, asked, theta)
+            fill(self, (out,), tiles.DENSITY, keys.as_key(key), xs, ids, solver, tile, show, asked, theta)
         return out
 
     def _density_options(self, options: dict[str, Any], words: Sequence[str]) -> SampleOptions:
@@ -152,11 +154,11 @@ class Densities:
         x = self._one(x_o)
         chosen, n = self._density_options(options, (*ONE, "divergence", "probes")), check_nsamples(nsamples)
         draws, density = np.empty((1, n, self.dim_theta, self.ch_theta), np.float32), np.empty((1, n), np.float32)
-        ids = self._ids(x, [observation_id])
+        ids = as_ids([observation_id], len(x))
         solver = self._density_solver(chosen)
         asked, tile = _divergence(divergence, probes, solver), self._density_tile(chosen)
         show = chosen.show_progress
-        self._fill((draws, density), tiles.DRAWS_AND_DENSITY, key, x, ids, solver, tile, show, asked)
+        fill(self, (draws, density), tiles.DRAWS_AND_DENSITY, key, x, ids, solver, tile, show, asked)
         return draws[0], density[0]
 
     def map(

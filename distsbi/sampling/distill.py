@@ -110,7 +110,7 @@ def distill(
     config = config or DistillConfig()
     if "student" in teacher.facts:
         raise ValueError("this posterior is a student already; distil its teacher.")
-    xs = teacher._check_batch(xs)
+    xs = teacher.check_xs(xs)
     mesh = teacher.mesh
     optimizer = make_optimizer(
         TrainingConfig(

@@ -1,20 +1,18 @@
 """A trained posterior p(theta | x) and the ways to draw from it.
 
-Every way to draw is one call of `Posterior.draw`: it streams tiles (stream.py) over the mesh into a host array.
+Every way to draw streams tiles over the mesh into a host array (fill.py).
 """
 
 import functools
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
@@ -23,25 +21,22 @@ from distsbi.networks.base import Network, takes_missing
 from distsbi.networks.observation import Layout
 from distsbi.sampling import tiles
 from distsbi.sampling.checks import (
-    SolveError,
     as_array,
+    as_ids,
     check_inside,
     check_nsamples,
+    compare,
     far_rows,
     far_says,
     one_of,
-    unsolved,
     warn_far,
 )
 from distsbi.sampling.dataset import Dataset, write
 from distsbi.sampling.density import Densities
-from distsbi.sampling.flow import EXACT, Divergence, make_schedule
+from distsbi.sampling.fill import fill
 from distsbi.sampling.options import ONE, SampleOptions
-from distsbi.sampling.stream import stream
 from distsbi.sampling.tiles import Tile, Weights
 from distsbi.solvers import FixedGrid, Solver, make_solver
-
-CHECK_WARNS = 0.1  # posterior sd, 95 % quantile: what `check=` warns of
 
 
 class Posterior(Densities):
@@ -171,7 +166,8 @@ class Posterior(Densities):
         check_inside(x, self.scales, self.given_names)
         return warn_far(x, self.scales, self.facts.get("x_extent"))
 
-    def _check_batch(self, xs: Any) -> np.ndarray:
+    def check_xs(self, xs: Any) -> Float[np.ndarray, "batch dim_x ch_x"]:
+        """Many observations, packed, as `draw` takes them. Raises ValueError as `check_x`, and for parameters that are given outside their prior."""
         if not self.layout.is_plain:
             xs = self.layout.pack(xs, "xs")
         shape = np.shape(xs)
@@ -179,13 +175,6 @@ class Posterior(Densities):
             xs, (shape[0] if len(shape) == 3 else 1, self.dim_x, self.ch_x), "xs", many=(0,), missing=self.missing
         )
         return check_inside(xs, self.scales, self.given_names)
-
-    def _ids(self, xs: np.ndarray, observation_ids: Any) -> np.ndarray:
-        ids = np.arange(len(xs)) if observation_ids is None else observation_ids
-        ids = ids if hasattr(ids, "dtype") else np.asarray(ids, object)  # numpy would make floats of ids beyond int64
-        if ids.shape != (len(xs),):
-            raise ValueError(f"observation_ids must have shape ({len(xs)},), one per observation; got {ids.shape}.")
-        return ids
 
     # Draws
 
@@ -207,10 +196,11 @@ class Posterior(Densities):
         did not end in finite numbers, when all others are done.
         """
         chosen = SampleOptions.parse(options, ("rng", "key", "xs", "nsamples", "observation_ids"), self.no_given)
-        xs = self._check_batch(xs)
-        return self._draw(keys.as_key(key), xs, self._ids(xs, observation_ids), check_nsamples(nsamples), chosen)
+        xs = self.check_xs(xs)
+        return self._draw(keys.as_key(key), xs, as_ids(observation_ids, len(xs)), check_nsamples(nsamples), chosen)
 
-    def _solver(self, chosen: SampleOptions) -> Solver:
+    def solver_for(self, chosen: SampleOptions) -> Solver:
+        """The solver that the options ask for. Raises ValueError for one that this posterior does not draw with."""
         solver = chosen.make_solver(self.method, self.default_solver)
         if chosen.check and solver.stochastic:
             raise ValueError(
@@ -229,7 +219,7 @@ class Posterior(Densities):
         return "student" in self.facts
 
     def _draw(self, key: Array, xs: np.ndarray, ids: np.ndarray, nsamples: int, chosen: SampleOptions) -> np.ndarray:
-        solver, tile = self._solver(chosen), chosen.make_tile(self.tile)
+        solver, tile = self.solver_for(chosen), chosen.make_tile(self.tile)
         shape = (self.dim_theta, self.ch_theta)
         if chosen.check and nsamples < 2:
             raise ValueError(
@@ -239,97 +229,16 @@ class Posterior(Densities):
             if not isinstance(solver, FixedGrid):
                 raise ValueError("return_trajectory needs a fixed grid: give steps, step_size or time_grid.")
             out = np.empty((len(xs), nsamples, len(solver.times), *shape), np.float32)
-            self._fill((out,), tiles.TRAJECTORY, key, xs, ids, solver, tile, chosen.show_progress)
+            fill(self, (out,), tiles.TRAJECTORY, key, xs, ids, solver, tile, chosen.show_progress)
             return np.moveaxis(out, 2, 0)
         out = np.empty((len(xs), nsamples, *shape), np.float32)
-        self._fill((out,), tiles.DRAWS, key, xs, ids, solver, tile, chosen.show_progress)
+        fill(self, (out,), tiles.DRAWS, key, xs, ids, solver, tile, chosen.show_progress)
         if chosen.check:
             few = max(1, math.ceil(chosen.check * nsamples))
             again = np.empty((len(xs), few, *shape), np.float32)
-            self._fill((again,), tiles.DRAWS, key, xs, ids, solver.refined(), tile, chosen.show_progress)
-            self.last_check = _compare(out[:, :few], again, out.std(1, keepdims=True))
+            fill(self, (again,), tiles.DRAWS, key, xs, ids, solver.refined(), tile, chosen.show_progress)
+            self.last_check = compare(out[:, :few], again, out.std(1, keepdims=True))
         return out
-
-    def _fill(
-        self,
-        out: tuple[np.ndarray, ...],
-        make: str,
-        key: Array,
-        xs: np.ndarray,
-        ids: np.ndarray,
-        solver: Solver,
-        tile: Tile,
-        show_progress: bool | None,
-        divergence: Divergence = EXACT,
-        theta: np.ndarray | None = None,
-    ) -> None:
-        """Streams tiles into arrays [batch, nsamples, ...] as np.empty makes them; `theta` [batch, nsamples, ...] is what a density is asked of."""
-        nsamples = out[0].shape[1]
-        tile = tile.for_draws(nsamples, self.most_slots)
-
-        def payload(observation: np.ndarray, start: np.ndarray) -> np.ndarray:
-            assert theta is not None
-            rows = np.minimum(start[:, None] + np.arange(tile.draws), nsamples - 1)
-            return theta[observation[:, None], rows]
-
-        unit = "points" if make == tiles.DENSITY else "draws"
-        failed: dict[int, int] = {}
-        asked = payload if theta is not None else None
-        flat, first = [array.reshape(-1, *array.shape[2:]) for array in out], 0
-        with _progress(len(xs) * nsamples, unit, show_progress) as bar:
-            for _, start, made in self._dispatches(make, key, xs, ids, nsamples, solver, tile, divergence, asked):
-                # work is in order, so what is wanted of a dispatch is one range of the flat arrays
-                parts = [part.reshape(-1, *part.shape[2:]) for part in made]
-                wanted = (start[:, None] + np.arange(tile.draws) < nsamples).ravel()
-                if not wanted.all():
-                    parts = [part[wanted] for part in parts]
-                stop = first + len(parts[0])
-                for array, part in zip(flat, parts, strict=True):
-                    array[first:stop] = part
-                rows, counts = np.unique(
-                    (first + np.flatnonzero(unsolved(parts, make))) // nsamples, return_counts=True
-                )
-                for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-                    failed[row] = failed.get(row, 0) + count
-                bar.update(stop - first)
-                first = stop
-        if failed:
-            raise SolveError(failed, ids, unit, out[0])
-
-    def _dispatches(
-        self,
-        make: str,
-        key: Array,
-        xs: np.ndarray,
-        ids: np.ndarray,
-        nsamples: int,
-        solver: Solver,
-        tile: Tile,
-        divergence: Divergence = EXACT,
-        payload: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-        first_draw: int = 0,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
-        """Yields (observation [slots], number of its first draw [slots], what was made [slots, draws, ...]), in order; `first_draw`: the first that
-        is wanted. See `stream`, also for what comes after the last."""
-        program = tiles.tile_program(
-            self.graphdef, self.method, solver, tile, (self.dim_theta, self.ch_theta), self.mesh, make, divergence
-        )
-        for observation, start, made in stream(
-            tiles.encode_program(self.graphdef, self.mesh),
-            tiles.join_program(self.mesh),
-            program,
-            self.weights,
-            make_schedule(solver, self.method, make == tiles.DENSITY),
-            key,
-            xs,
-            ids,
-            nsamples,
-            tile,
-            self.mesh,
-            payload,
-            first_draw,
-        ):
-            yield observation, start, made if isinstance(made, tuple) else (made,)
 
     def sample(
         self,
@@ -366,8 +275,8 @@ class Posterior(Densities):
         return self._sampler(self._one(x_o), observation_id, chosen)
 
     def _sampler(self, x: np.ndarray, observation_id: int, chosen: SampleOptions) -> Callable[..., np.ndarray]:
-        self._solver(chosen)  # its errors come here, not at the first call
-        ids = self._ids(x, [observation_id])
+        self.solver_for(chosen)  # its errors come here, not at the first call
+        ids = as_ids([observation_id], len(x))
         keys.split_id(ids)
 
         def sampler(key: Any = None, nsamples: int = 10_000, *, rng: Any = None) -> np.ndarray:
@@ -405,7 +314,7 @@ class Posterior(Densities):
     ) -> Float[np.ndarray, "nsamples batch dim_theta ch_theta"]:
         """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles. Raises as `draw` does."""
         key = one_of("rng", rng, "key", key)
-        xs = warn_far(self._check_batch(xs), self.scales, self.facts.get("x_extent"))
+        xs = warn_far(self.check_xs(xs), self.scales, self.facts.get("x_extent"))
         return np.moveaxis(self.draw(key, xs, nsamples, observation_ids=observation_ids, **options), -4, -3)
 
     def save(self, path: str) -> None:
@@ -413,26 +322,3 @@ class Posterior(Densities):
         from distsbi.sampling.run import save
 
         save(path, self)
-
-
-def _compare(draws: np.ndarray, refined: np.ndarray, sd: np.ndarray) -> dict[str, float]:
-    """What halving the steps changes, in standard deviations of each posterior: largest over parameters, median and 95 % quantile over
-    draws."""
-    error = (np.abs(draws - refined) / np.maximum(sd, np.finfo(np.float32).tiny)).max(axis=(-2, -1))
-    q95 = float(np.quantile(error, 0.95))
-    if q95 > CHECK_WARNS:
-        warnings.warn(
-            f"halving the solver's steps moves 5 % of the draws by more than {q95:.2g} posterior sd; use more steps.",
-            stacklevel=4,
-        )
-    return {"draws": int(error.size), "median": float(np.median(error)), "q95": q95}
-
-
-def _progress(total: int, unit: str, show: bool | None) -> tqdm:
-    return tqdm(
-        total=total,
-        unit=unit,
-        unit_scale=True,
-        disable=None if show is None else not show,
-        delay=3 if show is None else 0,
-    )

@@ -59,7 +59,7 @@ class Catalog:
         self.fingerprint: str = run["fingerprint"]
         self.n_rows: int = definition["n_rows"]
         self.rows_per_shard: int = definition["rows_per_shard"]
-        self.n_shards = -(-self.n_rows // self.rows_per_shard)
+        self.n_shards = layout.shard_count(self.n_rows, self.rows_per_shard)
 
     def __repr__(self) -> str:
         return f"Catalog({str(self.path)!r}, {self.n_rows} rows, {len(self.shards)} of {self.n_shards} shards done)"

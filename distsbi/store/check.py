@@ -40,7 +40,7 @@ def check_shards(
 
     `journal`: the last "done" line of each shard; what lacks there is checked without.
     """
-    count = -(-n_rows // rows_per_shard)
+    count = layout.shard_count(n_rows, rows_per_shard)
     for shard in shards:
         place = layout.shard_file(out, shard, count)
         rows = layout.shard_rows(shard, n_rows, rows_per_shard)

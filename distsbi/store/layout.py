@@ -87,6 +87,15 @@ def shards_done(out: Where, shards: int) -> list[int]:
     return list(shard_sizes(out, shards))
 
 
+def shard_count(n_rows: int, rows_per_shard: int) -> int:
+    """How many shards so many rows make.
+
+    >>> shard_count(7, 3)
+    3
+    """
+    return -(-n_rows // rows_per_shard)
+
+
 def shard_rows(shard: int, n_rows: int, rows_per_shard: int) -> range:
     """The rows of a shard."""
     return range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, n_rows))

@@ -62,7 +62,7 @@ def read_status(
 ) -> Status:
     """How far a folder is. `of_shard`: rows by status and reasons of a shard that the journal does not know; None: of a catalog's."""
     of_shard = of_shard or read_manifest
-    shards = -(-n_rows // rows_per_shard)
+    shards = layout.shard_count(n_rows, rows_per_shard)
     sizes = layout.shard_sizes(out, shards)
     journal = layout.read_journal(out)
     known = manifests(journal, sizes)

@@ -131,6 +131,7 @@ def test_made_up_observations_are_like_the_training_set(real_run):
         ({"observations": 0.5}, "observations must be a positive whole number"),
         ({"workers": 0}, "workers must be a positive whole number"),
         ({"rate": -1.0}, "rate must be draws per second"),
+        ({"rate": 1.0, "thin": 0}, "thin must be a positive integer; got 0"),
     ],
 )
 def test_errors(real_run, options, says):

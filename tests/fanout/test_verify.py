@@ -123,6 +123,82 @@ def test_a_bad_shard_that_was_put_right_is_left_alone(out, run, tmp_path):
     assert path.stat().st_ino == before
 
 
+def damage(out):
+    """A byte of a draw in shard 2, which its size and its footer do not tell."""
+    change(out, 2, lambda content: bytes([*content[:2000], content[2000] ^ 1, *content[2001:]]))
+
+
+def refuses(monkeypatch, error):
+    """Files of shards are not removed."""
+    plain = Place.remove
+
+    def remove(place):
+        if place.name.startswith("shard-"):
+            raise error
+        plain(place)
+
+    monkeypatch.setattr(Place, "remove", remove)
+
+
+def test_a_bad_shard_that_cannot_be_removed_stays_known_as_bad(out, monkeypatch, capsys):
+    before = draws_hash(out)
+    damage(out)
+    with monkeypatch.context() as patch:
+        refuses(patch, OSError(errno.EIO, "Input/output error"))
+        found = verify.verify(out, fraction=0, repair=True, workers=0)
+        assert (found.removed, found.made, found.left, found.repaired) == ((), (), 1, False)
+        assert "Input/output error" in found.reason
+        assert open_catalog(out).status().damaged == (2,)
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["verify", str(out), "--fraction", "0", "--repair", "--workers", "0"])
+        assert exit.value.code == 1
+        assert "1 shards could not be made: [Errno 5] Input/output error\n" in capsys.readouterr().err
+    found = verify.verify(out, fraction=0, repair=True, workers=0)
+    assert (found.removed, found.made, found.repaired) == ((2,), (2,), True)
+    assert draws_hash(out) == before
+
+
+@pytest.mark.parametrize("when", ["before its file is removed", "before its line"])
+def test_a_kill_while_a_bad_shard_is_removed(out, run, tmp_path, monkeypatch, when):
+    before, add = draws_hash(out), layout.Journal.add
+    damage(out)
+
+    def killed(journal, line, **how):
+        if line["event"] == "removed":
+            raise KeyboardInterrupt
+        add(journal, line, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "before its line":
+            patch.setattr(layout.Journal, "add", killed)
+        else:
+            refuses(patch, KeyboardInterrupt)
+        verify.verify(out, fraction=0, repair=True, workers=0)
+    again = sample_catalog(run, tmp_path / "catalog.parquet", out, **QUICK, steps=3, seed=5)
+    assert again.shards_now == 1
+    assert draws_hash(out) == before
+    assert verify.verify(out, fraction=0).good
+
+
+def test_a_repair_that_makes_all_and_then_fails_is_no_success(out, monkeypatch, capsys):
+    damage(out)
+    plain = fanout.sample_catalog
+
+    def fails_late(*arguments, **options):
+        plain(*arguments, **options)
+        raise OSError("the journal cannot be written")
+
+    monkeypatch.setattr(verify.catalogs, "sample_catalog", fails_late)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["verify", str(out), "--fraction", "0", "--repair", "--workers", "0"])
+    assert exit.value.code == 1
+    assert (
+        "all shards are there, but the repair did not end well: the journal cannot be written"
+        in capsys.readouterr().err
+    )
+    assert verify.verify(out, fraction=0).good
+
+
 @pytest.fixture
 def flaky(monkeypatch):
     """Reads of the file of this name raise `error` so many times."""

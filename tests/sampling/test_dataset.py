@@ -158,6 +158,39 @@ def test_other_draws_are_refused(tmp_path, posterior, draws):
         posterior.sample_dataset(tmp_path / "file", 5, X, 1_000)
 
 
+def test_an_overwrite_that_is_cut_off_leaves_no_other_draws(tmp_path, posterior, draws, monkeypatch):
+    """Of more draws, hence in more parts: stopped as these are removed."""
+    out, unlink, removed = tmp_path / "draws", Path.unlink, []
+    posterior.sample_dataset(out, 6, X, 1_000, rows_per_part=64)
+
+    def killed(path, **how):
+        if path.name.startswith("part-"):
+            removed.append(path)
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+        unlink(path, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        posterior.sample_dataset(out, 5, X, 256, rows_per_part=64, overwrite=True)
+    complete, wrong = dataset.check(out)
+    assert not complete
+    assert sum("is none of these draws" in (said or "") for said in wrong) >= 10
+    done = posterior.sample_dataset(out, 5, X, 256, rows_per_part=64)
+    assert (done.drawn, done.parts) == (256, 4)
+    np.testing.assert_array_equal(values(out), draws[:256])
+    shutil.copy(out / "part-00003.parquet", out / "part-00004.parquet")
+    complete, wrong = dataset.check(out)
+    assert complete
+    assert list(wrong) == [
+        *[None] * 4,
+        f"{out / 'part-00004.parquet'} is none of these draws, but would be read with them.",
+    ]
+    assert posterior.sample_dataset(out, 5, X, 256, rows_per_part=64).drawn == 0
+    assert dataset.check(out)[0]
+    np.testing.assert_array_equal(values(out), draws[:256])
+
+
 @pytest.mark.parametrize("option", [{"check": 0.1}, {"return_trajectory": True}, {"coupled": True, "solver": "tsit5"}])
 def test_options_that_cannot_be_divided(tmp_path, posterior, option):
     with pytest.raises(ValueError, match="can be divided"):
