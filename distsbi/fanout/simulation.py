@@ -20,9 +20,10 @@ import pyarrow as pa
 import distsbi
 from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
 from distsbi.environment import versions
-from distsbi.fanout import cluster, simulator as simulators
+from distsbi.fanout import simulator as simulators
 from distsbi.fanout.agenda import one_line
 from distsbi.fanout.arguments import check_folder, check_resources, check_whole, plain
+from distsbi.fanout.cluster import cluster_address
 from distsbi.fanout.pool import Pool
 from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.simulation_worker import (
@@ -134,7 +135,7 @@ def simulate(
     job = Job(named, _checked(prior), _words(seed), folder.path, batch_size, missing, digest)
     if not isinstance(named, str):
         simulators.arranged(named)
-    elif not address:  # on a cluster this machine may lack what the simulator needs
+    elif workers == 0 or cluster_address(address) is None:  # else this machine may lack what the simulator needs
         simulators.arranged(simulators.import_simulator(named))
     if workers != 0:
         _check_travels(simulator=job.simulator, prior=job.prior)
@@ -147,11 +148,8 @@ def simulate(
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:
             shape, seconds = _look(session.pool, n, step, max_failures, session.stop)
-        room = (
-            workers if workers is not None else cluster.cluster_room(cpus_per_worker, num_gpus_per_worker, empty=True)
-        )
         size = shard_size or there.get("rows_per_shard")
-        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(room, 1), time_limit)
+        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(session.room(), 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
         shards = session.claim(definition, _about(job, told), step)
         texts = dict(job.prior) if isinstance(job.prior, Mapping) else None
