@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distsbi.fanout.agenda import one_line
+from distsbi.fanout.blame import machines_fault
 from distsbi.store.schema import FAILED, INVALID, QUARANTINED
 
 BLOCK = 8_192  # rows of theta that have a key together: a constant of the format, for it decides every theta
@@ -90,9 +91,14 @@ class Simulator:
             parts.append(self._block(block)[max(start - first, 0) : stop - first])
         return np.concatenate(parts)
 
-    def run(self, start: int, stop: int, shape: tuple[int, ...], skip: Mapping[int, str]) -> Made:
+    def run(
+        self, start: int, stop: int, shape: tuple[int, ...], skip: Mapping[int, str], *, blame_rows: bool = False
+    ) -> Made:
         """Simulates rows `start` to `stop - 1`, those in `skip` aside. `shape`: of one x, as `look` tells it. In batches `start` must be a
-        multiple of the batch size, and `stop` too, or the end of all."""
+        multiple of the batch size, and `stop` too, or the end of all.
+
+        Raises RuntimeError where the simulator raises what is the machine's fault (blame.py); `blame_rows`: that is the row's, too.
+        """
         rows, step = stop - start, self.batch or 1
         units = -(-rows // step)
         theta = self.theta(start, start + units * step)
@@ -113,6 +119,9 @@ class Simulator:
                 if type(value) is not array:
                     value = np.asarray(value)
             except (Exception, SystemExit) as error:
+                if not blame_rows and (fault := machines_fault(error)) is not None:
+                    again = "if another call ends so too, the row is recorded as failed"
+                    raise RuntimeError(f"row {start + unit * step}: {fault}; {again}") from error
                 bad[unit] = FAILED, one_line(error)
                 continue
             if value.shape != shape or (value.dtype is not number and value.dtype.kind not in "fiub"):
