@@ -86,12 +86,15 @@ def simulate(
     Called again with the same arguments it goes on where it stopped. Row i depends on the simulator, the prior, the seed and i alone (and
     `batch_size`), not on workers, shards, order or failures. A row whose simulator raises gets status "failed", one with NaN, inf or another shape "invalid", one that
     kills its worker or exceeds `time_limit` "quarantined": these are no pairs, are recorded with their theta (`result.failures()`), and the others go on.
+    Memory, a disk or a device that gives out is the machine's fault (`fanout/blame.py`): the shard is tried again up to `max_failures` times, then given up.
+    The same call, best when there is room again, tries it once more, and only where `max_failures` attempts end so again the row is recorded as "failed".
 
     SIGTERM ends it after the shards that are at work (at most loop.GRACE_SECONDS; without Ray, the one at work).
 
     Args:
         simulator: "module:function", importable on every worker, or a function. Its arguments are (theta), (theta, rng) or (key, theta); see
-            `distsbi.fanout.simulator`. A function that cannot be imported (a lambda, one of the script itself) is carried over by Ray.
+            `distsbi.fanout.simulator`. A function that cannot be imported (a lambda, one of the script itself) is carried over by Ray. Numbers and
+            words that it was made with (closure, defaults, partial, attributes, globals of a script; lists too) are part of it: keep counters elsewhere.
         prior: a numpyro distribution, `distsbi.Prior`, any object with `sample(key, shape)`, `log_prob` and `support`, or texts by name as {"mass":
             "LogNormal(0, 0.5)"}, which training then knows of itself. Names of its parameters go into the files.
         n: rows. Those that fail are not made up for.
@@ -107,14 +110,14 @@ def simulate(
         missing: NaN in x is an entry that is missing, not a failure; training takes such x with networks that take missing data.
         num_gpus_per_worker, cpus_per_worker: what each worker gets.
         max_failures: attempts at a shard. If the last killed its worker or took too long, it is halved until the guilty row is found,
-            which is quarantined after as many attempts of its own; if it raised (a full disk of a worker's, ...), the shard is given up.
+            which is quarantined after as many attempts of its own; if it raised (memory, a full disk of a worker's, ...), the shard is given up.
         time_limit: seconds for one shard before its worker is killed, which counts as a failure. Without it a row that hangs is waited for.
         show_progress: a progress bar, on a terminal.
 
     Raises:
         ValueError: arguments that cannot be used, a simulator that cannot be imported or fails at each of its first rows, or an output folder of
             another run; says what to do.
-        RuntimeError: at the end, if shards were given up. All others are finished.
+        RuntimeError: at the end, if shards were given up. All others are finished; the same call tries these again.
         OSError: the disk is full. What is finished stays.
         KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
     """
