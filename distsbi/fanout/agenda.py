@@ -51,11 +51,14 @@ class Task:
         shard: its number.
         rows: (start, stop), to be sampled without writing anything; None: the whole shard, written.
         skip: rows in quarantine, each with the reason: they are not sampled.
+        blame_rows: what could be the machine's fault is taken for the row's (simulations alone), for it gave the shard up in an earlier call,
+            and this is the last attempt of this one: else a theta that needs more memory than any machine has would keep back its shard for ever.
     """
 
     shard: int
     rows: tuple[int, int] | None = None
     skip: tuple[tuple[int, str], ...] = ()
+    blame_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Agenda:
         self._searches: dict[int, _Search] = {}
         for event in journal:
             self._apply(event)
+        self._again = set(self.given_up)
         self.given_up.clear()  # each call tries again
         self._todo: deque[Task] = deque()
         for shard in range(shards.count):
@@ -113,7 +117,8 @@ class Agenda:
         while self._todo:
             task = self._todo.popleft()
             if task.shard not in self.given_up:
-                return task
+                last = self._failures[task.shard] + 1 >= self.max_failures
+                return dataclasses.replace(task, blame_rows=last and task.shard in self._again)
         return None
 
     def take(self, outcome: Outcome) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from distsbi.fanout import provenance
 from distsbi.fanout.arguments import check_folder, check_resources, check_whole, plain
+from distsbi.fanout.cluster import cluster_address
 from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.sampling.run import SPEC, instruments, read_spec
@@ -117,7 +118,7 @@ def sample_catalog(
     check_whole("nsamples", nsamples)
     check_whole("rows_per_shard", rows_per_shard, optional=True)
     check_resources(workers, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
-    if not address and not Path(run).is_dir():
+    if (workers == 0 or cluster_address(address) is None) and not Path(run).is_dir():
         raise ValueError(f"there is no run directory at {run}; give the path that the pipeline was saved to.")
     where, folder = as_place(catalog), as_place(out)
     _check_out(where, folder)
@@ -148,7 +149,8 @@ def sample_catalog(
         told = session.told
         if rows_per_shard is None:
             rows_per_shard = session.there.get("rows_per_shard")
-        rows_per_shard = rows_per_shard or choose_rows_per_shard(n_rows, nsamples, math.prod(told["sizes"]), workers)
+        if rows_per_shard is None:
+            rows_per_shard = choose_rows_per_shard(n_rows, nsamples, math.prod(told["sizes"]), session.room())
         definition = {
             **told["definition"],
             "nsamples": nsamples,
@@ -175,11 +177,11 @@ def sample_catalog(
         )
 
 
-def choose_rows_per_shard(n_rows: int, nsamples: int, size: int, workers: int | None = None) -> int:
+def choose_rows_per_shard(n_rows: int, nsamples: int, size: int, workers: int = 0) -> int:
     """Rows of a shard where none is given, and the folder has no run yet; later calls, with other workers, keep what it has."""
     fewest = math.ceil(SHARD_DRAWS / nsamples)
     most = max(1, SHARD_BYTES // (4 * nsamples * size))
-    return min(max(math.ceil(n_rows / max(SHARD_COUNT, SHARDS_EACH * (workers or 0))), fewest), most, n_rows)
+    return min(max(math.ceil(n_rows / max(SHARD_COUNT, SHARDS_EACH * workers)), fewest), most, n_rows)
 
 
 def _check_posterior(run: str) -> Callable[[Mapping[str, Any]], None]:

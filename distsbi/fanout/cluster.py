@@ -20,11 +20,17 @@ OBJECT_STORE_BYTES = 100 * 2**20  # manifests only: samples never enter it
 PROBE_SECONDS = 5.0  # for something to listen at an address
 
 
+def cluster_address(address: str | None) -> str | None:
+    """Of the cluster that is meant: `address`, or without one $RAY_ADDRESS. None: this machine ("local", or neither is given)."""
+    meant = address or os.environ.get("RAY_ADDRESS") or "local"
+    return None if meant == "local" else meant
+
+
 @contextlib.contextmanager
 def connected(address: str | None, workers: int | None, cpus: int, gpus: float | None) -> Iterator[None]:
     """Ray for the time of the block, for `workers` (None: as many as there is room for) of `cpus` and `gpus` (None: what Ray finds) each.
 
-    A Ray that is up in this process is used and left up. Else the cluster at `address` (or $RAY_ADDRESS) is joined,
+    A Ray that is up in this process is used and left up. Else the cluster that is meant (`cluster_address`) is joined,
     or without one a local Ray is started, which listens on the loopback interface alone and, as Ray does unless
     RAY_AUTH_MODE=disabled, asks who connects for a token; it is shut down at the end, and the environment variables
     which `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
@@ -38,11 +44,11 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float |
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    joined = cluster_address(address)
     try:
         with _sigterm_as_it_is():
-            if address and address != "local":
-                _join(address)
+            if joined is not None:
+                _join(joined)
             else:
                 _start(workers, cpus, gpus)
         yield

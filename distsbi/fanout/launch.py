@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distsbi.fanout.cluster import connected, own_cpus, worker_environment
+from distsbi.fanout.cluster import cluster_address, connected, own_cpus, worker_environment
 from distsbi.processes import Rank
 from distsbi.processes.meeting import free_port
 
@@ -104,7 +104,9 @@ def _wait_for_hosts(workers: int) -> Hosts:
         try:
             return hosts_for(workers, ray.nodes(), apart=True)
         except ValueError as error:
-            if workers < 1 or time.monotonic() > deadline:
+            if workers < 1:
+                raise
+            if time.monotonic() > deadline:
                 raise ValueError(f"{error} (waited {HOSTS_SECONDS:.0f} s)") from error
             if not told:
                 log.warning("waiting up to %.0f s for hosts: %s", HOSTS_SECONDS, error)
@@ -128,7 +130,7 @@ def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, addr
         import ray
         from ray.train.v2.api.exceptions import TrainingFailedError
 
-        joined = _address(address) is not None
+        joined = cluster_address(address) is not None
         out.mkdir(parents=True, exist_ok=True)
         for left in reversed(range(RESTARTS + 1)):
             # a lost one may be replaced
@@ -180,12 +182,6 @@ def _told(error: Exception) -> ValueError | RuntimeError | None:
     if wrong := [e for e in own if isinstance(e, ValueError)]:
         return ValueError(str(wrong[0]))
     return RuntimeError(f"a worker failed: {own[0]}") if own else None
-
-
-def _address(given: str | None) -> str | None:
-    """Of a cluster that is there already, as `connected` reads it."""
-    found = given or os.environ.get("RAY_ADDRESS")
-    return None if found == "local" else found
 
 
 def _member(given: dict[str, Any]) -> Any:

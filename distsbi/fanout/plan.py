@@ -125,7 +125,7 @@ def plan(
         raise ValueError(f"rate must be draws per second of one worker, positive; got {rate!r}.")
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
-    rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, workers)
+    rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, count)
     overhead, start_up, tile = 0.05, 20.0, posterior.tile.for_draws(n, posterior.most_slots)
     if rate is not None:
         how = "the rate that was given"

@@ -85,6 +85,11 @@ class Session:
     told: dict[str, Any]
     there: dict[str, Any]
 
+    def room(self) -> int:
+        """Workers that were asked for, or that the cluster has room for."""
+        crew = self.crew
+        return crew.workers if crew.workers is not None else cluster.cluster_room(crew.cpus, crew.gpus, empty=True)
+
     def claim(self, definition: Mapping[str, Any], about: Mapping[str, Any], step: int = 1) -> Shards:
         """The shards of the run that `definition` defines, whose the folder is now. `step`: as for `Shards`.
 

@@ -20,9 +20,10 @@ import pyarrow as pa
 import distsbi
 from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
 from distsbi.environment import versions
-from distsbi.fanout import cluster, simulator as simulators
+from distsbi.fanout import simulator as simulators
 from distsbi.fanout.agenda import one_line
 from distsbi.fanout.arguments import check_folder, check_resources, check_whole, plain
+from distsbi.fanout.cluster import cluster_address
 from distsbi.fanout.pool import Pool
 from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.simulation_worker import (
@@ -85,12 +86,15 @@ def simulate(
     Called again with the same arguments it goes on where it stopped. Row i depends on the simulator, the prior, the seed and i alone (and
     `batch_size`), not on workers, shards, order or failures. A row whose simulator raises gets status "failed", one with NaN, inf or another shape "invalid", one that
     kills its worker or exceeds `time_limit` "quarantined": these are no pairs, are recorded with their theta (`result.failures()`), and the others go on.
+    Memory, a disk or a device that gives out is the machine's fault (`fanout/blame.py`): the shard is tried again up to `max_failures` times, then given up.
+    The same call, best when there is room again, tries it once more, and only where `max_failures` attempts end so again the row is recorded as "failed".
 
     SIGTERM ends it after the shards that are at work (at most loop.GRACE_SECONDS; without Ray, the one at work).
 
     Args:
         simulator: "module:function", importable on every worker, or a function. Its arguments are (theta), (theta, rng) or (key, theta); see
-            `distsbi.fanout.simulator`. A function that cannot be imported (a lambda, one of the script itself) is carried over by Ray.
+            `distsbi.fanout.simulator`. A function that cannot be imported (a lambda, one of the script itself) is carried over by Ray. Numbers and
+            words that it was made with (closure, defaults, partial, attributes, globals of a script; lists too) are part of it: keep counters elsewhere.
         prior: a numpyro distribution, `distsbi.Prior`, any object with `sample(key, shape)`, `log_prob` and `support`, or texts by name as {"mass":
             "LogNormal(0, 0.5)"}, which training then knows of itself. Names of its parameters go into the files.
         n: rows. Those that fail are not made up for.
@@ -106,14 +110,14 @@ def simulate(
         missing: NaN in x is an entry that is missing, not a failure; training takes such x with networks that take missing data.
         num_gpus_per_worker, cpus_per_worker: what each worker gets.
         max_failures: attempts at a shard. If the last killed its worker or took too long, it is halved until the guilty row is found,
-            which is quarantined after as many attempts of its own; if it raised (a full disk of a worker's, ...), the shard is given up.
+            which is quarantined after as many attempts of its own; if it raised (memory, a full disk of a worker's, ...), the shard is given up.
         time_limit: seconds for one shard before its worker is killed, which counts as a failure. Without it a row that hangs is waited for.
         show_progress: a progress bar, on a terminal.
 
     Raises:
         ValueError: arguments that cannot be used, a simulator that cannot be imported or fails at each of its first rows, or an output folder of
             another run; says what to do.
-        RuntimeError: at the end, if shards were given up. All others are finished.
+        RuntimeError: at the end, if shards were given up. All others are finished; the same call tries these again.
         OSError: the disk is full. What is finished stays.
         KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
     """
@@ -134,7 +138,7 @@ def simulate(
     job = Job(named, _checked(prior), _words(seed), folder.path, batch_size, missing, digest)
     if not isinstance(named, str):
         simulators.arranged(named)
-    elif not address:  # on a cluster this machine may lack what the simulator needs
+    elif workers == 0 or cluster_address(address) is None:  # else this machine may lack what the simulator needs
         simulators.arranged(simulators.import_simulator(named))
     if workers != 0:
         _check_travels(simulator=job.simulator, prior=job.prior)
@@ -147,11 +151,8 @@ def simulate(
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:
             shape, seconds = _look(session.pool, n, step, max_failures, session.stop)
-        room = (
-            workers if workers is not None else cluster.cluster_room(cpus_per_worker, num_gpus_per_worker, empty=True)
-        )
         size = shard_size or there.get("rows_per_shard")
-        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(room, 1), time_limit)
+        size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(session.room(), 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
         shards = session.claim(definition, _about(job, told), step)
         texts = dict(job.prior) if isinstance(job.prior, Mapping) else None

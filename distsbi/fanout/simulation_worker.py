@@ -127,16 +127,16 @@ class SimulationWorker:
         """Simulates the rows of a shard, writes its files and returns its manifest row; or simulates the rows of a probe and forgets
         them: whether that kills or hangs this process is the answer.
 
-        Raises OSError if a file cannot be written.
+        Raises OSError if a file cannot be written, RuntimeError for what is the machine's fault (blame.py), unless the task says to blame the rows.
         """
         if isinstance(task, Look):
             return self._look(task)
         plan, skip, began = self._plan, dict(task.skip), time.monotonic()
         if task.rows is not None:
-            self._simulator.run(*task.rows, plan.shape, skip)
+            self._simulator.run(*task.rows, plan.shape, skip, blame_rows=task.blame_rows)
             return {}
         rows = plan.shards.rows(task.shard)
-        made = self._simulator.run(rows.start, rows.stop, plan.shape, skip)
+        made = self._simulator.run(rows.start, rows.stop, plan.shape, skip, blame_rows=task.blame_rows)
         file = layout.shard_file(Path(self.job.out), task.shard, plan.shards.count)
         failures = _failures(made, rows.start)
         write_failures(layout.failures_file(file), failures)

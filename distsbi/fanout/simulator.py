@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distsbi.fanout.agenda import one_line
+from distsbi.fanout.blame import machines_fault
 from distsbi.store.schema import FAILED, INVALID, QUARANTINED
 
 BLOCK = 8_192  # rows of theta that have a key together: a constant of the format, for it decides every theta
@@ -90,9 +91,14 @@ class Simulator:
             parts.append(self._block(block)[max(start - first, 0) : stop - first])
         return np.concatenate(parts)
 
-    def run(self, start: int, stop: int, shape: tuple[int, ...], skip: Mapping[int, str]) -> Made:
+    def run(
+        self, start: int, stop: int, shape: tuple[int, ...], skip: Mapping[int, str], *, blame_rows: bool = False
+    ) -> Made:
         """Simulates rows `start` to `stop - 1`, those in `skip` aside. `shape`: of one x, as `look` tells it. In batches `start` must be a
-        multiple of the batch size, and `stop` too, or the end of all."""
+        multiple of the batch size, and `stop` too, or the end of all.
+
+        Raises RuntimeError where the simulator raises what is the machine's fault (blame.py); `blame_rows`: that is the row's, too.
+        """
         rows, step = stop - start, self.batch or 1
         units = -(-rows // step)
         theta = self.theta(start, start + units * step)
@@ -113,6 +119,9 @@ class Simulator:
                 if type(value) is not array:
                     value = np.asarray(value)
             except (Exception, SystemExit) as error:
+                if not blame_rows and (fault := machines_fault(error)) is not None:
+                    again = "if another call ends so too, the row is recorded as failed"
+                    raise RuntimeError(f"row {start + unit * step}: {fault}; {again}") from error
                 bad[unit] = FAILED, one_line(error)
                 continue
             if value.shape != shape or (value.dtype is not number and value.dtype.kind not in "fiub"):
@@ -260,20 +269,41 @@ def by_name(function: str | Simulate) -> str | Simulate:
 
 
 def source_digest(function: Simulate) -> str | None:
-    """blake2b of the file that a function is in (of its own text, where it is in the script itself), and of the numbers and words that
-    `functools.partial` gave it, that another version is told apart; None where there is none to read."""
+    """blake2b of the file that a function is in (of its own text, where it is in the script itself), and of the numbers and words that it was
+    made with: what `functools.partial` gave it, and `_held`. So another version is told apart; None where there is none to read."""
     bound = ""
     while isinstance(function, functools.partial):
         given = [*enumerate(function.args), *sorted(function.keywords.items())]
         bound += repr([(name, value if _is_plain(value) else type(value).__name__) for name, value in given])
         function = function.func
+    layers: list[Any] = [function]
+    while hasattr(layers[-1], "__wrapped__"):  # by a decorator
+        layers.append(layers[-1].__wrapped__)
     try:
-        inner = inspect.unwrap(function)
-        module = None if inner.__module__ == "__main__" else inspect.getmodule(inner)  # what it calls is as much of it
-        text = bound + inspect.getsource(inner if module is None else module)
-    except (AttributeError, TypeError, OSError):
+        held = [value for layer in layers for value in _held(layer)]
+        if layers[-1].__module__ == "__main__":
+            of = getattr(layers[-1], "__self__", layers[-1])
+            source = of if inspect.isroutine(of) or inspect.isclass(of) else type(of)
+        else:
+            source = inspect.getmodule(layers[-1]) or layers[-1]  # what it calls is as much of it
+        text = bound + (repr(held) if held else "") + inspect.getsource(source)
+    except (AttributeError, TypeError, ValueError, OSError):
         return None
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _held(function: Any) -> list[tuple[str, Any]]:
+    """Numbers and words, by name, which make two functions of one text different ones: attributes of the object that it is or is a method of, its
+    closure and its defaults, and in a script the globals that it uses. Not arrays or dicts: buffers and caches hold something else each time."""
+    owner = getattr(function, "__self__", None) if inspect.isroutine(function) else function
+    named = [{} if owner is None or inspect.ismodule(owner) else getattr(owner, "__dict__", {})]
+    inner = getattr(function, "__func__", function)
+    if inspect.isfunction(inner):
+        found, defaults = inspect.getclosurevars(inner), inner.__defaults__ or ()
+        named += [found.nonlocals, {str(i): value for i, value in enumerate(defaults)}, inner.__kwdefaults__ or {}]
+        named += [found.globals] if inner.__module__ == "__main__" else []
+    pairs = [pair for values in named for pair in sorted(values.items(), key=lambda pair: pair[0])]
+    return [(name, value) for name, value in pairs if not name.startswith("__") and _is_plain(value)]
 
 
 def _sampler(prior: Any) -> Callable[[Any], Any]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from distsbi.environment import bit_versions, cpu_lines, device_name
 from distsbi.fanout.agenda import Shards, Task
+from distsbi.fanout.blame import machines_fault
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
 from distsbi.store.place import as_place
 from distsbi.store.rows import Row
@@ -202,8 +203,6 @@ class Worker:
 
         Rows that raise together are halved until the guilty are alone: 2 log2(n) calls for one among n.
         """
-        from jax.errors import JaxRuntimeError
-
         p, n = self.posterior, self.job.nsamples
 
         def draw(some: list[int]) -> list[np.ndarray]:
@@ -213,8 +212,8 @@ class Worker:
                 if len(some) > 1:
                     half = len(some) // 2
                     return draw(some[:half]) + draw(some[half:])
-                if isinstance(error, (JaxRuntimeError, MemoryError)):  # the device's fault, not the row's
-                    raise
+                if (fault := machines_fault(error)) is not None:
+                    raise RuntimeError(fault) from error
                 status[some[0]], message[some[0]] = schema.FAILED, f"{type(error).__name__}: {error}"[:1000]
                 return []
 

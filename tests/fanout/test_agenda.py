@@ -123,6 +123,20 @@ def test_what_raises_is_given_up_and_not_searched():
     assert "the disk is away" in agenda.given_up[1]
 
 
+def test_rows_are_blamed_for_the_machine_only_at_the_last_attempt_of_a_second_call():
+    """Of a shard that was given up, not of one that was done at its second attempt, nor of one that nobody tried yet."""
+    tries, events = {0: [], 1: [], 2: []}, []
+    for done in ([2], [0]):
+        agenda = Agenda(SHARDS, done, 3, events)
+        while task := agenda.next():
+            tries[task.shard].append(task.blame_rows)
+            well = task.shard == 0 and len(tries[0]) == 2
+            events += agenda.take(
+                Outcome(task, {"shard": 0}) if well else Outcome(task, error=RuntimeError("no memory"))
+            )
+    assert tries == {0: [False] * 2, 1: [False] * 5 + [True], 2: [False] * 3}
+
+
 def test_who_was_not_at_work_is_not_blamed():
     agenda = Agenda(SHARDS, [1, 2], 1)
     task = agenda.next()

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from fake_posterior import DEVICE, RAISE, draws_hash, load, make_run
 
-from distsbi import open_catalog
-from distsbi.fanout import sample_catalog
+from distsbi import open_catalog, simulate
+from distsbi.fanout import catalog as catalog_module, sample_catalog
 from distsbi.fanout.catalog import choose_rows_per_shard
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.worker import Job, Worker, unlike
@@ -124,7 +124,7 @@ def test_a_row_that_raises_is_found_by_halving(worker):
     np.testing.assert_array_equal(draws, np.delete(calm, [3, 7, 321], axis=0))
     assert worker._draw_rows(*rows_with(3, dict.fromkeys(range(3), RAISE))).shape == (0, 2, 2, 1)
     xs, ids, status, message = rows_with(20, {11: DEVICE})
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED: out of memory on .*, the machine's fault"):
         worker._draw_rows(xs, ids, status, message)
     assert status == [schema.OK] * 20
 
@@ -294,9 +294,48 @@ def test_shards_are_enough_for_a_large_cluster():
     assert choose_rows_per_shard(40, 9, 2) == 40
 
 
-def test_a_missing_run_is_named(make_catalog, tmp_path):
-    with pytest.raises(ValueError, match="there is no run directory at .*/nowhere"):
-        sample_catalog(tmp_path / "nowhere", make_catalog(), tmp_path / "out", **QUICK)
+def test_without_a_number_of_workers_shards_are_for_the_room_there_is(run, make_catalog, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("distsbi.fanout.session._pool", lambda stack, crew, *_: InProcess(crew.worker(crew.job)))
+    monkeypatch.setattr(
+        "distsbi.fanout.cluster.cluster_room", lambda *given, **how: asked.append((given, how)) or 5
+    )  # as Ray would say
+    for name, value in {"SHARD_DRAWS": 1, "SHARD_COUNT": 2, "SHARDS_EACH": 2}.items():
+        monkeypatch.setattr(catalog_module, name, value)
+    given = {"nsamples": 9, "cpus_per_worker": 3, "show_progress": False}
+    assert sample_catalog(run, make_catalog(), tmp_path / "out", **given).shards == 10
+    assert asked == [((3, 0), {"empty": True})]
+    assert sample_catalog(run, make_catalog(), tmp_path / "two", **given, workers=2).shards == 4
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "here"),
+    [
+        ({"workers": 0}, "10.0.0.1:6379", True),
+        ({"workers": 0, "address": "auto"}, None, True),
+        ({"workers": 1}, None, True),
+        ({"workers": 1, "address": "local"}, "10.0.0.1:6379", True),
+        ({"workers": 1}, "local", True),
+        ({"workers": 1}, "10.0.0.1:6379", False),  # a run that only workers see
+        ({"workers": 1, "address": "10.0.0.1:6379"}, None, False),
+    ],
+)
+def test_a_missing_run_is_named(make_catalog, tmp_path, monkeypatch, given, environment, here):
+    monkeypatch.setattr("distsbi.fanout.cluster.connected", joined)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    message = "there is no run directory at .*/nowhere" if here else "^joined$"
+    with pytest.raises(ValueError, match=message):
+        sample_catalog(tmp_path / "nowhere", make_catalog(), tmp_path / "out", **{**QUICK, **given})
+    message = "'no_such_module:run' cannot be imported" if here else "^joined$"
+    with pytest.raises(ValueError, match=message):
+        simulate("no_such_module:run", {"a": "Normal(0, 1)"}, 4, tmp_path / "pairs", show_progress=False, **given)
+
+
+def joined(*_):
+    raise ValueError("joined")
 
 
 def test_repeated_ids_are_named(run, tmp_path):

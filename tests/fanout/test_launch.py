@@ -60,6 +60,14 @@ def test_apart():
         hosts_for(2, [node(CPU=0), node(CPU=8)], apart=True)
 
 
+def test_what_is_said_of_the_wait_for_hosts(fake_ray, monkeypatch):
+    monkeypatch.setattr(launching, "HOSTS_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="at least 1; got 0.$"):
+        launching._wait_for_hosts(0)
+    with pytest.raises(ValueError, match=r"need as many hosts with GPUs; Ray has 1.* .waited 0 s.$"):
+        launching._wait_for_hosts(2)
+
+
 @pytest.mark.parametrize(
     "hosts",
     [

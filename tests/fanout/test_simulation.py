@@ -1,5 +1,7 @@
 """Simulations into folders of pairs: the same rows however they are made, failures beside them, and what is refused."""
 
+import errno
+import functools
 import linecache
 import os
 import runpy
@@ -20,6 +22,7 @@ from fake_simulators import PRIOR, marked
 import distsbi
 from distsbi.data import Prior, open_pairs, read_pairs
 from distsbi.data.prior import describe, parse_prior
+from distsbi.fanout.blame import machines_fault
 from distsbi.fanout.cluster import connected
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.simulation import _look, _shard_size
@@ -57,6 +60,17 @@ def calm(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("calm") / "out"
     simulate(PLAIN, out)
     return out
+
+
+class Noisy:
+    def __init__(self, noise):
+        self.noise = noise
+
+    def __call__(self, theta):
+        return self.run(theta)
+
+    def run(self, theta):
+        return self.noise * theta
 
 
 class TestRows:
@@ -199,6 +213,64 @@ class TestFailures:
             simulate("fake_simulators:broken", tmp_path / "out")
         assert not list((tmp_path / "out").glob("*.parquet"))
 
+    @pytest.mark.parametrize(
+        "error", [MemoryError("no room"), OSError(errno.ENOSPC, "No space left on device", "/scratch")]
+    )
+    @pytest.mark.parametrize("size", [None, 2])
+    def test_what_a_machine_lacks_is_no_failure_of_a_row(self, tmp_path, error, size):
+        """Neither is the output folder's disk full. Once there is room, every row is a pair."""
+        sick, tried, theta = tmp_path / "sick", tmp_path / "tried", theta_of(40)
+
+        def simulator(rows):
+            if sick.exists() and theta[8, 0] in np.atleast_2d(rows).astype(np.float32)[:, 0]:
+                with tried.open("a") as file:
+                    file.write("x")
+                raise error
+            return rows
+
+        sick.touch()
+        with pytest.raises(
+            RuntimeError,
+            match=r"1 of 7 shards failed 2 times each and were given up, .* row 8: \w+: .* on .*, the machine's fault and not the row's: make "
+            r"room there; if another call ends so too, the row is recorded as failed. All others are finished",
+        ):
+            simulate(simulator, tmp_path / "out", max_failures=2, batch_size=size)
+        assert tried.read_text() == "xx"
+        sick.unlink()
+        result = simulate(simulator, tmp_path / "out", max_failures=2, batch_size=size)
+        assert (result.n_ok, result.shards_now) == (40, 1)
+
+    def test_a_row_for_which_no_machine_has_room_keeps_back_no_other(self, tmp_path):
+        guilty = theta_of(40)[[8, 10], 0]
+
+        def simulator(theta):
+            if np.float32(theta[0]) in guilty:
+                raise MemoryError(f"no room for {theta[0]:.1f}")
+            return theta
+
+        with pytest.raises(RuntimeError, match="1 of 7 shards failed 3 times"):
+            simulate(simulator, tmp_path / "out")
+        result = simulate(simulator, tmp_path / "out")
+        assert result.counts == {"ok": 38, "invalid": 0, "failed": 2, "quarantined": 0}
+        bad = result.failures().to_pylist()
+        assert [row["row"] for row in bad] == [8, 10]
+        assert bad[0]["message"].startswith("MemoryError: no room for")
+
+    def test_whose_fault_an_error_is(self):
+        def in_jax(raises):
+            return jax.jit(lambda x: jax.pure_callback(raises, jax.ShapeDtypeStruct((), np.float32), x))(1.0)
+
+        def diverges(x):
+            raise ValueError("it does not converge")
+
+        with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+            np.asarray(in_jax(diverges))
+        rows = [raised.value, ValueError("no"), OSError("no such universe"), FileNotFoundError(2, "no"), SystemExit(3)]
+        device = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes")
+        machines = [device, MemoryError(), OSError(errno.EDQUOT, "quota"), OSError(errno.ENOMEM, "no fork")]
+        assert [machines_fault(error) for error in rows] == [None] * len(rows)
+        assert None not in map(machines_fault, machines)
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -252,6 +324,48 @@ class TestRefusals:
         simulate(marked(theta_of(40), {}), tmp_path / "out")
         with pytest.raises(ValueError, match="simulator.source: given"):
             simulate(marked(theta_of(40), {3: "nan"}), tmp_path / "out")
+
+    def test_what_a_function_was_made_with_belongs_to_it(self, tmp_path):
+        def closure(noise):
+            return lambda theta: noise * theta
+
+        def default(value):
+            def simulator(theta, noise=value):
+                return noise * theta
+
+            return simulator
+
+        def keyword(value):
+            return lambda theta, *, noise=value: noise * theta
+
+        def decorated(noise):
+            @functools.wraps(fake_simulators.silent)
+            def simulator(theta):
+                return noise * fake_simulators.silent(theta)
+
+            return simulator
+
+        makers = [closure, default, keyword, decorated, Noisy, lambda noise: Noisy(noise).run, lambda noise: jax.jit(closure(noise)), lambda noise: functools.partial(closure(noise))]  # fmt: skip
+        for make in makers:
+            digests = [source_digest(make(noise)) for noise in (0.1, 0.1, 100.0, (1, "low"), [2, "low"])]
+            assert digests[0] == digests[1]
+            assert None not in digests and len(set(digests)) == 4
+        assert source_digest(closure(np.ones(3))) == source_digest(closure(np.zeros(3)))  # it may be a buffer
+        simulate(closure(0.01), tmp_path / "out")
+        layout.shard_file(tmp_path / "out", 3, 7).unlink()
+        with pytest.raises(ValueError, match="simulator.source: given"):
+            simulate(closure(100.0), tmp_path / "out")
+
+    def test_globals_that_a_function_of_a_script_uses_belong_to_it(self, tmp_path):
+        script, digests = tmp_path / "script.py", []
+        script.write_text(
+            "scale = 1.0\nlabel = 'a'\ndef run(theta):\n    return scale * theta\nclass Own:\n    def __call__(self, theta):\n        return theta\n"
+        )
+        for given in ({}, {"label": "b"}, {"scale": 2.0}):
+            made = runpy.run_path(str(script), run_name="__main__")
+            made["run"].__globals__.update(made, **given)
+            digests.append(source_digest(made["run"]))
+        assert digests[0] == digests[1] != digests[2]
 
     def test_a_function_of_a_script_is_known_where_its_file_is_not(self, tmp_path, monkeypatch):
         """As on another machine of a cluster: its digest is that of the driver, and the folder goes on."""
@@ -429,8 +543,7 @@ class TestResume:
 
 
 def test_shards_by_time_and_size():
-    assert _shard_size(10**6, 1, 5e-6, 8, 2) == 100_000  # quick: half a second each
-    assert _shard_size(10**6, 1, 2.5e-6, 8, 2) == 166_667  # as many for each worker
+    assert _shard_size(10**6, 1, 5e-6, 8, 2) == 38_462  # quick: a fifth of a second each, as many for each worker
     assert _shard_size(10**6, 1, 0.1, 8, 100) == 100  # slow: ten seconds each, as far as there are not too many files
     assert _shard_size(40, 1, 600.0, 8, 2) == 1
     assert _shard_size(10**6, 1, 5e-6, 2**20, 2) == 64
