@@ -1,5 +1,6 @@
 """How a process learns its rank, and how processes meet, disagree and end: without JAX, each a thread here."""
 
+import builtins
 import contextlib
 import dataclasses
 import queue
@@ -12,7 +13,7 @@ import zlib
 
 import pytest
 
-from distsbi.processes import Rank, agree_on, find_rank, job, meeting, wait_for_all
+from distsbi.processes import Rank, agree_on, find_rank, in_step, job, meeting, wait_for_all
 from distsbi.processes.given import first_host
 from distsbi.processes.meeting import free_port, meet
 
@@ -130,6 +131,19 @@ def test_jobs_of_open_mpi_do_not_share_a_port():
 def test_an_environment_that_says_half_of_it():
     with pytest.raises(ValueError, match="JAX_PROCESS_ID"):
         find_rank(environment={"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"})
+
+
+@pytest.mark.parametrize("source", [SLURM, MPI, {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}])
+def test_an_environment_without_its_numbers(source):
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "TPU_WORKER_ID"):
+        if name in source:
+            with pytest.raises(
+                ValueError, match=f"variable {name} must be a whole number; got 'two': .*--num-processes"
+            ):
+                find_rank(environment=source | {name: "two"})
+    jax = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "1"}
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a whole number"):
+        find_rank(environment=source | jax)
 
 
 def _meet(*ranks: Rank, timeout: float = 20.0):
@@ -269,36 +283,138 @@ def test_waiting_for_one_that_is_done():
     assert {"process 0 is done" in lost.get(timeout=20)[1] for _ in range(2)} == {True}
 
 
+@pytest.mark.parametrize("gone", [0, 2])
+def test_one_leaves_those_in_step(gone):
+    """Who waits for its devices waits for no value; the others work alone as long as they like, and it waits."""
+    found, lost = _meet(*_places(3))
+    meetings = [met for met, _ in found]
+    over = threading.Event()
+
+    def work() -> None:
+        with meetings[1].in_step():
+            over.wait(30)
+
+    working = threading.Thread(target=work, daemon=True)
+    working.start()
+    leaving = threading.Thread(target=meetings[gone].leave, daemon=True)
+    leaving.start()
+    heard = {index: sentence for index, sentence, _ in (lost.get(timeout=20) for _ in range(3))}
+    leaving.join(timeout=20)
+    assert not leaving.is_alive()
+    assert set(heard) == {0, 1, 2}
+    assert heard[1].startswith(f"process {gone} on ")
+    for sentence in heard.values():
+        assert f"process {gone} on {socket.gethostname()} is done, and process 1 on " in sentence
+        assert "works with it: all processes must run the same lines" in sentence
+    over.set()
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_all_are_at_the_end_of_what_they_do_in_step(last):
+    """The first there waits, and then all may leave as they like."""
+    found, lost = _meet(*_places(2))
+    meetings = [met for met, _ in found]
+    slow, left = threading.Event(), queue.Queue()
+
+    def one(index: int) -> None:
+        with meetings[index].in_step():
+            if index == last:
+                slow.wait(20)
+        left.put(index)
+        left.put(meetings[index].leave(20.0))
+
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(queue.Empty):
+        left.get(timeout=0.3)
+    slow.set()
+    assert sorted(left.get(timeout=20) for _ in range(4)) == [0, 1, True, True]
+    assert lost.empty()
+
+
+def test_one_has_left_before():
+    """And leaves nothing to be in step with."""
+    found, lost = _meet(*_places(2))
+    leader, member = (met for met, _ in found)
+    threading.Thread(target=member.leave, daemon=True).start()
+    assert leader._byes[1].wait(20)
+    assert lost.empty()
+    with pytest.raises(RuntimeError, match="process 1 on .* is done"), leader.in_step():
+        assert "process 1 on " in lost.get(timeout=20)[1]
+
+
+@pytest.mark.parametrize(("module", "name"), [(sys, "exit"), (builtins, "exit"), (builtins, "quit")])
+def test_what_is_given_to_exit_is_known(module, name, monkeypatch):
+    class Fake:
+        def leave(self) -> bool:
+            raise AssertionError("it failed")
+
+        def fail(self, reason: str) -> None:
+            said.append(reason)
+
+    said, code = [], []
+    for attribute, value in (("_meeting", Fake()), ("_exit", code.append), ("_joined_jax", False), ("_exiting", None)):
+        monkeypatch.setattr(job, attribute, value)
+    monkeypatch.setattr(sys, "stdin", None)  # which exit and quit close
+    monkeypatch.delattr(sys, "last_value", raising=False)
+    real = getattr(module, name)
+    job._notice_exit()
+    try:
+        with pytest.raises(SystemExit) as raised:
+            getattr(module, name)(3)
+    finally:
+        job.end()
+    assert raised.value.code == 3
+    assert (said, code) == (["it called exit(3)"], [3])
+    assert getattr(module, name) is real
+
+
 ENDING = """
 import sys, distsbi
 distsbi.initialize("{address}", num_processes=2, process_id={index})
 from distsbi import processes
 processes.wait_for_all()
-if {index}:
-    {how}
+with processes.in_step():
+    if {index}:
+        {how}
+    import time
+    time.sleep(90)  # for a collective
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "says"), [("1 / 0", "ZeroDivisionError"), ("sys.exit(3)", "sys.exit(3)")])
-def test_a_script_that_fails_ends_the_other(how, says):
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("1 / 0", "failed: ZeroDivisionError"),
+        ("sys.exit(3)", "failed: it called exit(3)"),
+        ("exit(3)", "failed: it called exit(3)"),
+        ("raise SystemExit(3)", "is done, and process 0 on "),
+        ("sys.exit(0)", "is done, and process 0 on "),
+    ],
+)
+def test_a_script_that_ends_early_ends_the_other(how, says):
     """One that has not imported JAX itself."""
     address = f"127.0.0.1:{free_port()}"
     scripts = [ENDING.format(address=address, index=index, how=how) for index in (0, 1)]
     running = [
         subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) for script in scripts
     ]
-    said = [process.communicate(timeout=100)[1] for process in running]
-    assert all(process.returncode for process in running)
-    assert f"process 1 on {socket.gethostname()} failed: " in said[0]
-    assert says in said[0]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [
+        1,
+        3 if "exit(3)" in how.lower() and "raise" not in how else 1,
+    ]
+    assert f"process 1 on {socket.gethostname()} {says}" in said[0]
 
 
 STRANGE = (
     b"GET / HTTP/1.1\r\n\r\n",
-    b'{"hello": "distsbi 1"}\n',
-    b'{"hello": "distsbi 1", "index": 7, "count": 2, "host": "h", "job": ""}\n',
-    b'{"hello": "distsbi 1", "index": "1", "count": 2, "host": "h", "job": ""}\n',
+    b'{"hello": "distsbi 2"}\n',
+    b'{"hello": "distsbi 1", "index": 1, "count": 2, "host": "h", "job": ""}\n',
+    b'{"hello": "distsbi 2", "index": 7, "count": 2, "host": "h", "job": ""}\n',
+    b'{"hello": "distsbi 2", "index": "1", "count": 2, "host": "h", "job": ""}\n',
 )
 
 
@@ -333,3 +449,5 @@ def test_strangers_are_turned_away(said):
 def test_one_process_agrees_with_itself():
     agree_on({"data": "a"}, "")
     wait_for_all()
+    with in_step():
+        pass

@@ -104,20 +104,20 @@ def find_rank(
 def _jax(env: Mapping[str, str]) -> Rank | None:
     if "JAX_COORDINATOR_ADDRESS" not in env or "JAX_NUM_PROCESSES" not in env:
         return None
-    return Rank(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
+    return Rank(env["JAX_COORDINATOR_ADDRESS"], _number(env, "JAX_NUM_PROCESSES"), _number(env, "JAX_PROCESS_ID"))
 
 
 def _slurm(env: Mapping[str, str]) -> Rank | None:
     """Inside a step: the batch script itself has no SLURM_STEP_NODELIST of several tasks."""
     if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
         return None
-    count = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-    job, step = env["SLURM_JOB_ID"], env.get("SLURM_STEP_ID", "0")
-    port = PORTS[(int(job) + 521 * int(step)) % len(PORTS)]  # a job's steps, and jobs in succession, apart
+    count = _number(env, "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
+    port = PORTS[(job + 521 * step) % len(PORTS)]  # a job's steps, and jobs in succession, apart
     return Rank(
         f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
         count,
-        int(env["SLURM_PROCID"]),
+        _number(env, "SLURM_PROCID"),
         _local(env, "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
         f"SLURM step {job}.{step}",
     )
@@ -128,7 +128,7 @@ def _open_mpi(env: Mapping[str, str]) -> Rank | None:
         return None
     mpirun = env.get("OMPI_MCA_orte_hnp_uri", "")
     uri = mpirun or env.get("PMIX_SERVER_URI2") or env.get("PMIX_SERVER_URI21") or ""
-    count, found = int(env["OMPI_COMM_WORLD_SIZE"]), re.search(r"tcp[46]?://\[?([^\s,\]]+?)[\],:]", uri)
+    count, found = _number(env, "OMPI_COMM_WORLD_SIZE"), re.search(r"tcp[46]?://\[?([^\s,\]]+?)[\],:]", uri)
     if count == 1:
         return None
     several = env.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(count)) != str(count)
@@ -140,24 +140,34 @@ def _open_mpi(env: Mapping[str, str]) -> Rank | None:
     job = uri.partition(";")[0]
     port = PORTS[zlib.crc32(job.encode()) % len(PORTS)]  # Open MPI 4 numbers jobs in steps of 65,536
     local = _local(env, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return Rank(f"{found[1]}:{port}", count, int(env["OMPI_COMM_WORLD_RANK"]), local, f"Open MPI job {job}")
+    return Rank(f"{found[1]}:{port}", count, _number(env, "OMPI_COMM_WORLD_RANK"), local, f"Open MPI job {job}")
 
 
 def _tpu_pod(env: Mapping[str, str]) -> Rank | None:
     hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    if "TPU_WORKER_ID" in env and int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+    if "TPU_WORKER_ID" in env and env.get("MEGASCALE_NUM_SLICES") and _number(env, "MEGASCALE_NUM_SLICES") > 1:
         raise ValueError(
             f"this is one of {env['MEGASCALE_NUM_SLICES']} TPU slices (MEGASCALE_NUM_SLICES), and distsbi joins the hosts of one; give "
             f"--coordinator, --num-processes and --process-id over all slices, or --distributed off."
         )
-    return Rank(f"{hosts[0]}:{TPU_PORT}", len(hosts), int(env["TPU_WORKER_ID"])) if len(hosts) > 1 else None
+    return Rank(f"{hosts[0]}:{TPU_PORT}", len(hosts), _number(env, "TPU_WORKER_ID")) if len(hosts) > 1 else None
 
 
 def _local(env: Mapping[str, str], name: str, among: str) -> int | None:
     """The number `env[name]` of this process among those of its machine, where there are several that see the same GPUs."""
     alone = re.fullmatch(r"1(\(x\d+\))?", env.get(among, "")) is not None
     own_gpu = re.fullmatch(r"[^,]+", env.get("CUDA_VISIBLE_DEVICES", "")) is not None  # the launcher has divided them
-    return None if alone or own_gpu or name not in env else int(env[name])
+    return None if alone or own_gpu or name not in env else _number(env, name)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ValueError(
+            f"the environment variable {name} must be a whole number; got {env[name]!r}: mend it, or give --coordinator, --num-processes and "
+            f"--process-id, or --distributed off."
+        ) from None
 
 
 def first_host(nodes: str) -> str:

@@ -5,6 +5,7 @@ are JAX's, and host values go through `multihost_utils`.
 """
 
 import atexit
+import builtins
 import contextlib
 import functools
 import json
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from distsbi.processes.given import Rank, find_rank
@@ -23,8 +25,12 @@ ADVICE = "start all processes again with the same command: what is finished is k
 
 _meeting: Meeting | None = None
 _joined_jax = False
-_exiting: Any = None  # what was given to sys.exit, which leaves no other trace
-_real_exit = sys.exit
+_exiting: Any = None  # what was given to exit, which leaves no other trace
+_EXITS = {
+    (module, name): getattr(module, name)
+    for module, name in ((sys, "exit"), (builtins, "exit"), (builtins, "quit"))
+    if hasattr(module, name)
+}
 
 
 def initialize(
@@ -40,7 +46,9 @@ def initialize(
 
     Without arguments the environment says who this is (SLURM, Open MPI, a TPU pod of GKE, JAX's own variables); where it says nothing, or a
     single process, nothing happens. A process that ends early, killed or by an error, ends all others: with a sentence and exit code 1, or, if
-    XLA notices first, by XLA's own abort, which cannot be caught (its client calls LOG(FATAL)).
+    XLA notices first, by XLA's own abort, which cannot be caught (its client calls LOG(FATAL)). Its exit code is known if it ends by an error or by
+    `sys.exit`, `exit` or `quit`. `raise SystemExit(3)` leaves no trace, and is the script's end: that, too, ends the others where they train with it
+    or wait for its values, but not where they wait in computations of your own over the devices of all: put those into `processes.in_step()`.
 
     Args:
         coordinator: "host:port" of process 0's machine, with a free port. On the loopback interface only this machine is let in.
@@ -134,6 +142,14 @@ def wait_for_all() -> None:
     gather(None)
 
 
+@contextlib.contextmanager
+def in_step() -> Iterator[None]:
+    """A block, or as a decorator a function, in which all processes work together: if one leaves before all are at its end, the others end with a
+    sentence rather than wait for its devices. All processes must enter it."""
+    with contextlib.nullcontext() if _meeting is None else _meeting.in_step():
+        yield
+
+
 def agree_on(what: dict[str, Any], advice: str) -> None:
     """Raises ValueError, in every process, unless each has the same `what`, JSON-able values by name: they must do the same thing."""
     for other, found in enumerate(gather(what)):
@@ -150,12 +166,13 @@ def end(failed: str | None = None, code: int = LOST) -> None:
     global _joined_jax
     if _meeting is None:
         return
-    sys.exit = _real_exit
+    for (module, name), real in _EXITS.items():
+        setattr(module, name, real)
     error = getattr(sys, "last_value", None)  # what ended the interpreter
     if failed is None and isinstance(error, BaseException):
         failed = f"{type(error).__name__}: {error}".rstrip(": ")
     elif failed is None and _exiting not in (None, 0):
-        failed = f"it called sys.exit({_exiting!r})"
+        failed = f"it called exit({_exiting!r})"
         code = _exiting if isinstance(_exiting, int) else code
     try:
         left = failed is None and _meeting.leave()
@@ -172,16 +189,20 @@ def end(failed: str | None = None, code: int = LOST) -> None:
 
 
 def _notice_exit() -> None:
-    """Keeps what is given to `sys.exit`: the interpreter tells its exit handlers of errors, but not of this."""
+    """Keeps what is given to `sys.exit`, `exit` and `quit`: the interpreter tells its exit handlers of errors, but not of SystemExit."""
 
-    @functools.wraps(_real_exit)
-    def leave(status: Any = None, /) -> NoReturn:
-        global _exiting
-        if threading.current_thread() is threading.main_thread():
-            _exiting = status
-        _real_exit(status)
+    def noticed(real: Callable[[Any], NoReturn]) -> Callable[..., NoReturn]:
+        @functools.wraps(real)
+        def leave(code: Any = None) -> NoReturn:
+            global _exiting
+            if threading.current_thread() is threading.main_thread():
+                _exiting = code
+            real(code)
 
-    sys.exit = leave
+        return leave
+
+    for (module, name), real in _EXITS.items():
+        setattr(module, name, noticed(real))
 
 
 def _lost(sentence: str, died: bool) -> None:

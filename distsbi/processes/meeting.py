@@ -3,10 +3,12 @@
 Process 0 listens at the coordinator's address; the others connect and say who they are. What does not fit is refused in a sentence to all of
 them: XLA's own coordination service ends a process by abort, or lets it wait, where a number is wrong or a port in use. The connections stay.
 They carry a few host values (`gather`), and a process that ends closes its own: the others know at once, although their main threads hang
-in a collective with the dead one, and end too. A machine that vanishes without a word is noticed by keep-alive within a minute or so.
+in a collective with the dead one, and end too. A process that has left and stays, since others still work, is told to all: those that are in step
+with it end. A machine that vanishes without a word is noticed by keep-alive within a minute or so.
 
     member -> leader    {"hello": ...}   {"value": ...}          {"bye": 1} or {"failed": why}
     leader -> member    {"go": ...}      {"values": [...]}       {"bye": 1} or {"failed": why}, or {"refused": why}
+                                         {"left": index}, of one that has said good-bye
 """
 
 import contextlib
@@ -20,14 +22,14 @@ from typing import Any
 
 from distsbi.processes.given import Rank
 
-PROTOCOL = "distsbi 1"
+PROTOCOL = "distsbi 2"
 RETRY = 0.2  # seconds between attempts to connect
 HELLO = 10.0  # seconds for who connected to say hello
 HEARD = 2.0  # seconds for the others to end first
 LINE = 2**26  # bytes, most
 LEFT = object()  # in the place of a value of a process that has said good-bye
 OTHER = "give --coordinator with a port of its own, --num-processes and --process-id to each process of one of them"
-ALIKE = "all processes must run the same lines"
+ALIKE = "all processes must run the same lines to the end (one that gives up says so by sys.exit(1) or an error; raise SystemExit(1) is not heard)"
 
 
 class Line:
@@ -74,6 +76,8 @@ class Meeting:
     def __init__(self, rank: Rank, lines: dict[int, Line], hosts: dict[int, str], lost: Callable[[str, bool], None]):
         self.rank, self.lines, self.hosts = rank, lines, hosts
         self._lost, self._over, self._leaving, self._early = lost, False, False, False
+        self._in_step = False
+        self._left: int | None = None  # the first that has said good-bye
         self._byes = {index: threading.Event() for index in lines}
         self._values: dict[int, queue.Queue[Any]] = {index: queue.Queue() for index in lines}
         self._readers = [threading.Thread(target=self._read, args=(i,), daemon=True) for i in lines]
@@ -96,6 +100,17 @@ class Meeting:
             line.send({"values": values})
         return values
 
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """A block in which all work together and wait for each other without a word here: if one leaves before all are at its end, the others end."""
+        before, self._in_step = self._in_step, True
+        self._check_left()
+        try:
+            yield
+        finally:
+            self._in_step = before
+        self.gather(None)
+
     def leave(self, timeout: float | None = None) -> bool:
         """Says good-bye and waits for everyone else's, process 0 with its own until it has all others'; False if another ends early, or one is
         missing after `timeout` seconds. Without it as long as the others work: the end of a connection is noticed."""
@@ -104,8 +119,8 @@ class Meeting:
         for index, values in self._values.items():
             if not self.rank.index and not values.empty() and not self._byes[index].is_set():
                 self._waits_in_vain(index)
-        if self.rank.index:
-            self.lines[0].send({"bye": 1})
+        for line in self.lines.values():
+            line.send({"bye": 1} if self.rank.index else {"left": 0})
         for bye in self._byes.values():
             if not bye.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
                 return False
@@ -148,10 +163,29 @@ class Meeting:
                 continue
             elif "bye" in message:  # process 0's is the last word; of another the end is still to be noticed
                 self._over = self._over or index == 0
+                if index:
+                    self._note_left(index)
                 self._byes[index].set()
                 self._values[index].put(LEFT)
                 continue
+            elif "left" in message:
+                self._note_left(message["left"])
+                continue
             return
+
+    def _note_left(self, index: int) -> None:
+        if self._left is not None:
+            return
+        self._left = index
+        for other, line in self.lines.items() if not self.rank.index else ():
+            if other != index:
+                line.send({"left": index})
+        self._check_left()
+
+    def _check_left(self) -> None:
+        if self._in_step and self._left is not None:
+            one, other = self._name(self._left), self._name(self.rank.index)
+            self._end(f"{one} is done, and {other} works with it: {ALIKE}", -1, died=False)
 
     def _waits_in_vain(self, index: int) -> None:
         self._end(f"process 0 is done, and {self._name(index)} waits for it: {ALIKE}", -1, died=False)

@@ -4,7 +4,7 @@
     row            row number in the catalog
     observation_id names the observation's random numbers: `posterior.sample(..., observation_id=...)` repeats them
     status         "ok", "invalid" (x is unusable), "failed" (sampling it raised) or "quarantined" (it kills or hangs its process)
-    message        why, where not ok
+    message        why, where not ok; of an "ok" row, that its x lies far outside the simulations; else null
     mean, sd, q05, q50, q95 (any quantiles)    float32 [parameters], over all draws
     draws          arrow.fixed_shape_tensor float32 [draws, dim_theta, ch_theta]; every `thin`-th draw; may be left out
 

@@ -53,6 +53,7 @@ class Trained:
     facts: dict[str, Any]
 
 
+@processes.in_step()
 def train(
     network: Network,
     method: Method,
@@ -75,7 +76,8 @@ def train(
     groups of its own (a streamed folder with enough of them) batches depend on the number of processes. A stream that ends early ends the training,
     with a warning.
 
-    Raises ValueError for a run directory of another training, processes that differ in what they train and a stream of less than one batch, RuntimeError if the loss becomes NaN.
+    Raises ValueError for a run directory of another training, processes that differ in what they train and a stream of less than one batch, RuntimeError if the training or
+    validation loss becomes NaN or infinite, before a checkpoint of it.
     """
     key = keys.as_key(key)
     nsteps, val_every, save_every = config.nsteps or 1, config.val_every or 1, config.save_every or 1
@@ -199,12 +201,9 @@ def train(
                 if not parts:
                     break
                 train_loss = sum(c * float(part) for c, part in parts) / sum(c for c, _ in parts)
-                if not math.isfinite(train_loss):
-                    raise RuntimeError(
-                        f"the training loss became {train_loss} by update {step}: lower max_lr (now {config.max_lr}) or check the data "
-                        f"for extreme values." + (f" The last good state is kept in {root}." if root else "")
-                    )
+                _check_finite("training", train_loss, step, config, root, saved)
                 state, val = together(validate, state, held_out, np.float32(train_loss))
+                _check_finite("validation", float(val), step, config, root, saved)
                 losses.append(train_loss)
                 val_losses.append(float(val))
                 bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{val_losses[-1]:.4f}")
@@ -275,6 +274,16 @@ def _stacked(stream: Iterator[Pairs], count: int, mesh: jax.sharding.Mesh, parte
         ), len(batches)
     even = theta.shape[1] % meshes.data_size(mesh) == 0
     return meshes.put((theta, x), split if even else meshes.replicated(mesh)), len(batches)
+
+
+def _check_finite(which: str, loss: float, step: int, config: TrainingConfig, root: str | None, saved: int) -> None:
+    if math.isfinite(loss):
+        return
+    kept = f", and keeps the state of update {saved}" if saved else ""
+    elsewhere = f", in another run directory: {root} is this training's{kept}" if root else ""
+    raise RuntimeError(
+        f"the {which} loss became {loss} by update {step}: lower max_lr (now {config.max_lr}) or check the data for extreme values{elsewhere}."
+    )
 
 
 def _digest(params: Any) -> str:

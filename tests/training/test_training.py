@@ -1,5 +1,6 @@
 """Training: learns an exact posterior, the same on any mesh, resumes to the same bits, refuses what it cannot train on."""
 
+import contextlib
 import json
 
 import jax
@@ -12,8 +13,10 @@ from flax import nnx
 from distsbi import ConditionalPipeline, MLPFlowPipeline, MLPParams, Prior, mesh as meshes
 from distsbi.data import write_pairs
 from distsbi.networks import MLP
+from distsbi.processes import Rank, job
 from distsbi.tasks import get_task
 from distsbi.training import TrainingConfig, loop, rows
+from distsbi.training.update import Learner
 
 SMALL = MLPParams(2, 2, width=16, depth=2)
 # AdamW compiles in half the time of Muon, which the tests of accuracy, of meshes and of kills use.
@@ -443,8 +446,53 @@ def test_bad_options():
         _pipeline(iter(_batches(_pairs())), _pairs(100), batch_size=None).train(nnx.Rngs(0))
 
 
-def test_a_loss_that_diverges_is_an_error():
-    with pytest.raises(RuntimeError, match="lower max_lr"):
-        pipeline = _pipeline(nsteps=200)
+@pytest.mark.parametrize(("which", "kept"), [("training", 20), ("validation", 10)])
+def test_what_is_kept_of_a_training_that_diverges(which, kept, tmp_path, monkeypatch):
+    """The last checkpoint whose losses are finite."""
+    run, method = tmp_path / "run", {"training": "advance", "validation": "validate"}[which]
+    inner = getattr(Learner, method)
+
+    def diverging(*given):
+        state, loss = inner(*given)
+        return state, jnp.where(state.step > kept, jnp.nan, loss)
+
+    monkeypatch.setattr(Learner, method, diverging)
+    says = rf"the {which} loss became nan by update {kept + 10}: .* another run directory: {run} is this training's, and keeps the state of update {kept}\."
+    with pytest.raises(RuntimeError, match=says):
+        _pipeline(nsteps=40, save_every=10, checkpoint_dir=str(run)).train(nnx.Rngs(0))
+    assert max(int(name.name) for name in (run / "checkpoints").iterdir()) == kept
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(10, kept + 1, 10))
+    assert np.all(np.isfinite([line["val_loss"] for line in logged]))
+
+
+def test_all_processes_train_in_step(monkeypatch):
+    """So that one that leaves ends those that wait for its devices."""
+
+    class Alone:
+        rank = Rank("localhost:1", 1, 0)
+        gather = staticmethod(lambda value: [value])
+        now = False
+
+        @contextlib.contextmanager
+        def in_step(self):
+            self.now = True
+            yield
+
+    def meet(mesh):
+        raise InterruptedError("in step" if alone.now else "alone")
+
+    monkeypatch.setattr(job, "_meeting", alone := Alone())
+    monkeypatch.setattr(loop.meshes, "meet", meet)
+    with pytest.raises(InterruptedError, match="in step"):
+        _pipeline().train(nnx.Rngs(0))
+
+
+def test_a_loss_that_diverges_is_an_error(tmp_path):
+    """And says nothing of a state that is kept, where there is none."""
+    with pytest.raises(
+        RuntimeError, match=rf"lower max_lr .* in another run directory: {tmp_path} is this training's\.$"
+    ):
+        pipeline = _pipeline(nsteps=200, checkpoint_dir=str(tmp_path))
         pipeline.augment = lambda key, theta, x: (theta, x * jnp.inf)
         pipeline.train(nnx.Rngs(0))
