@@ -154,6 +154,10 @@ def test_key_words_and_aliases():
     np.testing.assert_array_equal(base, same)
     np.testing.assert_array_equal(posterior.get_sampler(x)(rng=1, nsamples=20), base)
     assert posterior.sample(1, x, method="Euler", steps=2).shape == (10_000, 2, 1)
+    many = np.arange(6.0).reshape(2, 3, 1)
+    np.testing.assert_array_equal(
+        posterior.sample_batched(1, x_o=many, nsamples=5), posterior.sample_batched(1, many, 5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,14 @@ def test_user_errors(arguments, says):
 
 def test_batch_errors_and_failed_solves():
     posterior = random_mlp_posterior()
+    many = np.ones((2, 3, 1))
+    for arguments, says in (
+        ({}, "give xs or x_o, one of them is needed"),
+        ({"xs": many, "x_o": many}, "not both"),
+        ({"x": many}, r"'x'. Did you mean x_o\?"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            posterior.sample_batched(0, nsamples=5, **arguments)
     with pytest.raises(ValueError, match=r"'observation_id'. Did you mean observation_ids\?"):
         posterior.sample_batched(0, np.ones((2, 3, 1)), 5, observation_id=1)
     with pytest.raises(ValueError, match="given= is for joint networks"):
