@@ -204,7 +204,7 @@ def train(
                         f"the training loss became {train_loss} by update {step}: lower max_lr (now {config.max_lr}) or check the data "
                         f"for extreme values." + (f" The last good state is kept in {root}." if root else "")
                     )
-                state, val = together(validate, state, held_out, np.float32(train_loss))
+                state, val = together(validate, state, held_out)
                 losses.append(train_loss)
                 val_losses.append(float(val))
                 bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{val_losses[-1]:.4f}")
@@ -220,10 +220,19 @@ def train(
     finally:
         if checkpoints is not None:
             checkpoints.__exit__()
-    best = state.best if math.isfinite(float(state.best_loss)) else state.ema
+    best, best_loss = state.best, float(state.best_loss)
+    validated = math.isfinite(best_loss)
+    if not validated:
+        best = state.ema
+        if first_process:
+            warnings.warn(
+                "no validation loss was a finite number, so the averaged weights of the last update are kept; check the validation set for "
+                "extreme values.",
+                stacklevel=3,
+            )
     seconds = time.perf_counter() - started
     facts = {
-        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
+        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": best_loss if validated else None,
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
         "updates_per_second": round((int(state.step) - first) / seconds, 2),
     }  # fmt: skip
