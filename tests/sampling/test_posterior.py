@@ -276,7 +276,7 @@ def test_far_observations_are_found_on_the_host_in_blocks(monkeypatch):
     posterior, seen = gaussian_posterior(facts={"x_extent": [1.0, 1.5]}), []
     forward = Standardizer.forward_x
     monkeypatch.setattr(Standardizer, "forward_x", lambda s, x: (seen.append(forward(s, x)), seen[-1])[1])
-    monkeypatch.setattr(posterior, "draw", lambda key, xs, nsamples, **_: np.zeros((len(xs), nsamples, 3, 1)))
+    monkeypatch.setattr(posterior, "_draw", lambda key, xs, ids, nsamples, _: np.zeros((len(xs), nsamples, 3, 1)))
     xs = np.zeros((9_000, 2, 1), np.float32)
     xs[100, 1], xs[8_500, 1] = 4.0, 9.0
     with pytest.warns(UserWarning, match=r"x\[8500\] lies far .* its entry 1, 9, is 6 times"):
