@@ -13,6 +13,7 @@ Training folds a tag of its purpose in first, so that no update has the key of a
     seed key --fold_in(UPDATES)--fold_in(step)--> split: data, augmentation, times, noise, pose
     seed key --fold_in(EPOCHS)--fold_in(epoch)--> shuffle
     key 0 --fold_in(VALIDATION)--fold_in(batch)--> split: times, noise, pose
+    key 0 --fold_in(AUGMENTED)--fold_in(purpose)--fold_in(block)--> augmentation of pairs outside the updates
 
 Simulations have a key for the theta of each block of rows, and one for the simulator at each row:
 
@@ -31,6 +32,7 @@ from jaxtyping import Array, Float, Key, UInt32
 IMPL = "threefry2x32"
 MAX_DRAWS = 2**32
 UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epoc", "vali"
+AUGMENTED, FOR_SCALES, FOR_VALIDATION = 0x6175676D, 0, 1  # "augm", and its purposes
 THETAS, SIMULATIONS = 0x74686574, 0x73696D75  # "thet", "simu"
 
 
@@ -154,6 +156,11 @@ def epoch_key(key: Key[Array, ""], epoch: Array) -> Key[Array, ""]:
 def validation_keys(batch: Array) -> Key[Array, "3"]:
     """The three keys of a validation batch, the same in every validation of every run: times, noise, pose."""
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(as_key(0), VALIDATION), batch), 3)
+
+
+def augmentation_key(purpose: int, block: int) -> Key[Array, ""]:
+    """The key of the augmentation of a block of pairs outside the updates, the same in every run; `purpose`: FOR_SCALES or FOR_VALIDATION."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(as_key(0), AUGMENTED), purpose), block)
 
 
 def theta_key(key: Key[Array, ""], block: int) -> Key[Array, ""]:

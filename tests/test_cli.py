@@ -226,6 +226,10 @@ def test_info(distsbi: Cli, untrained: Path) -> None:
     assert "MLP" in out
     assert "theta_0 in (-1, 1), theta_1 in (-1, 1)" in out
     assert json.loads(distsbi("info", untrained, "--json")[1])["network"]["name"] == "MLP"
+    from distsbi.cli.info import _certificate
+
+    says = _certificate({"met": False, "chosen": {"q95": None}})  # of grids that all failed
+    assert says == "NOT under tolerance: more than 5 % of draws are not finite"
 
 
 def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ def test_every_purpose_has_a_key_of_its_own():
     augments = [k for step in steps for k in jax.random.split(keys.training_keys(key, step)[1], 5)]
     epochs = [keys.epoch_key(key, epoch) for epoch in range(5)]
     validation = [k for batch in (0, 1) for k in keys.validation_keys(batch)]
+    augmented = [keys.augmentation_key(*where) for where in ((0, 0), (0, 1), (1, 0), (1, 1))]
     users = [key, *jax.random.split(key, 5)]
-    found = [keys.key_words(k) for k in (*updates, *augments, *epochs, *validation, *users)]
+    found = [keys.key_words(k) for k in (*updates, *augments, *epochs, *validation, *augmented, *users)]
     assert len(set(found)) == len(found)
 
 

@@ -1,5 +1,6 @@
 """The facade: the user's guide as it is written, runs taken up again, and what a failure after training leaves."""
 
+import inspect
 import pickle
 import warnings
 
@@ -13,13 +14,17 @@ from distsbi import (
     Flux1FlowPipeline,
     MLPDiffusionPipeline,
     MLPFlowPipeline,
+    MLPParams,
     Prior,
     SimformerFlowPipeline,
+    UnconditionalPipeline,
     get_task,
     load,
 )
 from distsbi.data import write_pairs
+from distsbi.networks import MLP
 from distsbi.pipelines import PIPELINES
+from distsbi.sampling import Posterior
 
 pytestmark = pytest.mark.lightly_compiled
 
@@ -134,6 +139,70 @@ def test_a_grid_that_misses_its_tolerance_is_told(monkeypatch):
     certificate = pipeline.posterior.facts["certificate"]
     assert not certificate["met"]
     assert certificate["chosen"] in certificate["candidates"]
+
+
+def test_the_grid_is_that_of_both_weights_and_chosen_again(tmp_path, monkeypatch):
+    for name, value in (("TOLERANCE", 1e9), ("TOLERANCE_Q95", 1e9), ("REFERENCE_STEPS", 4)):
+        monkeypatch.setattr(f"distsbi.sampling.calibrate.{name}", value)
+    monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("multistep", 3),))
+    pipeline = make(calibrate=True)
+    pipeline.train(nnx.Rngs(0))
+    for use_ema in (True, False):
+        drawn, same = (
+            pipeline.sample(rng=0, x_o=X, nsamples=20, use_ema=use_ema, **grid)
+            for grid in ({}, {"solver": "multistep", "steps": 3})
+        )
+        np.testing.assert_array_equal(drawn, same)
+    pipeline.save(tmp_path / "run")
+    monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("euler", 2),))
+    again = make().restore(tmp_path / "run")
+    certificate = again.calibrate()
+    again.save(tmp_path / "run")
+    found = load(tmp_path / "run")
+    assert found.facts["certificate"] == certificate != pipeline.posterior.facts["certificate"]
+    assert (found.default_solver.rule, found.default_solver.evaluations) == ("euler", 2)
+    again.posterior.facts["student"] = {}
+    with pytest.raises(ValueError, match="calibrate its teacher"):
+        again.calibrate()
+    unfit = MLPFlowPipeline(None, None, 2, 2, params=SMALL, prior=TASK.prior).restore(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no observations; make it with its training set"):
+        unfit.calibrate()
+
+
+def test_every_call_is_handed_to_the_weights_that_are_asked_for():
+    class Recorder:
+        """Says what was asked of it, by name."""
+
+        def __init__(self, weights):
+            self.weights = weights
+
+        def __getattr__(self, name):
+            method = inspect.signature(getattr(Posterior, name))
+
+            def call(*arguments, **options):
+                bound = method.bind(self, *arguments, **options)  # as the posterior takes it
+                return self.weights, name, bound.arguments.get("nsamples")
+
+            return call
+
+    pipeline = make()
+    alone = UnconditionalPipeline(MLP(MLPParams(2, 1, **SMALL)), None, None, 2, mesh={"data": 1})
+    for made in (pipeline, alone):
+        made._posterior, made._last = Recorder("averaged"), Recorder("last")
+    x = {pipeline: (X,), alone: ()}
+    for made in (pipeline, alone):
+        for options, weights in (({}, "averaged"), ({"use_ema": True}, "averaged"), ({"use_ema": False}, "last")):
+            assert made.sample(0, *x[made], 7, **options) == (weights, "sample", 7)
+            assert made.get_sampler(*x[made], **options) == (weights, "get_sampler", None)
+            assert made.log_prob(X, *x[made], **options) == (weights, "log_prob", None)
+            assert made.sample_and_log_prob(0, *x[made], 7, **options) == (weights, "sample_and_log_prob", 7)
+            assert made.map(*x[made], nsamples=7, **options) == (weights, "map", 7)
+            assert made.sample_dataset("draws", 0, *x[made], 7, **options) == (weights, "sample_dataset", 7)
+            assert made.sample_dataset("draws", rng=0, nsamples=7, **options) == (weights, "sample_dataset", 7)
+    for use_ema, weights in ((True, "averaged"), (False, "last")):
+        assert pipeline.log_prob_batched(X, X, use_ema=use_ema) == (weights, "log_prob_batched", None)
+        assert pipeline.sample_batched(0, X, 7, use_ema=use_ema) == (weights, "sample_batched", 7)
+        assert pipeline.sample_batched(rng=0, x_o=X, nsamples=7, use_ema=use_ema) == (weights, "sample_batched", 7)
 
 
 def test_a_prior_of_other_names_than_the_pairs_is_refused(tmp_path):

@@ -53,10 +53,10 @@ def _certificate(found: dict[str, Any] | None) -> str:
     """What the choice of the grid says of its error."""
     if not found or "chosen" not in found:
         return f"none: {(found or {}).get('says', 'the grid was not chosen by measurement')}"
-    verdict = "under tolerance" if found["met"] else "NOT under tolerance"
-    return (
-        f"{verdict}: 95 % of draws within {found['chosen']['q95']:.2g} of the posterior's local scale of a tight solve"
-    )
+    verdict, q95 = "under tolerance" if found["met"] else "NOT under tolerance", found["chosen"]["q95"]
+    if q95 is None:
+        return f"{verdict}: more than 5 % of draws are not finite"
+    return f"{verdict}: 95 % of draws within {q95:.2g} of the posterior's local scale of a tight solve"
 
 
 @cli.command()

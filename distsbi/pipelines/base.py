@@ -29,9 +29,9 @@ from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
 from distsbi.pipelines.given import check_module, check_state, names_of, nets_by_part, on_packed
 from distsbi.pipelines.identity import training_identity
-from distsbi.sampling import DistillConfig, Posterior, distill
+from distsbi.sampling import Dataset, DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
-from distsbi.sampling.checks import one_of, standardised
+from distsbi.sampling.checks import standardised
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.run import load, model_spec, read_spec
 from distsbi.solvers import Solver
@@ -39,7 +39,7 @@ from distsbi.training import Trained, TrainingConfig, train
 from distsbi.training.loop import run_root
 from distsbi.training.update import Pose, conditional
 
-UNFINISHED = "training was interrupted before the grid was chosen; give it again to choose one"
+UNFINISHED = "training was interrupted before the grid was chosen; give it again, or restore it in its pipeline and call calibrate()"
 EXTENT_ENTRIES = 4_096
 AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside training
 
@@ -167,7 +167,7 @@ class ConditionalPipeline:
 
         Raises ValueError without a training set, or where `checkpoint_dir` holds another training.
         """
-        if self._source is None or self._validation is None:
+        if self._source is None:
             raise ValueError(
                 "this pipeline was made for inference (train_dataset=None); make one with a training set to train."
             )
@@ -177,7 +177,7 @@ class ConditionalPipeline:
             **({} if nsteps is None else {"nsteps": nsteps}),
         )
         config = base.resolve(self._source.size)
-        validation = self._augmented(self._validation, 1)
+        validation = self._held_out()
         standardizer = self._standardizer if self._standardizer is not None else self._fit(*self._fit_pairs())
         standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
         identity = training_identity(
@@ -187,19 +187,35 @@ class ConditionalPipeline:
             self.model, self.method, standardizer, self._source, validation, key, config,
             mesh=self.mesh, augment=self.augment, pose=self.pose, identity=identity,
         )  # fmt: skip
-        self._finish(trained, standardizer, validation[1], config)
+        self._take(trained, standardizer)
+        root = run_root(config)
+        if config.calibrate:
+            if root is not None:  # what was learned is on the disk before anything else can fail
+                self.posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
+                self.posterior.save(root)
+            self._use_grid(*self._choose_grid(self.posterior, validation[1]))
+        if root is not None:
+            self.posterior.save(root)
         return trained.losses, trained.val_losses
 
-    def _augmented(self, pairs: Pairs, seed: int) -> Pairs:
+    def _held_out(self) -> Pairs:
+        """The validation pairs as training sees them. Raises ValueError without a training set."""
+        if self._validation is None:
+            raise ValueError(
+                "this pipeline was made for inference (train_dataset=None): it holds no observations; make it with its training set."
+            )
+        return self._augmented(self._validation, keys.FOR_VALIDATION)
+
+    def _augmented(self, pairs: Pairs, purpose: int) -> Pairs:
         """Pairs as training sees them, under fixed random numbers: what scales are fitted on, and validation is made of. Block by block: all
         of a training set need not fit on a device."""
         if self.augment is None:
             return pairs
-        augment, key, made = jax.jit(self.augment), jax.random.key(seed), []
+        augment, made = jax.jit(self.augment), []
         rows = max(1, AUGMENT_BYTES // sum(part[0].nbytes for part in pairs))
-        for number, start in enumerate(range(0, len(pairs[0]), rows)):
-            block_key = jax.random.fold_in(key, number) if number else key
-            made.append(jax.device_get(augment(block_key, *(part[start : start + rows] for part in pairs))))
+        for block, start in enumerate(range(0, len(pairs[0]), rows)):
+            key = keys.augmentation_key(purpose, block)
+            made.append(jax.device_get(augment(key, *(part[start : start + rows] for part in pairs))))
         thetas, xs = zip(*made, strict=True)
         return np.concatenate(thetas), np.concatenate(xs)
 
@@ -210,33 +226,47 @@ class ConditionalPipeline:
         if self.augment is not None and len(pairs[0]) > FIT_PAIRS:
             some = np.linspace(0, len(pairs[0]) - 1, FIT_PAIRS).round().astype(int)
             pairs = pairs[0][some], pairs[1][some]
-        return self._augmented(pairs, 0)
+        return self._augmented(pairs, keys.FOR_SCALES)
 
-    def _finish(self, trained: Trained, standardizer: Standardizer, xs: np.ndarray, config: TrainingConfig) -> None:
+    def _take(self, trained: Trained, standardizer: Standardizer) -> None:
+        """Makes the posteriors of the averaged weights and of the last."""
         assert self._source is not None
         facts: dict[str, Any] = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
-        facts["x_extent"] = self._extent(self._last.scales)
-        self._last.facts = facts
-        self._posterior = self._make_posterior(trained.params, standardizer, None, facts)
+        self._last.facts["x_extent"] = self._extent(self._last.scales)
+        self._posterior = self._make_posterior(trained.params, standardizer, None, self._last.facts)
         nnx.update(self.model, trained.params)
-        root = run_root(config)
-        if config.calibrate:
-            if root is not None:  # what was learned is on the disk before anything else can fail
-                self._posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
-                self._posterior.save(root)
-            solver, certificate = calibrate(self._posterior, xs)
-            if not certificate["met"]:
-                warnings.warn(
-                    f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
-                    f"posterior's local scale (tolerance {certificate['tolerance']['q95']}); the velocity may be rough, so train longer, or sample with "
-                    f'solver="tsit5".',
-                    stacklevel=3,
-                )
-            facts = {**facts, "certificate": certificate}
-            self._posterior = self._make_posterior(trained.params, standardizer, solver, facts)
-        if root is not None:
-            self._posterior.save(root)
+
+    def calibrate(self) -> dict[str, Any]:
+        """Chooses and certifies the sampling grid on validation pairs, as `train` does; it is used from then on, and saved with the run. Returns
+        the certificate. Raises ValueError before training, without a training set, and for a student."""
+        posterior = self.posterior
+        if posterior.is_student:
+            raise ValueError("this run is a student, made to draw in steps of its own; calibrate its teacher.")
+        solver, certificate = self._choose_grid(posterior, self._held_out()[1])
+        self._use_grid(solver, certificate)
+        return certificate
+
+    def _choose_grid(self, posterior: Posterior, xs: np.ndarray) -> tuple[Solver, dict[str, Any]]:
+        """(the grid, its certificate); warns of one that misses its tolerance."""
+        solver, certificate = calibrate(posterior, xs)
+        if not certificate["met"]:
+            warnings.warn(
+                f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
+                f"posterior's local scale (tolerance {certificate['tolerance']['q95']}); the velocity may be rough, so train longer, or sample with "
+                f'solver="tsit5".',
+                stacklevel=3,
+            )
+        return solver, certificate
+
+    def _use_grid(self, solver: Solver, certificate: dict[str, Any]) -> None:
+        """Makes this the grid of the posterior, and of the weights before averaging, which are of the same flow."""
+        for posterior in self._both():
+            posterior.default_solver, posterior.facts["certificate"] = solver, certificate
+
+    def _both(self) -> list[Posterior]:
+        """The posteriors of the averaged weights and, after training, of the last."""
+        return [posterior for posterior in (self._posterior, self._last) if posterior is not None]
 
     def _extent(self, scales: Standardizer) -> list[float]:
         """The largest absolute standardised value of every entry of x among pairs of the training set; one number for all where they are
@@ -250,9 +280,7 @@ class ConditionalPipeline:
     @property
     def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:
         """An observation that was held out of training. Raises ValueError without a training set."""
-        if self._validation is None:
-            raise ValueError("this pipeline was made for inference (train_dataset=None): it holds no observations.")
-        return self._augmented(self._validation, 1)[1][:1]
+        return self._held_out()[1][:1]
 
     def restore(self, path: str | os.PathLike[str]) -> Self:
         """Takes up a saved run of the same network and method: its weights, scales and sampling grid, to sample from or to go on training
@@ -330,24 +358,43 @@ class ConditionalPipeline:
         use_ema: bool = True,
         **options: Any,
     ) -> Float[np.ndarray, "nsamples batch dim_obs ch_obs"]:
-        """Draws for many observations. See `Posterior.sample_batched`."""
-        return self._chosen(use_ema).sample_batched(one_of("rng", rng, "key", key), xs, nsamples, **options)
+        """Draws for many observations, `xs` or `x_o`. See `Posterior.sample_batched`."""
+        return self._chosen(use_ema).sample_batched(key, xs, nsamples, rng=rng, **options)
 
-    def log_prob(self, theta: Any, x_o: Any, **options: Any) -> Float[np.ndarray, "n"]:
+    def sample_dataset(
+        self,
+        path: str | os.PathLike[str],
+        key: Any = None,
+        x_o: Any = None,
+        nsamples: int = 1_000_000,
+        *,
+        use_ema: bool = True,
+        **options: Any,
+    ) -> Dataset:
+        """`sample` into a Parquet dataset, a folder of parts. See `Posterior.sample_dataset`."""
+        return self._chosen(use_ema).sample_dataset(path, key, x_o, nsamples, **options)
+
+    def log_prob(self, theta: Any, x_o: Any, *, use_ema: bool = True, **options: Any) -> Float[np.ndarray, "n"]:
         """log p(theta | x_o). See `Posterior.log_prob`."""
-        return self.posterior.log_prob(theta, x_o, **options)
+        return self._chosen(use_ema).log_prob(theta, x_o, **options)
 
-    def log_prob_batched(self, theta: Any, xs: Any, **options: Any) -> Float[np.ndarray, "n batch"]:
+    def log_prob_batched(
+        self, theta: Any, xs: Any, *, use_ema: bool = True, **options: Any
+    ) -> Float[np.ndarray, "n batch"]:
         """log p(theta[:, i] | xs[i]) for many observations. See `Posterior.log_prob_batched`."""
-        return self.posterior.log_prob_batched(theta, xs, **options)
+        return self._chosen(use_ema).log_prob_batched(theta, xs, **options)
 
-    def sample_and_log_prob(self, key: Any = None, x_o: Any = None, nsamples: int = 10_000, **options: Any) -> Any:
+    def sample_and_log_prob(
+        self, key: Any = None, x_o: Any = None, nsamples: int = 10_000, *, use_ema: bool = True, **options: Any
+    ) -> Any:
         """(draws, their log p(theta | x_o)). See `Posterior.sample_and_log_prob`."""
-        return self.posterior.sample_and_log_prob(key, x_o, nsamples, **options)
+        return self._chosen(use_ema).sample_and_log_prob(key, x_o, nsamples, **options)
 
-    def map(self, x_o: Any, **options: Any) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:
+    def map(
+        self, x_o: Any, *, use_ema: bool = True, **options: Any
+    ) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:
         """(theta, log p) at the maximum a posteriori. See `Posterior.map`."""
-        return self.posterior.map(x_o, **options)
+        return self._chosen(use_ema).map(x_o, **options)
 
     def distill(self, segments: int = 2, **options: Any) -> Posterior:
         """A student that draws in `segments` evaluations, trained on the data x of the training set without new simulations; a
@@ -356,12 +403,11 @@ class ConditionalPipeline:
         Its distance from this posterior on held-out observations is in `student.facts["distance"]`. `options`: see `DistillConfig`.
         Raises ValueError without a training set.
         """
-        if self._source is None or self._validation is None:
+        if self._source is None:
             raise ValueError("distilling needs data x: make the pipeline with its training set.")
         _, xs = self._fit_pairs()
         student, _ = distill(self.posterior, xs, DistillConfig(segments=segments, **options))
-        held_out = self._augmented(self._validation, 1)[1]
-        student.facts["distance"] = distance(self.posterior, student, held_out)
+        student.facts["distance"] = distance(self.posterior, student, self._held_out()[1])
         return student
 
     def save(self, path: str) -> None:

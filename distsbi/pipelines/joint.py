@@ -3,6 +3,7 @@
 A joint model learns them by random masks of what is given. A density without conditions is one whose x is always 0.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +16,8 @@ from distsbi.networks import JointNetwork, Unconditional
 from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline
 from distsbi.pipelines.given import check_module
-from distsbi.sampling import Posterior
-from distsbi.sampling.calibrate import calibrate
-from distsbi.sampling.joint import JointPosterior, pattern_key
+from distsbi.sampling import Dataset, Posterior
+from distsbi.sampling.joint import JointPosterior, X, pattern_key
 from distsbi.solvers import Solver
 from distsbi.training import ConditionMasks, TrainingConfig
 from distsbi.training.update import MASK_SHARES
@@ -74,23 +74,23 @@ class JointPipeline(ConditionalPipeline):
             names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts,
         )  # fmt: skip
 
-    def calibrate(self, given: Sequence[str]) -> dict[str, Any]:
+    def calibrate(self, given: Sequence[str] = (X,)) -> dict[str, Any]:
         """Chooses and certifies the sampling grid of the pattern where the tokens named are given, on validation pairs; it is used from
         then on, and saved with the run. Returns the certificate. Raises ValueError before training, and without a training set."""
         posterior = self.posterior
-        if self._validation is None:
-            raise ValueError("calibrating needs observations: make the pipeline with its training set.")
         assert isinstance(posterior, JointPosterior)
         fixed = sorted(posterior.tokens(given))
-        tokens = np.concatenate(self._augmented(self._validation, 1), 1)
+        tokens = np.concatenate(self._held_out(), 1)
         pattern = posterior.pattern(given)
-        solver, certificate = calibrate(pattern, tokens[:, fixed])
+        solver, certificate = self._choose_grid(pattern, tokens[:, fixed])
         if pattern is posterior:
-            posterior.default_solver, posterior.facts["certificate"] = solver, certificate
-        else:
-            patterns = posterior.facts.setdefault("patterns", {})
-            patterns[pattern_key(fixed)] = {"solver": solver.to_dict(), "certificate": certificate}
-        posterior.forget_patterns()
+            self._use_grid(solver, certificate)
+        for made in self._both():
+            assert isinstance(made, JointPosterior)
+            if pattern is not posterior:
+                patterns = made.facts.setdefault("patterns", {})
+                patterns[pattern_key(fixed)] = {"solver": solver.to_dict(), "certificate": certificate}
+            made.forget_patterns()
         return certificate
 
 
@@ -123,17 +123,39 @@ class UnconditionalPipeline(ConditionalPipeline):
         """A function `sampler(key, nsamples)`, compiled once. See `Posterior.get_sampler`."""
         return self._chosen(use_ema).get_sampler(NOTHING, **options)
 
-    def log_prob(self, theta: Any, **options: Any) -> Float[np.ndarray, "n"]:  # type: ignore[override]
+    def sample_dataset(  # type: ignore[override]
+        self,
+        path: str | os.PathLike[str],
+        key: Any = None,
+        nsamples: int = 1_000_000,
+        *,
+        use_ema: bool = True,
+        **options: Any,
+    ) -> Dataset:
+        """`sample` into a Parquet dataset, a folder of parts. See `Posterior.sample_dataset`."""
+        return self._chosen(use_ema).sample_dataset(path, key, NOTHING, nsamples, **options)
+
+    def log_prob(self, theta: Any, *, use_ema: bool = True, **options: Any) -> Float[np.ndarray, "n"]:  # type: ignore[override]
         """log p(theta). See `Posterior.log_prob`."""
-        return self.posterior.log_prob(theta, NOTHING, **options)
+        return self._chosen(use_ema).log_prob(theta, NOTHING, **options)
 
-    def sample_and_log_prob(self, key: Any = None, nsamples: int = 10_000, **options: Any) -> Any:  # type: ignore[override]
+    def sample_and_log_prob(  # type: ignore[override]
+        self, key: Any = None, nsamples: int = 10_000, *, use_ema: bool = True, **options: Any
+    ) -> Any:
         """(draws, their log p(theta)). See `Posterior.sample_and_log_prob`."""
-        return self.posterior.sample_and_log_prob(key, NOTHING, nsamples, **options)
+        return self._chosen(use_ema).sample_and_log_prob(key, NOTHING, nsamples, **options)
 
-    def map(self, **options: Any) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:  # type: ignore[override]
+    def map(self, *, use_ema: bool = True, **options: Any) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:  # type: ignore[override]
         """(theta, log p) at the maximum. See `Posterior.map`."""
-        return self.posterior.map(NOTHING, **options)
+        return self._chosen(use_ema).map(NOTHING, **options)
+
+    def sample_batched(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: there are no observations."""
+        raise ValueError("a density without conditions has no observations to draw for; use sample(key, nsamples).")
+
+    def log_prob_batched(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: there are no observations."""
+        raise ValueError("a density without conditions has no observations; use log_prob(theta).")
 
 
 def _with_nothing(theta: Any) -> Any:

@@ -309,13 +309,18 @@ class Posterior(Densities):
         nsamples: int = 10_000,
         *,
         rng: Any = None,
+        x_o: Any = None,
         observation_ids: Any = None,
         **options: Any,
     ) -> Float[np.ndarray, "nsamples batch dim_theta ch_theta"]:
-        """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles. Raises as `draw` does."""
-        key = one_of("rng", rng, "key", key)
-        xs = warn_far(self.check_xs(xs), self.scales, self.facts.get("x_extent"))
-        return np.moveaxis(self.draw(key, xs, nsamples, observation_ids=observation_ids, **options), -4, -3)
+        """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles; `xs` and `x_o`, `rng` and `key` mean the same.
+        Raises as `draw` does."""
+        words = ("rng", "key", "xs", "x_o", "nsamples", "observation_ids")
+        chosen = SampleOptions.parse(options, words, self.no_given)
+        key = keys.as_key(one_of("rng", rng, "key", key))
+        xs = warn_far(self.check_xs(one_of("xs", xs, "x_o", x_o)), self.scales, self.facts.get("x_extent"))
+        drawn = self._draw(key, xs, as_ids(observation_ids, len(xs)), check_nsamples(nsamples), chosen)
+        return np.moveaxis(drawn, -4, -3)
 
     def save(self, path: str) -> None:
         """Writes the run directory."""

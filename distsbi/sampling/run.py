@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -83,8 +84,17 @@ def make_spec(posterior: Posterior) -> dict[str, Any]:
         "weights_sha256": digest,
         "fingerprint": fingerprint(model, digest),
         "versions": versions(),
-        "facts": posterior.facts,
+        "facts": _as_json(posterior.facts),
     }
+
+
+def _as_json(fact: Any) -> Any:
+    """A fact with None for every number that JSON has no word for: NaN and the infinities."""
+    if isinstance(fact, Mapping):
+        return {name: _as_json(value) for name, value in fact.items()}
+    if isinstance(fact, (list, tuple)):
+        return [_as_json(value) for value in fact]
+    return None if isinstance(fact, float) and not math.isfinite(fact) else fact
 
 
 def _checkpointer() -> Any:

@@ -25,15 +25,16 @@ class TrainingConfig:
         max_lr, min_lr: learning rate after warm-up and at the end.
         warmup_steps: linear warm-up, in updates.
         decay_transition: fraction of `nsteps` at constant `max_lr` before the cosine decay.
-        weight_decay: of matrices, decoupled (times the learning rate, in every update).
+        weight_decay: decoupled (times the learning rate, in every update): with "muon" of the matrices that Muon takes, whose sides are 32 or more,
+            with "adamw" of all matrices; never of biases, scales and tables of ids, whose own names contain "bias", "scale" or "embedding".
         clip_norm: bound on the global gradient norm.
         multistep: updates whose gradients are averaged into one.
         ema_decay: of the averaged weights, which are the ones sampled with.
         val_every: updates between validations.
         val_fraction: held out of the training set where no validation set is given.
         val_draws: noise levels per validation pair (fixed).
-        early_stopping: stop after `patience` validations without improvement; best weights are kept either way.
-        val_error_ratio: a validation loss above this many times the training loss counts as no improvement; None: off.
+        early_stopping: stop after `patience` validations in a row that are not good; the weights of the lowest validation loss are kept either way.
+        val_error_ratio: a validation is good if its loss is at most so many times the lowest before it; None: if it is lower than that.
         save_every: updates between checkpoints, a multiple of `val_every`.
         checkpoint_dir: run directory written while training, and resumed from; None: nothing is written.
         experiment_id: subfolder of `checkpoint_dir`.

@@ -202,7 +202,7 @@ def train(
                     break
                 train_loss = sum(c * float(part) for c, part in parts) / sum(c for c, _ in parts)
                 _check_finite("training", train_loss, step, config, root, saved)
-                state, val = together(validate, state, held_out, np.float32(train_loss))
+                state, val = together(validate, state, held_out)
                 _check_finite("validation", float(val), step, config, root, saved)
                 losses.append(train_loss)
                 val_losses.append(float(val))
@@ -219,10 +219,19 @@ def train(
     finally:
         if checkpoints is not None:
             checkpoints.__exit__()
-    best = state.best if math.isfinite(float(state.best_loss)) else state.ema
+    best, best_loss = state.best, float(state.best_loss)
+    validated = math.isfinite(best_loss)
+    if not validated:
+        best = state.ema
+        if first_process:
+            warnings.warn(
+                "no validation loss was a finite number, so the averaged weights of the last update are kept; check the validation set for "
+                "extreme values.",
+                stacklevel=3,
+            )
     seconds = time.perf_counter() - started
     facts = {
-        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
+        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": best_loss if validated else None,
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
         "updates_per_second": round((int(state.step) - first) / seconds, 2),
     }  # fmt: skip

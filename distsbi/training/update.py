@@ -111,7 +111,9 @@ MASK_SHARES = {  # of p(theta | x), p(theta, x), p(x | theta) and the Bernoulli 
 MUON_SIZE = (
     32  # the smaller side of the matrices that Muon takes; embeddings of a few numbers and read-outs are AdamW's
 )
-_NO_MATRIX = re.compile("bias|scale|embedding")
+# By the weight's own name, whatever the module that it is in is called: biases, scales and tables of ids, stacked ones too; and what the Simformer
+# makes of values and times.
+_NO_MATRIX = re.compile(r"\['\w*(bias|scale|embedding)\w*'\](\.value)?$|\['embedding_(net_value|time)'\]")
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -251,8 +253,9 @@ class Learner:
         state, losses = jax.lax.scan(update, state, data if self.draw is None else None, length=count)
         return state, losses.mean()
 
-    def validate(self, state: TrainState, batches: Batch, train_loss: Array) -> tuple[TrainState, Float[Array, ""]]:
-        """Loss of the averaged weights on stacked validation batches under fixed noise; keeps the best weights."""
+    def validate(self, state: TrainState, batches: Batch) -> tuple[TrainState, Float[Array, ""]]:
+        """Loss of the averaged weights on stacked validation batches under fixed noise; keeps the best weights, and counts the validations in
+        a row that early stopping is patient with."""
 
         def one(numbered: tuple[Array, Batch]) -> Array:
             number, batch = numbered
@@ -261,13 +264,12 @@ class Learner:
 
         count = batches[0].shape[0]
         loss = jnp.mean(jax.lax.map(one, (jnp.arange(count), batches)))
-        good = loss < state.best_loss
-        if self.config.val_error_ratio is not None:
-            good &= loss <= self.config.val_error_ratio * train_loss
-        best = jax.tree.map(lambda b, e: jnp.where(good, e, b), state.best, state.ema)
+        better, ratio = loss < state.best_loss, self.config.val_error_ratio
+        good = better if ratio is None else loss <= ratio * state.best_loss
+        best = jax.tree.map(lambda b, e: jnp.where(better, e, b), state.best, state.ema)
         stale = jnp.where(good, 0, state.stale + 1)
         return dataclasses.replace(
-            state, best=best, best_loss=jnp.where(good, loss, state.best_loss), stale=stale
+            state, best=best, best_loss=jnp.where(better, loss, state.best_loss), stale=stale
         ), loss
 
     def _split(self, size: int) -> jax.sharding.NamedSharding:

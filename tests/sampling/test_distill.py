@@ -62,6 +62,8 @@ def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
     x = np.zeros((1, 2, 1), np.float32)
     np.testing.assert_array_equal(again.sample(0, x, 300), student.sample(0, x, 300))
     assert again.facts["student"]["teacher"] == pipeline.posterior.fingerprint
+    with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations"):
+        again.sample(0, x + 1e4, 5)
     for call, says in (
         (lambda: again.sample(0, x, 5, steps=8), "this run is a student"),
         (lambda: again.log_prob(np.zeros((1, 2, 1)), x), "has no log_prob; use its teacher"),

@@ -236,13 +236,20 @@ def test_a_users_own_joint_module(tmp_path, monkeypatch):
     pipeline.save(tmp_path / "run")
     np.testing.assert_array_equal(load(tmp_path / "run", network=Own).sample(0, x_o, 9), draws)
     monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("multistep", 3),))
-    certificate = pipeline.calibrate(["x"])  # the pattern that the posterior itself is
+    pipeline.calibrate(["b"])
+    for use_ema in (True, False):
+        drawn, same = (
+            pipeline.sample(rng=0, given={"b": 0.5}, nsamples=9, use_ema=use_ema, **grid)
+            for grid in ({}, {"solver": "multistep", "steps": 3})
+        )
+        np.testing.assert_array_equal(drawn, same)
+    certificate = pipeline.calibrate()  # of the pattern that the posterior itself is
     pipeline.save(tmp_path / "run")
     for posterior in (pipeline.posterior, load(tmp_path / "run", network=Own)):
         assert posterior.default_solver.evaluations == 3
         assert posterior.facts["certificate"] == certificate
     unfit = JointPipeline(Own(), None, None, 2, 2, mesh={"data": 2}).restore(tmp_path / "run")
-    with pytest.raises(ValueError, match="calibrating needs observations"):
+    with pytest.raises(ValueError, match="holds no observations; make it with its training set"):
         unfit.calibrate(["x"])
 
 
@@ -270,6 +277,16 @@ def test_density_estimation_without_conditions(kind, tmp_path):
     pipeline.save(tmp_path / "run")
     nothing = np.zeros((1, 1, 1))
     np.testing.assert_array_equal(load(tmp_path / "run").sample(0, nothing, 7), pipeline.sample(rng=0, nsamples=7))
+
+
+def test_a_density_without_conditions_takes_no_observations():
+    from distsbi.networks import MLP, MLPParams
+
+    pipeline = UnconditionalPipeline(MLP(MLPParams(2, 1, width=8, depth=1)), None, None, 2, mesh={"data": 1})
+    with pytest.raises(ValueError, match=r"no observations to draw for; use sample\(key, nsamples\)"):
+        pipeline.sample_batched(0, nsamples=5)
+    with pytest.raises(ValueError, match=r"no observations; use log_prob\(theta\)"):
+        pipeline.log_prob_batched(np.zeros((5, 2, 1)))
 
 
 def test_sizes_that_do_not_fit():

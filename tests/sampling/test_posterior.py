@@ -154,6 +154,10 @@ def test_key_words_and_aliases():
     np.testing.assert_array_equal(base, same)
     np.testing.assert_array_equal(posterior.get_sampler(x)(rng=1, nsamples=20), base)
     assert posterior.sample(1, x, method="Euler", steps=2).shape == (10_000, 2, 1)
+    many = np.arange(6.0).reshape(2, 3, 1)
+    np.testing.assert_array_equal(
+        posterior.sample_batched(1, x_o=many, nsamples=5), posterior.sample_batched(1, many, 5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,14 @@ def test_user_errors(arguments, says):
 
 def test_batch_errors_and_failed_solves():
     posterior = random_mlp_posterior()
+    many = np.ones((2, 3, 1))
+    for arguments, says in (
+        ({}, "give xs or x_o, one of them is needed"),
+        ({"xs": many, "x_o": many}, "not both"),
+        ({"x": many}, r"'x'. Did you mean x_o\?"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            posterior.sample_batched(0, nsamples=5, **arguments)
     with pytest.raises(ValueError, match=r"'observation_id'. Did you mean observation_ids\?"):
         posterior.sample_batched(0, np.ones((2, 3, 1)), 5, observation_id=1)
     with pytest.raises(ValueError, match="given= is for joint networks"):
@@ -264,7 +276,7 @@ def test_far_observations_are_found_on_the_host_in_blocks(monkeypatch):
     posterior, seen = gaussian_posterior(facts={"x_extent": [1.0, 1.5]}), []
     forward = Standardizer.forward_x
     monkeypatch.setattr(Standardizer, "forward_x", lambda s, x: (seen.append(forward(s, x)), seen[-1])[1])
-    monkeypatch.setattr(posterior, "draw", lambda key, xs, nsamples, **_: np.zeros((len(xs), nsamples, 3, 1)))
+    monkeypatch.setattr(posterior, "_draw", lambda key, xs, ids, nsamples, _: np.zeros((len(xs), nsamples, 3, 1)))
     xs = np.zeros((9_000, 2, 1), np.float32)
     xs[100, 1], xs[8_500, 1] = 4.0, 9.0
     with pytest.warns(UserWarning, match=r"x\[8500\] lies far .* its entry 1, 9, is 6 times"):

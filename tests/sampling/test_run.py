@@ -57,6 +57,24 @@ def test_each_kind_of_device_has_its_tile(saved, monkeypatch):
         assert set(load(path).spec["tile"]) == {"cpu", "gpu", "tpu"}
 
 
+def test_the_spec_is_json_whatever_the_facts_are(run_dir):
+    """A certificate of grids that all fail holds infinite errors."""
+    facts = {
+        "certificate": {"q95": np.inf, "candidates": [{"median": -np.inf, "steps": 8}]},
+        "loss": np.nan,
+        "steps": 3,
+    }
+    random_mlp_posterior(facts=facts).save(run_dir)
+
+    def no_json(name):
+        raise AssertionError(name)
+
+    json.loads((run_dir / "spec.json").read_text(), parse_constant=no_json)
+    again = load(run_dir).facts
+    assert again["certificate"] == {"q95": None, "candidates": [{"median": None, "steps": 8}]}
+    assert (again["loss"], again["steps"]) == (None, 3)
+
+
 def test_nothing_is_pickled(saved):
     _, path = saved
     for file in path.rglob("*"):

@@ -1,6 +1,7 @@
 """Training: learns an exact posterior, the same on any mesh, resumes to the same bits, refuses what it cannot train on."""
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -12,10 +13,10 @@ from flax import nnx
 
 from distsbi import ConditionalPipeline, MLPFlowPipeline, MLPParams, Prior, mesh as meshes
 from distsbi.data import write_pairs
-from distsbi.networks import MLP
+from distsbi.networks import MLP, Simformer, SimformerParams
 from distsbi.processes import Rank, job
 from distsbi.tasks import get_task
-from distsbi.training import TrainingConfig, loop, rows
+from distsbi.training import TrainingConfig, loop, rows, update
 from distsbi.training.update import Learner
 
 SMALL = MLPParams(2, 2, width=16, depth=2)
@@ -286,6 +287,8 @@ def test_pairs_are_augmented_in_blocks_and_some_for_scales(monkeypatch):
     theta, x = pipeline._fit_pairs()
     assert len(theta) == 250 and traced == [100, 50]
     assert len(np.unique(x)) == x.size  # every block has noise of its own
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(pipeline._fit_pairs()[1], x)
 
 
 @pytest.mark.parametrize(("n", "devices", "used"), [(1_000, 2, 1_000), (513, 2, 512), (600, 8, 592), (3, 8, 8)])
@@ -340,6 +343,73 @@ def test_early_stopping_keeps_the_best():
     assert len(val_losses) < 80
     facts = pipeline.posterior.facts["training"]
     assert facts["best_val_loss"] == pytest.approx(min(val_losses))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "stale"), [(None, [0, 1, 2, 0, 1, 2]), (1.3, [0, 0, 1, 0, 1, 0]), (1.0, [0, 1, 2, 0, 1, 0])]
+)
+def test_what_patience_counts(monkeypatch, ratio, stale):
+    """With `val_error_ratio` only what is above so many times the lowest so far; the best weights are those of the lowest either way."""
+    monkeypatch.setattr(update.Learner, "loss", lambda self, params, *_: params)  # weights that are their loss
+    config = TrainingConfig(val_error_ratio=ratio)
+    learner = update.Learner(None, None, None, None, config, None, None, epoch=0)  # type: ignore[arg-type]
+    one = jnp.zeros(1)
+    state = learner.init(jnp.float32(jnp.inf), jnp.zeros(2, jnp.uint32), 0)
+    counted = []
+    for loss in (1.0, 1.2, 1.4, 0.9, 1.2, 0.9):
+        state, found = learner.validate(dataclasses.replace(state, ema=jnp.float32(loss)), (one, one))
+        assert found == np.float32(loss)
+        counted.append(int(state.stale))
+    assert counted == stale
+    assert state.best == state.best_loss == np.float32(0.9)
+
+
+def test_no_finite_validation_loss_is_told(run_dir):
+    theta, x = _pairs(100, seed=1)
+    pipeline = _pipeline(val=(theta, x * np.float32(1e38)), checkpoint_dir=str(run_dir))
+    with pytest.warns(UserWarning, match="no validation loss was a finite number"):
+        _, val_losses = pipeline.train(nnx.Rngs(0))
+    assert not np.isfinite(val_losses).any()
+    assert json.loads((run_dir / "spec.json").read_text())["facts"]["training"]["best_val_loss"] is None
+
+
+class _Named(nnx.Module):
+    """Modules named as weights of other kinds are, and those weights."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embedding, self.scale_net = (nnx.Linear(48, 48, rngs=rngs) for _ in range(2))
+        self.bias_net, self.small = nnx.Linear(64, 32, rngs=rngs), nnx.Linear(48, 8, rngs=rngs)
+        self.ids, self.norm = nnx.Embed(48, 48, rngs=rngs), nnx.LayerNorm(48, rngs=rngs)
+        self.pos_embedding, self.stacked_bias1 = nnx.Param(jnp.ones((48, 48))), nnx.Param(jnp.ones((48, 48)))
+
+
+LARGE, SMALLER = {"embedding.kernel", "scale_net.kernel", "bias_net.kernel"}, {"small.kernel"}
+
+
+@pytest.mark.parametrize(("optimizer", "decayed"), [("muon", LARGE), ("adamw", LARGE | SMALLER)])
+def test_which_weights_decay(optimizer, decayed):
+    """A step without a gradient moves what decays alone."""
+    params = nnx.state(_Named(), nnx.Param)
+    tool = update.make_optimizer(TrainingConfig(nsteps=10, optimizer=optimizer, weight_decay=1.0))
+    step, _ = tool.update(jax.tree.map(jnp.zeros_like, params), tool.init(params), params)
+    moved = {".".join(map(str, path)) for path, leaf in nnx.to_flat_state(step) if np.any(leaf[...])}
+    assert moved == decayed
+
+
+def test_no_matrices_of_the_simformer():
+    """Tables of ids, and what it makes of values and times, wide ones too: the figures were measured so."""
+    sizes = {"val_emb_dim": 40, "id_emb_dim": 40, "cond_emb_dim": 40, "num_heads": 2, "depth": 2}
+    state = nnx.state(Simformer(SimformerParams(in_channels=1, dim_joint=40, **sizes)), nnx.Param)
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    names = [
+        jax.tree_util.keystr(path[:-1], simple=True, separator=".")
+        for path, leaf in flat
+        if leaf.ndim > 1 and not update._is_matrix(path, leaf)
+    ]
+    value = [f"embedding_net_value.{name}" for name in ("in_layer.kernel", "out_layer.kernel", "p_skip")]
+    others = [name for name in names if not name.endswith(("bias", "scale"))]
+    assert sorted(others) == ["condition_embedding", "embedding_net_id.embedding", *value, "embedding_time.B"]
 
 
 def test_named_parameters_travel():
