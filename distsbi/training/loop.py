@@ -219,26 +219,16 @@ def train(
     finally:
         if checkpoints is not None:
             checkpoints.__exit__()
-    best, best_loss = state.best, float(state.best_loss)
-    validated = math.isfinite(best_loss)
-    if not validated:
-        best = state.ema
-        if first_process:
-            warnings.warn(
-                "no validation loss was a finite number, so the averaged weights of the last update are kept; check the validation set for "
-                "extreme values.",
-                stacklevel=3,
-            )
     seconds = time.perf_counter() - started
     facts = {
-        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": best_loss if validated else None,
+        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
         "updates_per_second": round((int(state.step) - first) / seconds, 2),
     }  # fmt: skip
     whole_state = jax.jit(lambda tree: as_kept(tree, own), out_shardings=whole)
     local = lambda tree: jax.tree.map(jax.numpy.asarray, jax.device_get(tree)) if several else tree  # noqa: E731
     merge = lambda tree: nnx.merge_state(local(whole_state(tree)), rest)  # noqa: E731
-    return Trained(merge(best), merge(state.params), losses, val_losses, facts)
+    return Trained(merge(state.best), merge(state.params), losses, val_losses, facts)
 
 
 def run_root(config: TrainingConfig) -> str | None:

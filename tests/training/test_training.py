@@ -364,15 +364,6 @@ def test_what_patience_counts(monkeypatch, ratio, stale):
     assert state.best == state.best_loss == np.float32(0.9)
 
 
-def test_no_finite_validation_loss_is_told(run_dir):
-    theta, x = _pairs(100, seed=1)
-    pipeline = _pipeline(val=(theta, x * np.float32(1e38)), checkpoint_dir=str(run_dir))
-    with pytest.warns(UserWarning, match="no validation loss was a finite number"):
-        _, val_losses = pipeline.train(nnx.Rngs(0))
-    assert not np.isfinite(val_losses).any()
-    assert json.loads((run_dir / "spec.json").read_text())["facts"]["training"]["best_val_loss"] is None
-
-
 class _Named(nnx.Module):
     """Modules named as weights of other kinds are, and those weights."""
 
