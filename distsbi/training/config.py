@@ -26,7 +26,8 @@ class TrainingConfig:
         warmup_steps: linear warm-up, in updates.
         decay_transition: fraction of `nsteps` at constant `max_lr` before the cosine decay.
         weight_decay: decoupled (times the learning rate, in every update): with "muon" of the matrices that Muon takes, whose sides are 32 or more,
-            with "adamw" of all matrices; never of biases, scales and tables of ids, whose own names contain "bias", "scale" or "embedding".
+            with "adamw" of all matrices; never of biases, scales and tables of ids, whose own names contain "bias", "scale" or "embedding", nor of
+            what the Simformer makes of values and times.
         clip_norm: bound on the global gradient norm.
         multistep: updates whose gradients are averaged into one.
         ema_decay: of the averaged weights, which are the ones sampled with.
