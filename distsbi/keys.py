@@ -14,6 +14,11 @@ Training folds a tag of its purpose in first, so that no update has the key of a
     seed key --fold_in(EPOCHS)--fold_in(epoch)--> shuffle
     key 0 --fold_in(VALIDATION)--fold_in(batch)--> split: times, noise, pose
 
+The pairs that `distsbi train` simulates before it trains, and the updates of a student, whose seed is its own:
+
+    seed key --fold_in(PAIRS)--> pairs
+    seed key --fold_in(step)--> split: data, noise, who begins a segment where, times --fold_in(segment)--> times of a segment
+
 Simulations have a key for the theta of each block of rows, and one for the simulator at each row:
 
     seed key --fold_in(THETAS)--fold_in(high word)--fold_in(low word)--> theta of a block
@@ -31,6 +36,7 @@ from jaxtyping import Array, Float, Key, UInt32
 IMPL = "threefry2x32"
 MAX_DRAWS = 2**32
 UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epoc", "vali"
+PAIRS = 2**31
 THETAS, SIMULATIONS = 0x74686574, 0x73696D75  # "thet", "simu"
 
 
@@ -154,6 +160,21 @@ def epoch_key(key: Key[Array, ""], epoch: Array) -> Key[Array, ""]:
 def validation_keys(batch: Array) -> Key[Array, "3"]:
     """The three keys of a validation batch, the same in every validation of every run: times, noise, pose."""
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(as_key(0), VALIDATION), batch), 3)
+
+
+def pairs_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key of pairs that are simulated for a training with this key."""
+    return jax.random.fold_in(key, PAIRS)
+
+
+def student_keys(key: Key[Array, ""], step: Array) -> Key[Array, "4"]:
+    """The four keys of a student's update: data, noise, which rows begin a segment where the student arrives, times."""
+    return jax.random.split(jax.random.fold_in(key, step), 4)
+
+
+def segment_key(times: Key[Array, ""], segment: int) -> Key[Array, ""]:
+    """The key of one segment's times."""
+    return jax.random.fold_in(times, segment)
 
 
 def theta_key(key: Key[Array, ""], block: int) -> Key[Array, ""]:
