@@ -15,6 +15,11 @@ Training folds a tag of its purpose in first, so that no update has the key of a
     key 0 --fold_in(VALIDATION)--fold_in(batch)--> split: times, noise, pose
     key 0 --fold_in(AUGMENTED)--fold_in(purpose)--fold_in(block)--> augmentation of pairs outside the updates
 
+The pairs that `distsbi train` simulates before it trains, and the updates of a student, whose seed is its own:
+
+    seed key --fold_in(PAIRS)--> pairs
+    seed key --fold_in(step)--> split: data, noise, who begins a segment where, times --fold_in(segment)--> times of a segment
+
 Simulations have a key for the theta of each block of rows, and one for the simulator at each row:
 
     seed key --fold_in(THETAS)--fold_in(high word)--fold_in(low word)--> theta of a block
@@ -33,6 +38,7 @@ IMPL = "threefry2x32"
 MAX_DRAWS = 2**32
 UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epoc", "vali"
 AUGMENTED, FOR_SCALES, FOR_VALIDATION = 0x6175676D, 0, 1  # "augm", and its purposes
+PAIRS = 2**31
 THETAS, SIMULATIONS = 0x74686574, 0x73696D75  # "thet", "simu"
 
 
@@ -161,6 +167,21 @@ def validation_keys(batch: Array) -> Key[Array, "3"]:
 def augmentation_key(purpose: int, block: int) -> Key[Array, ""]:
     """The key of the augmentation of a block of pairs outside the updates, the same in every run; `purpose`: FOR_SCALES or FOR_VALIDATION."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(as_key(0), AUGMENTED), purpose), block)
+
+
+def pairs_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key of pairs that are simulated for a training with this key."""
+    return jax.random.fold_in(key, PAIRS)
+
+
+def student_keys(key: Key[Array, ""], step: Array) -> Key[Array, "4"]:
+    """The four keys of a student's update: data, noise, which rows begin a segment where the student arrives, times."""
+    return jax.random.split(jax.random.fold_in(key, step), 4)
+
+
+def segment_key(times: Key[Array, ""], segment: int) -> Key[Array, ""]:
+    """The key of one segment's times."""
+    return jax.random.fold_in(times, segment)
 
 
 def theta_key(key: Key[Array, ""], block: int) -> Key[Array, ""]:

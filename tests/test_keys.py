@@ -41,9 +41,27 @@ def test_every_purpose_has_a_key_of_its_own():
     epochs = [keys.epoch_key(key, epoch) for epoch in range(5)]
     validation = [k for batch in (0, 1) for k in keys.validation_keys(batch)]
     augmented = [keys.augmentation_key(*where) for where in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    students = [k for step in steps for k in keys.student_keys(key, step)]
+    students += [keys.segment_key(keys.student_keys(key, step)[3], k) for step in steps for k in (0, 1)]
     users = [key, *jax.random.split(key, 5)]
-    found = [keys.key_words(k) for k in (*updates, *augments, *epochs, *validation, *augmented, *users)]
+    every = (*updates, *augments, *epochs, *validation, *augmented, *students, keys.pairs_key(key), *users)
+    found = [keys.key_words(k) for k in every]
     assert len(set(found)) == len(found)
+
+
+def test_keys_of_pairs_and_students_are_pinned():
+    """Runs of before were made with them; the default generator does not matter."""
+    with jax.default_prng_impl("rbg"):
+        key = keys.as_key(7)
+        found = [keys.pairs_key(key), keys.student_keys(key, 3)[2], keys.segment_key(key, 1)]
+        found = [keys.key_words(k) for k in found]
+    key = jax.random.key(7)
+    then = [
+        jax.random.fold_in(key, 2**31),
+        jax.random.split(jax.random.fold_in(key, 3), 4)[2],
+        jax.random.fold_in(key, 1),
+    ]
+    assert found == [keys.key_words(k) for k in then]
 
 
 def test_ids_past_32_bits_differ():

@@ -157,6 +157,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
     """The pipeline that the configuration names, trained, and its validation losses."""
     from flax import nnx
 
+    from distsbi import keys
     from distsbi.data.pairs import open_pairs
     from distsbi.data.prior import parse_prior
     from distsbi.data.stream import StreamedPairs
@@ -176,7 +177,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         task = get_task(config.data.task or "")
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
         prior = task.prior
-        dataset = task if config.data.n is None else task.pairs(_data_key(config.seed), config.data.n)
+        dataset = task if config.data.n is None else task.pairs(keys.pairs_key(keys.as_key(config.seed)), config.data.n)
     pipeline = PIPELINES[config.pipeline](
         dataset,
         None,
@@ -192,10 +193,3 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
     )
     _, val_losses = pipeline.train(nnx.Rngs(config.seed))
     return pipeline, val_losses
-
-
-def _data_key(seed: int) -> Any:
-    """The key of simulations made for a training with this seed: none that the training itself uses."""
-    import jax
-
-    return jax.random.fold_in(jax.random.key(seed), 2**31)

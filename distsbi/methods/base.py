@@ -10,19 +10,18 @@ One loss, one family of solvers and one log-density serve all methods; a method 
 """
 
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 Time = Float[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """A path and a prediction target. Subclasses are final: frozen dataclasses of plain numbers, hashable and JSON-able."""
 
     @abstractmethod
@@ -62,6 +61,8 @@ class Method:
     predicts_velocity: ClassVar[bool] = False
     # Whether noise is left at t = 1, where sigma(1) > 0 keeps the score finite, and E[x | x_1] takes it out.
     denoises: ClassVar[bool] = False
+    # Steps of Runge-Kutta of order four on the method's grid for a density: where two modes part, 95 % of its errors are under about 0.01.
+    density_steps: ClassVar[int] = 32
 
     def weight(self, t: Time) -> Time:
         """Weight of the squared error at t."""
@@ -145,8 +146,7 @@ class Moment:
         return self.alpha + self.sigma
 
 
-def karras_ratios(first: float, last: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """steps + 1 noise ratios sigma / alpha from `first` down to `last`, equally spaced in their rho-th root
+def karras(u: Any, first: float, last: float, rho: float = 7.0) -> Any:
+    """Noise ratios sigma / alpha from `first` at u = 0 down to `last` at u = 1: equal steps of u are equal steps of their rho-th root
     (Karras et al. 2206.00364, eq. 5)."""
-    u = np.linspace(0.0, 1.0, steps + 1)
     return (first ** (1 / rho) + u * (last ** (1 / rho) - first ** (1 / rho))) ** rho

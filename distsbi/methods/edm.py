@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from distsbi.methods.base import Method, Time
+from distsbi.methods.base import Method, Time, karras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,7 @@ class EDM(Method):
         return jnp.ones_like(t)
 
     def sigma(self, t: Time) -> Time:
-        first, last = self._roots
-        return (first + t * (last - first)) ** self.rho
+        return karras(t, self.sigma_max, self.sigma_min, self.rho)
 
     def d_alpha(self, t: Time) -> Time:
         return jnp.zeros_like(t)
@@ -63,7 +62,7 @@ class EDM(Method):
         return sigma / norm, -1.0 / norm
 
     def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
-        return self._time(jnp.exp(self.p_mean + self.p_std * jax.random.normal(key, shape)))
+        return self._time(jnp.exp(self.p_mean + self.p_std * jax.random.normal(key, shape, jnp.float32)))
 
     def _time(self, sigma: Time) -> Time:
         first, last = self._roots

@@ -39,6 +39,7 @@ class FlowMatching(Method):
     scale_input: bool = True
 
     predicts_velocity: ClassVar[bool] = True
+    density_steps: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         if self.times not in TIMES:
@@ -67,14 +68,14 @@ class FlowMatching(Method):
 
     def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
         key_u, key_share = jax.random.split(key)
-        u = jax.random.uniform(key_u, shape)
+        u = jax.random.uniform(key_u, shape, jnp.float32)
         if self.times == "uniform":
             return u
         if self.times == "logit_normal":
             drawn = jax.nn.sigmoid(self.logit_mean + self.logit_std * jax.scipy.special.ndtri(u))
         else:
             drawn = u ** (1.0 / (1.0 + self.tilt))
-        plain = jax.random.uniform(key_share, shape) < self.uniform
+        plain = jax.random.uniform(key_share, shape, jnp.float32) < self.uniform
         return jnp.where(plain, u, drawn)
 
     def c_in(self, t: Time) -> Time:

@@ -9,14 +9,14 @@ from the data; our time t, from the noise, is 1 at the smallest s that is traine
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from distsbi.methods.base import Method, Time, karras_ratios
+from distsbi.methods.base import Method, Time, karras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ScoreMatchingVP(Method):
     eps: float = 1e-5
 
     denoises: ClassVar[bool] = True
+    density_steps: ClassVar[int] = 40
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min < self.beta_max or not 0 < self.eps < 1:
@@ -42,20 +43,26 @@ class ScoreMatchingVP(Method):
     def _s(self, t: Time) -> Time:
         return (1.0 - t) + t * self.eps
 
-    def _integral(self, t: Time) -> Time:
+    def _integral(self, s: Any) -> Any:
         """int_0^s beta."""
-        s = self._s(t)
         return s * (self.beta_min + 0.5 * s * (self.beta_max - self.beta_min))
+
+    def _time(self, ratio: Any, xp: Any) -> Any:
+        """The time t where sigma / alpha is `ratio`; `xp`: jax's numpy, or numpy itself for float64."""
+        integral, slope = xp.log1p(ratio**2), self.beta_max - self.beta_min
+        # s from beta_min s + slope s^2 / 2 = integral, in the form that does not cancel
+        s = 2.0 * integral / (self.beta_min + xp.sqrt(self.beta_min**2 + 2.0 * slope * integral))
+        return (1.0 - s) / (1.0 - self.eps)
 
     def _beta(self, t: Time) -> Time:
         """-d/dt of the integral."""
         return (1.0 - self.eps) * (self.beta_min + self._s(t) * (self.beta_max - self.beta_min))
 
     def alpha(self, t: Time) -> Time:
-        return jnp.exp(-0.5 * self._integral(t))
+        return jnp.exp(-0.5 * self._integral(self._s(t)))
 
     def sigma(self, t: Time) -> Time:
-        return jnp.sqrt(-jnp.expm1(-self._integral(t)))
+        return jnp.sqrt(-jnp.expm1(-self._integral(self._s(t))))
 
     def d_alpha(self, t: Time) -> Time:
         return 0.5 * self._beta(t) * self.alpha(t)
@@ -67,25 +74,15 @@ class ScoreMatchingVP(Method):
         return jnp.zeros_like(t), jnp.ones_like(t)
 
     def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
-        return jax.random.uniform(key, shape)
+        return jax.random.uniform(key, shape, jnp.float32)
 
     def time_at(self, tau: Time) -> Time:
-        integral = jnp.log1p(((1.0 - tau) / tau) ** 2)
-        slope = self.beta_max - self.beta_min
-        # s from beta_min s + slope s^2 / 2 = integral, in the form that does not cancel
-        s = 2.0 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2.0 * slope * integral))
-        return jnp.clip((1.0 - s) / (1.0 - self.eps), 0.0, 1.0)
+        return jnp.clip(self._time((1.0 - tau) / tau, jnp), 0.0, 1.0)
 
     def grid(self, steps: int) -> tuple[float, ...]:
         """Karras' grid of noise ratios, in the times of this path."""
-        slope = self.beta_max - self.beta_min
-
-        def ratio(s: float) -> float:
-            return math.sqrt(math.expm1(s * (self.beta_min + 0.5 * s * slope)))
-
-        integral = np.log1p(karras_ratios(ratio(1.0), ratio(self.eps), steps) ** 2)
-        s = 2.0 * integral / (self.beta_min + np.sqrt(self.beta_min**2 + 2.0 * slope * integral))
-        times = (1.0 - s) / (1.0 - self.eps)
+        first, last = (math.sqrt(math.expm1(self._integral(s))) for s in (1.0, self.eps))
+        times = self._time(karras(np.linspace(0.0, 1.0, steps + 1), first, last), np)
         return (0.0, *(float(t) for t in times[1:-1]), 1.0)
 
 
@@ -124,7 +121,7 @@ class ScoreMatchingVE(Method):
         return jnp.zeros_like(t), jnp.ones_like(t)
 
     def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
-        return jax.random.uniform(key, shape)
+        return jax.random.uniform(key, shape, jnp.float32)
 
     def time_at(self, tau: Time) -> Time:
         return jnp.clip(jnp.log((1.0 - tau) / tau / self.sigma_max) / self._log_range, 0.0, 1.0)

@@ -9,8 +9,9 @@ tree and, with `conditioning="joint"`, whose function this is (see `networks.gen
 
 Two ways for the data to enter:
 - "joint": both streams attend to both, at every step and for every draw. Context: the data's tokens.
-- "one_way": data tokens attend only to data tokens and are modulated by vec(1), the time of clean data. The whole data stream
-  is then a function of x alone: `encode` runs it once and keeps each block's keys and values, shared by all draws.
+- "one_way": data tokens attend only to data tokens and are modulated by vec(1), at every step (a constant: the time of clean data, but for
+  EDM, which tells the network ln(sigma) / 4). The whole data stream is then a function of x alone: `encode` runs it once and keeps each
+  block's keys and values, shared by all draws.
 """
 
 import dataclasses

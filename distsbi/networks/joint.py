@@ -7,8 +7,8 @@
 sample serves every conditional.
 
 - "joint" conditioning: all tokens attend to all, at every step and for every draw (as Simformer, Gloeckler et al. 2404.09636).
-- "one_way": given tokens attend to given tokens alone and are modulated by the time of clean data, so `encode` runs them once and
-  keeps each layer's keys and values, shared by all draws.
+- "one_way": given tokens attend to given tokens alone and are modulated by the time 1, at every step (a constant: that of clean data, but
+  for EDM, which tells the network ln(sigma) / 4), so `encode` runs them once and keeps each layer's keys and values, shared by all draws.
 
 Under a random mask (training) which tokens are given differs from pair to pair: both kinds then run one sequence of all tokens, and
 "one_way" is a matter of which keys a query sees and which time a token has.

@@ -18,7 +18,7 @@ class Maker:
     dtype: Any
 
     def normal(self, scale: float, *shape: int) -> nnx.Param:
-        return nnx.Param((scale * jax.random.normal(self.rngs.params(), shape)).astype(self.dtype))
+        return nnx.Param((scale * jax.random.normal(self.rngs.params(), shape, jnp.float32)).astype(self.dtype))
 
     def constant(self, value: float, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.full(shape, value, self.dtype))

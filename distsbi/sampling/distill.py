@@ -35,7 +35,7 @@ from distsbi.sampling.posterior import Posterior
 from distsbi.solvers import Field, FixedGrid
 from distsbi.solvers.field import known
 from distsbi.training import TrainingConfig
-from distsbi.training.update import as_kept, in_float32, make_optimizer
+from distsbi.training.update import as_kept, averaged, in_float32, make_optimizer
 
 DISPATCH = 50  # updates per dispatch
 OBJECTIVES = ("endpoint", "consistency", "mean_flow")
@@ -190,7 +190,7 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
     ) -> Array:
         """What is left between the student and its goal at one random time of each row's path, [batch, 1, ...]."""
         rows = jnp.arange(size)
-        j = jax.random.randint(key, (size,), 0, len(segment.taus) - 1)
+        j = jax.random.randint(key, (size,), 0, len(segment.taus) - 1, jnp.int32)
         Y, tau = path[j, rows], jnp.asarray(segment.taus)[j]
         left = (segment.taus[-1] - tau)[:, None, None, None]
 
@@ -209,17 +209,17 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
 
     def update(carry: Any, _: Any, weights: Any, data: Array, key: Array) -> Any:
         params, ema, opt, step = carry
-        k_x, k_z, k_who, k_when = jax.random.split(jax.random.fold_in(key, step), 4)
-        rows = jax.random.randint(k_x, (size,), 0, data.shape[0])
+        k_x, k_z, k_who, k_when = keys.student_keys(key, step)
+        rows = jax.random.randint(k_x, (size,), 0, data.shape[0], jnp.int32)
         x: Any = jax.lax.with_sharding_constraint(data[rows], split)
-        z = jax.random.normal(k_z, (size, 1, *shape))
+        z = jax.random.normal(k_z, (size, 1, *shape), jnp.float32)
         frozen = nnx.merge(teacher.graphdef, weights.params)
         field = make_field(frozen, method)
         context, _ = encode(frozen, weights.standardizer, x)
         own = nnx.merge(teacher.graphdef, jax.lax.stop_gradient(params))
         own_context, _ = encode(own, weights.standardizer, x)
         own_field = make_field(own, flow)
-        arrives = jax.random.bernoulli(k_who, config.on_policy, (size, 1, 1, 1))
+        arrives = jax.random.bernoulli(k_who, jnp.float32(config.on_policy), (size, 1, 1, 1))
         starts: list[Array] = []
         paths: list[Array] = []
         Y: Array = z
@@ -235,12 +235,12 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
             network = nnx.merge(teacher.graphdef, params)
             inner, _ = encode(network, weights.standardizer, x)
             student = make_field(network, flow)
-            total = jnp.zeros(())
+            total = jnp.zeros((), jnp.float32)
             for k, (start, path, segment) in enumerate(zip(starts, paths, segments, strict=True)):
                 if config.objective == "endpoint":
                     r = start + (grid[k + 1] - grid[k]) * student.velocity(begin[k], start, inner) - path[-1]
                 else:
-                    r = neighbours(student, inner, field, context, segment, path, jax.random.fold_in(k_when, k))
+                    r = neighbours(student, inner, field, context, segment, path, keys.segment_key(k_when, k))
                 r2 = jnp.mean(r**2, axis=(-2, -1))
                 total += jnp.mean(jnp.sqrt(r2 + config.softness**2) - config.softness)
             return total / (len(grid) - 1)
@@ -248,8 +248,7 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
         value, gradient = jax.value_and_grad(loss)(params)
         change, opt = optimizer.update(gradient, opt, params)
         params = optax.apply_updates(params, change)
-        decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+        ema = averaged(ema, params, step, config.ema_decay)
         return (params, ema, opt, step + 1), value
 
     def advance(state: Any, weights: Any, data: Array, key: Array, count: int) -> tuple[Any, Array]:

@@ -143,7 +143,8 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
 
     def signs(like: Array, probe: Array) -> Array:
         assert noise is not None
-        return jnp.where(noise(jnp.uint32(2**31) + probe.astype(jnp.uint32)) < 0, -1.0, 1.0).reshape(like.shape)
+        fresh = noise(jnp.uint32(2**31) + probe.astype(jnp.uint32))
+        return jnp.where(fresh < 0, -1.0, 1.0).astype(like.dtype).reshape(like.shape)
 
     if divergence.probes:
         probes = jnp.arange(divergence.probes)

@@ -21,7 +21,7 @@ def import_gensbi(
     params: Any,
     *,
     dim_obs: int | None = None,
-    method: str = "flow",
+    method: str | EDM = "flow",
     names: tuple[str, ...] | None = None,
     mesh: meshes.MeshLike = None,
 ) -> Posterior:
@@ -34,14 +34,18 @@ def import_gensbi(
         params: the model's size, `Flux1Params`, `Flux1JointParams` or `SimformerParams`, with GenSBI's values; `conditioning` is
             taken as "joint", GenSBI's.
         dim_obs: for a joint model, how many of its tokens are parameters.
-        method: "flow" or "diffusion" (EDM), as it was trained.
+        method: "flow" or "diffusion" (EDM), as it was trained; `distsbi.methods.EDM(sigma_min=..., sigma_max=...)` where these are not
+            0.002 and 80.
         names: parameter names.
         mesh: see `distsbi.mesh.make_mesh`.
 
     Raises ValueError if the file is damaged or holds other parameters than `params` asks for, naming them.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    path_of = method if isinstance(method, EDM) else METHODS.get(method)
+    if path_of is None:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, or an EDM(...) of distsbi.methods; got {method!r}."
+        )
     make = next(
         (make for made_of, make in NETWORKS.values() if type(params) is made_of and hasattr(params, "conditioning")),
         None,
@@ -58,6 +62,6 @@ def import_gensbi(
         if dim_obs is None:
             raise ValueError("dim_obs is missing: how many of the model's tokens are parameters.")
         scales = Standardizer.identity(network.num_tokens, 0, network.ch_theta, network.ch_theta)
-        return JointPosterior(network, METHODS[method], scales, dim_obs, **options)
+        return JointPosterior(network, path_of, scales, dim_obs, **options)
     scales = Standardizer.identity(network.dim_theta, network.dim_x, network.ch_theta, network.ch_x)
-    return Posterior(network, METHODS[method], scales, **options)
+    return Posterior(network, path_of, scales, **options)

@@ -94,9 +94,12 @@ class ConditionMasks:
         key_kind, key_low, key_high = jax.random.split(key, 3)
         is_x = jnp.arange(dim_theta + dim_x) >= dim_theta
         shape = (batch, dim_theta + dim_x)
-        low, high = (jax.random.bernoulli(k, p, shape) for k, p in zip((key_low, key_high), self.rates, strict=True))
+        low, high = (
+            jax.random.bernoulli(k, jnp.float32(p), shape) for k, p in zip((key_low, key_high), self.rates, strict=True)
+        )
         options = jnp.stack([jnp.broadcast_to(mask, shape) for mask in (is_x, jnp.zeros_like(is_x), ~is_x, low, high)])
-        kind = jax.random.choice(key_kind, len(options), (batch,), p=jnp.asarray(MASK_SHARES[self.kind]))
+        shares = jnp.asarray(MASK_SHARES[self.kind], jnp.float32)
+        kind = jax.random.choice(key_kind, len(options), (batch,), p=shares)
         given = options[kind, jnp.arange(batch)]
         return given & ~given.all(axis=1, keepdims=True)
 
@@ -170,6 +173,12 @@ def as_kept(params: Any, own: Any) -> Any:
     return jax.tree.map(lambda a, kept: a.astype(kept.dtype), params, own)
 
 
+def averaged(ema: Any, params: Any, step: Int32[Array, ""], decay: float) -> Any:
+    """The averaged weights after update number `step` (from 0) has made `params`: over few updates at first, then with `decay`."""
+    decay_now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - decay_now) * (p - e), ema, params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """What is fixed while training: turns states into states."""
@@ -208,7 +217,7 @@ class Learner:
         network = nnx.merge(self.graphdef, params, self.rest)
         network, y, context, keep = self.pose(network, self.standardizer, theta, x, key_pose)
         t = self.method.draw_times(key_times, (y.shape[0], draws))
-        z = jax.random.normal(key_noise, (y.shape[0], draws, *y.shape[1:]))
+        z = jax.random.normal(key_noise, (y.shape[0], draws, *y.shape[1:]), jnp.float32)
         times = t[..., None, None]
         y_t = self.method.perturb(times, y[:, None], z)
         f = network(self.method.c_time(t), self.method.c_in(times) * y_t, context)
@@ -246,8 +255,7 @@ class Learner:
             )
             updates, opt = self.optimizer.update(grads, state.opt, state.params)  # type: ignore[attr-defined]
             params = optax.apply_updates(state.params, updates)
-            decay = jnp.minimum(self.config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+            ema = averaged(state.ema, params, state.step, self.config.ema_decay)
             return dataclasses.replace(state, step=state.step + 1, params=params, ema=ema, opt=opt, order=order), loss
 
         state, losses = jax.lax.scan(update, state, data if self.draw is None else None, length=count)

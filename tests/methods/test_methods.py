@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distsbi.methods import EDM, METHODS, FlowMatching, ScoreMatchingVE, ScoreMatchingVP, make_method
+from distsbi.methods import EDM, METHODS, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP, make_method
 
 TIMES = jnp.linspace(0.05, 0.95, 7)
 METHOD_CASES = [cls() for cls in METHODS.values()] + [
@@ -82,6 +82,15 @@ def test_tilt_is_the_stated_density():
         t = np.asarray(FlowMatching(tilt=tilt, uniform=share).draw_times(jax.random.key(0), (200_000,)))
         expected = share / 2 + (1 - share) * (1 + tilt) / (2 + tilt)
         assert abs(t.mean() - expected) < 4 * t.std() / np.sqrt(t.size)
+
+
+def test_a_method_without_all_its_coefficients_is_none():
+    class Half(FlowMatching):
+        time_at = Method.time_at
+
+    for cls in (Method, Half):
+        with pytest.raises(TypeError, match="abstract method"):
+            cls()
 
 
 def test_errors():

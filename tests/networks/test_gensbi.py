@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from distsbi import Flux1JointParams, Flux1Params, SimformerParams, import_gensbi
+from distsbi.methods import EDM
 from distsbi.networks import Conditional, Flux1
 from distsbi.networks.gensbi import GenSBIModel, read_safetensors, to_gensbi
 from distsbi.pipelines import ConditionalPipeline
@@ -69,6 +70,15 @@ def test_an_imported_model_draws(case):
         y = y + 0.125 * velocity(state, i / 8, y, jnp.asarray(x_o))
     by_hand = posterior.sample(0, x_o, 30, step_size=0.125)
     np.testing.assert_allclose(by_hand, np.asarray(y)[0], atol=1e-4)
+
+
+def test_edm_of_other_noise(case):
+    """The network is told ln(sigma) / 4, so its weights serve every range of sigma."""
+    path, params, arrays = case
+    method = EDM(sigma_min=0.01, sigma_max=50.0)
+    posterior = import_gensbi(path, params, dim_obs=2, method=method, mesh={"data": 1})
+    assert posterior.method == method
+    assert np.isfinite(posterior.sample(0, arrays["values"][:1, 2:], 5, steps=4)).all()
 
 
 def test_errors(case, tmp_path):

@@ -13,7 +13,7 @@ from distsbi.sampling import Posterior, tiles
 from distsbi.sampling.checks import unsolved
 from distsbi.sampling.flow import Divergence, log_density
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
-from tests.solvers.test_solvers import MEAN, SD, gaussian_field
+from tests.solvers.test_solvers import MEAN, SD, gaussian_field, time_of
 
 pytestmark = pytest.mark.lightly_compiled
 
@@ -67,6 +67,46 @@ def test_every_method_gives_the_exact_density(method):
     known = (-0.5 * z**2 - np.log(sd) - 0.5 * np.log(2 * np.pi)).sum(1)
     np.testing.assert_allclose(density, known, atol=0.05)
     np.testing.assert_allclose(posterior.log_prob(theta, x, solver="tsit5", rtol=1e-5, atol=1e-5), known, atol=0.05)
+
+
+MODE = np.float32([[1.0], [0.0]])
+
+
+class _TwoModes(nnx.Module):
+    """The network of an even mixture of N(-MODE, 0.02^2) and N(MODE, 0.02^2), whatever x is."""
+
+    def __init__(self, method):
+        self.left, self.right = (gaussian_field(method, mode, np.float32(0.02)).predict for mode in (-MODE, MODE))
+        self.method = method
+        self.dim_theta, self.ch_theta, self.dim_x, self.ch_x = 2, 1, 1, 1
+
+    def encode(self, x):
+        return x
+
+    def __call__(self, t, theta_t, context):
+        time = time_of(self.method, t)
+        alpha, sigma = self.method.alpha(time), self.method.sigma(time)
+        y = theta_t / self.method.c_in(time)
+        share = jax.nn.sigmoid(2 * alpha * jnp.sum(MODE * y, -2, keepdims=True) / ((0.02 * alpha) ** 2 + sigma**2))
+        return share * self.right(t, theta_t, context) + (1 - share) * self.left(t, theta_t, context)
+
+
+@pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=lambda m: type(m).__name__)
+def test_the_default_density_of_every_method_parts_two_modes(method):
+    """Of theta with the noise that the method leaves at t = 1."""
+    posterior = Posterior(_TwoModes(method), method, Standardizer.identity(2, 1), mesh={"data": 2})  # type: ignore[arg-type]
+    x, rng = np.zeros((1, 1, 1)), np.random.default_rng(0)
+    sd = float(np.hypot(0.02, method.sigma(jnp.ones(()))))
+
+    def known(theta):
+        halves = [-0.5 * ((theta - mode) ** 2).sum((1, 2)) / sd**2 for mode in (-MODE, MODE)]
+        return np.logaddexp(*halves) - np.log(4 * np.pi * sd**2)
+
+    theta = rng.choice([-1.0, 1.0], (4_000, 1, 1)) * MODE + sd * rng.normal(size=(4_000, 2, 1))
+    error = np.abs(posterior.log_prob(theta, x) - known(theta))
+    assert np.quantile(error, 0.95) < 0.012
+    draws, density = posterior.sample_and_log_prob(0, x, 4_000)
+    assert np.quantile(np.abs(density - known(draws)), 0.95) < 0.012
 
 
 def test_one_solve_gives_draws_and_the_density_of_both_ways():
