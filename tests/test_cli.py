@@ -123,6 +123,10 @@ def test_sample_npy_and_parquet_agree(distsbi: Cli, untrained: Path, tmp_path: P
 
 def test_sample_takes_solver_options(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     draws = []
+    folder = ("sample", untrained, "--x", "0,0", "--nsamples", 50, "--steps", 4, "--out", tmp_path / "folder")
+    assert distsbi(*folder)[0] == 0
+    code, _, err = distsbi(*folder, "--seed", 2)
+    assert (code, "differ in seed: given 2, found 0); give another folder, or --overwrite." in err) == (2, True)
     for options in (["--solver", "euler", "--steps", "4"], ["--step-size", "0.25", "--solver", "heun"]):
         file = tmp_path / f"{len(draws)}.npy"
         code, _, err = distsbi("sample", untrained, "--x", "0,0", "--nsamples", 50, "--out", file, *options)
@@ -148,8 +152,9 @@ def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     x = re.search(rf"next: distsbi sample {run} --x (\S+) ", out)
     assert x is not None
     before = json.loads((run / "spec.json").read_text())["weights_sha256"]
-    code, _, err = distsbi(*command)
+    code, out, err = distsbi(*command)
     assert code == 0, err
+    assert "MLPFlowPipeline was trained already (" in out
     assert json.loads((run / "spec.json").read_text())["weights_sha256"] == before
     draws = tmp_path / "draws.npy"
     code, _, err = distsbi("sample", run, "--x", x[1], "--nsamples", 500, "--out", draws)  # as the hint says
@@ -163,6 +168,16 @@ def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     spec = json.loads((tmp_path / "own" / "spec.json").read_text())
     assert spec["parameter_names"] == ["up", "down"]
     assert spec["standardizer"]["high"] == [[1.0], [2.0]]
+    code, _, err = distsbi("train", "--data", pairs, "--prior", "up=Uniform(-1, 1)", "--out", tmp_path / "few")
+    assert code == 2
+    assert "the prior is of up, but the pairs in" in err
+    assert (
+        "have the parameters theta_0, theta_1; give a distribution of each, in this order, or leave the prior out"
+        in err
+    )
+    code, _, err = distsbi("status", pairs)
+    assert code == 2
+    assert f"distsbi verify {pairs} checks pairs and draws" in err
 
 
 @pytest.mark.timeout(600)
@@ -184,6 +199,8 @@ def test_simulate_and_train_of_ones_own(distsbi: Cli, tmp_path: Path, monkeypatc
     assert int(found[1]) + int(found[2]) == 300
     assert 10 < int(found[2]) < 60
     assert f"bad      {found[2]} rows failed: AssertionError: too heavy" in err
+    assert "most rows failed" not in err
+    assert "--missing" not in err
     assert "now: 0 of 1 shards" in distsbi(*command)[1]
     code, out, _ = distsbi("status", "pairs")
     assert f"rows     {found[1]} ok, {found[2]} failed" in out
@@ -205,6 +222,29 @@ def test_simulate_and_train_of_ones_own(distsbi: Cli, tmp_path: Path, monkeypatc
     spec = json.loads((tmp_path / "run" / "spec.json").read_text())
     assert spec["parameter_names"] == ["mass", "spin"]
     assert spec["standardizer"]["high"] == [[2.0], [1.0]]
+
+
+def test_many_failures_are_pointed_out(distsbi: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad_for_the_cli.py").write_text(
+        "import numpy as np\ndef run(theta):\n    return np.where(theta > 0.9, theta, np.nan)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    simulate = (
+        "simulate",
+        "--simulator",
+        "bad_for_the_cli:run",
+        "--prior",
+        "a=Uniform(0, 1)",
+        "--n",
+        100,
+        "--workers",
+        0,
+    )
+    code, _, err = distsbi(*simulate, "--out", "pairs")
+    assert code == 0, err
+    assert "most rows failed: look at the reasons before you train on the others" in err
+    assert "if NaN is an entry that was not observed, simulate into another folder with --missing" in err
 
 
 def test_devices_makes_virtual_ones() -> None:
@@ -242,6 +282,7 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     assert "3 rows in" in text
     assert "2 with draws, 1 without" in text
     assert "1 rows invalid: x has 1 values that are NaN" in err
+    assert "or train with missing=True (on the command line --missing)" in err
     assert "column `message`" in err
     assert open_catalog(out).draws("b").shape == (40, 2, 1)
     code, text, err = distsbi(*command)
@@ -292,6 +333,7 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     assert json.loads(distsbi("status", out, "--json")[1])["shards_done"] == 2
     code, text, _ = distsbi("verify", out, "--fraction", 1)
     assert code == 0
+    assert text.startswith("2 of 2 shards checked\n")
     assert "3 rows drawn again: 3 with the same bits" in text
     shard = out / "shard-00000001-of-00000002.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -305,9 +347,10 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     assert f"1 shards could not be made: there is no catalog at {tmp_path / 'x.npy'}" in err
     again = text.strip().splitlines()[-1].removeprefix("make them with: ")
     assert f"go on with: {again}" in distsbi("status", out)[1]
-    code, text, _ = distsbi("verify", out, "--catalog", tmp_path / "moved.npy", "--repair", "--workers", 0)
+    code, text, err = distsbi("verify", out, "--catalog", tmp_path / "moved.npy", "--repair", "--workers", 0)
     assert code == 0
-    assert "made 1 shards again" in text
+    assert f"shard 1 was bad, and has been made again (found: {shard.name} is not the file that was written" in err
+    assert text.endswith("made 1 shards again\n2 of 2 shards are good\n")
     shard.write_bytes(b"")
     (tmp_path / "moved.npy").rename(tmp_path / "x.npy")
     assert distsbi("verify", out, "--repair", "--workers", 0)[0] == 0
@@ -323,6 +366,10 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     assert "now: 1 of 2 shards" in text
     assert distsbi("verify", out)[0] == 0
     assert distsbi("status", tmp_path)[0] == 2
+    (tmp_path / "begun" / "_distsbi").mkdir(parents=True)
+    code, _, err = distsbi("status", tmp_path / "begun")
+    assert code == 2
+    assert "still starting, or ended before its first shard" in err
 
 
 # What cannot be
@@ -348,6 +395,11 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
             "must read like Uniform(-1, 1)",
         ),
         (["simulate", "--simulator", "a:b", "--prior", "a", "--prior", "a", "--out", "{tmp}/p"], "is given twice"),
+        (
+            ["simulate", "--simulator", "a:b", "--prior", "a Normal(0, 1)", "--out", "{tmp}/p"],
+            "'a Normal(0, 1)' has no =",
+        ),
+        (["simulate", "--simulator", "a:b", "--prior", "a Normal(loc=0)", "--out", "{tmp}/p"], "has no = after a name"),
         (["simulate", "--simulator", "a:b", "--shard-size", "0", "--out", "{tmp}/p"], "0 is not in the range x>=1"),
         (["train", "--out", "{tmp}/r"], "give either --task or --data"),
         (["train", "--task", "two_moons", "--data", "p", "--out", "{tmp}/r"], "both task 'two_moons' and path 'p'"),

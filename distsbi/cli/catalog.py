@@ -63,7 +63,10 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
 @click.argument("out")
 @click.option("--json", "as_json", is_flag=True, help="All of it, for programs.")
 def status(out: str, as_json: bool) -> None:
-    """Say how far the catalog or the simulation in the folder (or URI) OUT is. Only reads, also while it is being written."""
+    """Say how far the catalog or the simulation in the folder (or URI) OUT is. Only reads, also while it is being written.
+
+    The command to go on with takes as many workers as there is room for, unless you add --workers and the like; files and rows stay divided as they are.
+    """
     import dataclasses
 
     from distsbi.fanout import provenance, simulation
@@ -72,6 +75,8 @@ def status(out: str, as_json: bool) -> None:
     from distsbi.store.status import most_frequent
 
     run = record.read_run(out)
+    if run is None:
+        _refuse_others(out)
     if run is not None and "simulator" in run["definition"]:
         found, go_on = simulation.status(out)
     else:
@@ -110,7 +115,7 @@ def status(out: str, as_json: bool) -> None:
 @click.argument("out")
 @click.option("--fraction", type=float, default=0.001, show_default=True, help="Of the rows, drawn again; 0: none.")
 @click.option("--seed", type=int, help="Seed of the choice of these rows. Default: another one every time.")
-@click.option("--repair", is_flag=True, help="Make bad shards, and those not done yet, again.")
+@click.option("--repair", is_flag=True, help="Make bad shards of a catalog, and those not done yet, again.")
 @click.option("--run", help="Where the run directory is now. Default: where it was.")
 @click.option("--catalog", help="Where the catalog is now. Default: where it was.")
 @NETWORK
@@ -126,7 +131,10 @@ def verify(out: str, repair: bool, **options: Any) -> None:
         _verify_folder(out, repair)
         return
     found = verify(out, repair=repair, **options)
-    click.echo(f"{found.shards:,} shards checked" + (f", {found.left:,} not done yet" if found.left else ""))
+    shards = -(-definition["n_rows"] // definition["rows_per_shard"])
+    click.echo(
+        f"{found.shards:,} of {shards:,} shards checked" + (f", {found.left:,} not done yet" if found.left else "")
+    )
     if found.rows:
         apart = f", {found.close:,} within {TOLERANCE:g} standard deviations" if found.close else ""
         click.echo(f"{found.rows:,} rows drawn again: {found.same:,} with the same bits{apart}")
@@ -138,7 +146,10 @@ def verify(out: str, repair: bool, **options: Any) -> None:
     for where in found.elsewhere:
         click.echo(f"bits may differ there: made on {where}")
     for problem in found.problems:
-        click.echo(f"{problem.what}.", err=True)
+        said = problem.what
+        if problem.shard in found.made:
+            said = f"shard {problem.shard} was bad, and has been made again (found: {said})"
+        click.echo(f"{said}.", err=True)
     if found.made:
         click.echo(f"made {len(found.made)} shards again")
     if repair and found.left:
@@ -156,6 +167,8 @@ def verify(out: str, repair: bool, **options: Any) -> None:
         click.echo("give --repair to make the bad shards again", err=True)
     elif found.left:
         click.echo(f"not complete; go on with: {found.command}", err=True)
+    if repair and found.repaired:
+        click.echo(f"{shards:,} of {shards:,} shards are good")
     if not (found.repaired if repair else found.good and not found.left):
         click.get_current_context().exit(1)
 
@@ -164,7 +177,9 @@ def _verify_folder(out: str, repair: bool) -> None:
     from distsbi.fanout.folders import verify_folder
 
     if repair:
-        raise click.UsageError("--repair is for catalogs; without it verify says what to do.")
+        raise click.UsageError(
+            "--repair is for catalogs; verify without it says how bad pairs and draws are made again."
+        )
     found = verify_folder(out)
     click.echo(
         f"{found.files:,} files of {found.what} checked"
@@ -176,6 +191,24 @@ def _verify_folder(out: str, repair: bool) -> None:
         click.echo(found.advice, err=True)
     if not (found.good and found.complete):
         click.get_current_context().exit(1)
+
+
+def _refuse_others(out: str) -> None:
+    """Raises ValueError for a folder without a run of which there is more to say than that."""
+    from distsbi.store import layout
+    from distsbi.store.place import as_place
+
+    place = as_place(out)
+    folder = Path(place.path) if place.local else Path("no folder")
+    began, files = (folder / layout.HIDDEN).is_dir(), any(folder.glob("*.parquet"))
+    if began and not files:
+        raise ValueError(
+            f"nothing is done in {out} yet: the call that began there is still starting, or ended before its first shard; then the same call begins again."
+        )
+    if files and not began:
+        raise ValueError(
+            f"{out} holds files, but no catalog and no simulations; distsbi verify {out} checks pairs and draws of one observation."
+        )
 
 
 def _shards(what: str, numbers: "tuple[int, ...]") -> str:

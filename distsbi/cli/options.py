@@ -135,9 +135,13 @@ def make_mesh(devices: int | None, axes: dict[str, int] | None, processes: int =
 
 
 def prior_texts(priors: tuple[str, ...]) -> dict[str, str]:
-    """NAME=DISTRIBUTION of every --prior. Raises click.UsageError for a name that comes twice."""
+    """NAME=DISTRIBUTION of every --prior. Raises click.UsageError for a name that comes twice, or one that is missing."""
     parts = [(name.strip(), text) for name, _, text in (part.partition("=") for part in priors)]
     twice = [name for name, count in Counter(name for name, _ in parts).items() if count > 1]
     if twice:
         raise click.UsageError(f"--prior {twice[0]} is given twice; keep one.")
+    if wrong := [part for part in priors if "(" in part.partition("=")[0] or "=" not in part]:
+        raise click.UsageError(
+            f"--prior {wrong[0]!r} has no = after a name; write it as NAME=DISTRIBUTION, such as 'mass=LogNormal(0, 0.5)'."
+        )
     return dict(parts)

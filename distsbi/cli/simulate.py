@@ -30,7 +30,9 @@ from distsbi.cli.options import SEED, prior_texts
 @click.option("--address", help="Address of a Ray cluster, or auto. Default: $RAY_ADDRESS, else this machine.")
 @click.option("--shard-size", type=click.IntRange(min=1), help="Rows in each file. Default: by time and size.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="The simulator takes so many rows at a time. Default: one."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="The simulator takes so many rows at a time; if it raises, all of them fail: return NaN for a bad row. Default: one.",
 )
 @click.option("--missing", is_flag=True, help="NaN in x is an entry that is missing, not a failure.")
 @click.option("--cpus-per-worker", type=int, help="Cores for each worker. Default: 1.")
@@ -48,6 +50,7 @@ def simulate(
     """Simulate pairs (theta, x) of TASK, or of your own --simulator on Ray, into a Parquet folder. The same command again resumes.
 
     A row whose simulator raises, gives NaN, kills its process or exceeds the time limit is recorded beside the pairs, and the others go on.
+    With --batch-size that is all of its batch; NaN alone marks single rows.
     """
     if (task is None) == (simulator is None):
         raise click.UsageError("give either TASK or --simulator.")
@@ -87,8 +90,15 @@ def _simulate_own(simulator: str, n: int, seed: int, out: Path, prior: tuple[str
     if done.n_bad:
         from distsbi.store.status import count_reasons, most_frequent
 
-        for reason, count in most_frequent(count_reasons(done.failures()), 5).items():
+        reasons = most_frequent(count_reasons(done.failures()), 5)
+        for reason, count in reasons.items():
             click.echo(f"bad      {count:,} rows {reason}", err=True)
+        if done.n_bad > done.n_ok:
+            click.echo("most rows failed: look at the reasons before you train on the others", err=True)
+        if "missing" not in options and any("NaN or infinite" in reason for reason in reasons):
+            click.echo(
+                "if NaN is an entry that was not observed, simulate into another folder with --missing", err=True
+            )
         click.echo(
             f"their theta are in {out}/_distsbi/failures; a posterior from the others is that given that a simulation succeeds",
             err=True,

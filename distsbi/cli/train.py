@@ -92,7 +92,13 @@ def train(
     if rank is not None and rank.index:
         return
     best = "" if told["best"] is None else f", best validation loss {told['best']:.4f}"
-    click.echo(f"trained {told['pipeline']} in {time.perf_counter() - start:.0f} s{best}; run directory {out}")
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    if told["before"]:
+        again = "; its sampling grid was chosen again" if told["calibrated"] else ""
+        said = f"{told['pipeline']} was trained already{again} ({seconds})"
+    else:
+        said = f"trained {told['pipeline']} in {seconds}"
+    click.echo(f"{said}{best}; run directory {out}")
     click.echo(f"next: distsbi sample {out} --x {told['example']} --nsamples 100000 --out draws.npy")
 
 
@@ -109,13 +115,15 @@ def train_member(
         processes.join(rank, join_jax=join_jax)
         if rank.index:
             warnings.simplefilter("ignore")  # process 0 gives them
-    pipeline, val_losses = _train(parsed, Path(out), axes)
+    pipeline, val_losses, before = _train(parsed, Path(out), axes)
     processes.end()
     held_out = pipeline.example
     short = held_out.size <= 10 and pipeline.ch_cond == 1
     example = ",".join(f"{value:.4g}" for value in held_out.ravel()) if short else "x.npy"
     return {
         "pipeline": type(pipeline).__name__,
+        "before": before,
+        "calibrated": pipeline.training_config.calibrate,
         "best": min(val_losses) if len(val_losses) else None,
         "example": example,
     }
@@ -153,8 +161,8 @@ def _override(config: "RunConfig", **flags: Any) -> "RunConfig":
     return parse_config(content)
 
 
-def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple[Any, list[float]]:
-    """The pipeline that the configuration names, trained, and its validation losses."""
+def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple[Any, list[float], bool]:
+    """The pipeline that the configuration names, trained, its validation losses, and whether it was trained before this call."""
     from flax import nnx
 
     from distsbi import keys
@@ -163,6 +171,8 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
     from distsbi.data.stream import StreamedPairs
     from distsbi.pipelines import PIPELINES
     from distsbi.tasks import TASKS, get_task
+    from distsbi.training.checkpoints import SPEC
+    from distsbi.training.loop import run_root
 
     if config.data.path is not None:
         folder = open_pairs(config.data.path)
@@ -172,6 +182,12 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         source = folder.source.get("task")
         kept = folder.source.get("prior")  # of simulations of a user's own
         prior = get_task(source).prior if source in TASKS else parse_prior(kept) if kept else None
+        if config.prior and len(config.prior) != dim_theta:
+            carried = "" if prior is None else ", or leave the prior out, for these pairs carry theirs"
+            raise ValueError(
+                f"the prior is of {', '.join(config.prior)}, but the pairs in {config.data.path} have the parameters {', '.join(folder.names)}; "
+                f"give a distribution of each, in this order{carried}."
+            )
         prior = parse_prior(config.prior) if config.prior else prior
     else:
         task = get_task(config.data.task or "")
@@ -191,5 +207,7 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         prior=prior,
         method=config.method,
     )
+    root = run_root(pipeline.training_config)
+    before = (Path(root or out) / SPEC).exists()
     _, val_losses = pipeline.train(nnx.Rngs(config.seed))
-    return pipeline, val_losses
+    return pipeline, val_losses, before

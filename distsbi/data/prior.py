@@ -17,6 +17,7 @@ numbers or arrays, infinite where open.
 
 import ast
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
 from distsbi.data.standardise import Support
+from distsbi.hints import did_you_mean
 from distsbi.keys import as_key
 
 _REAL = (type(constraints.real),)
@@ -136,12 +138,25 @@ def parse_prior(parts: Mapping[str, str]) -> Prior:
             made[name] = make(*numbers, **named, validate_args=True)
             supports(Prior(**{name: made[name]}))
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{_refusal(name, text)} {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{_refusal(name, text)} {type(error).__name__}: {str(error).rstrip('.')}. {_arguments(make)}"
+            ) from error
     return Prior(**made)
 
 
 def _refusal(name: str, text: str) -> str:
     return f"the prior of {name!r} must read like Uniform(-1, 1) or Normal(loc=0, scale=2), a numpyro distribution of numbers; got {text!r}."
+
+
+def _arguments(make: Any) -> str:
+    """Names and defaults of what a distribution takes.
+
+    >>> import numpyro.distributions as dist
+    >>> _arguments(dist.Uniform)
+    'Uniform takes low=0.0, high=1.0.'
+    """
+    known = [p for p in inspect.signature(make).parameters.values() if p.name != "validate_args"]
+    return f"{make.__name__} takes {', '.join(p.name if p.default is p.empty else f'{p.name}={p.default}' for p in known)}."
 
 
 def read_part(name: str, text: str) -> tuple[Any, list[float], dict[str, float]]:
@@ -161,9 +176,9 @@ def read_part(name: str, text: str) -> tuple[Any, list[float], dict[str, float]]
     except (SyntaxError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(refusal) from error
     made = getattr(dist, call.func.id, None)
-    is_class = isinstance(made, type) and issubclass(made, dist.Distribution)
-    if not is_class and call.func.id not in MADE_BY_FUNCTIONS:
-        raise ValueError(f"{refusal} numpyro has no distribution {call.func.id!r}.")
+    classes = {n for n, made in vars(dist).items() if isinstance(made, type) and issubclass(made, dist.Distribution)}
+    if call.func.id not in (known := [*sorted(classes), *MADE_BY_FUNCTIONS]):
+        raise ValueError(f"{refusal} numpyro has no distribution {call.func.id!r}.{did_you_mean(call.func.id, known)}")
     return made, numbers, named
 
 

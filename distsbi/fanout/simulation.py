@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def simulate(
         told, there = session.told, session.there
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:
-            shape, seconds = _look(session.pool, n, step, max_failures, session.stop)
+            shape, seconds = _look(session.pool, n, batch_size, told["parameter_names"], max_failures, session.stop)
         size = shard_size or there.get("rows_per_shard")
         size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(session.room(), 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
@@ -198,12 +198,14 @@ def command(run: dict[str, Any], out: str) -> str | None:
     return shlex.join([*words, *(["--missing"] if definition["missing"] else [])])
 
 
-def _look(pool: Pool, n: int, step: int, max_failures: int, stop: Stop) -> tuple[tuple[int, ...], float]:
+def _look(
+    pool: Pool, n: int, batch: int | None, names: Sequence[str], max_failures: int, stop: Stop
+) -> tuple[tuple[int, ...], float]:
     """The shape of one x and the seconds of a row, from the first row (or batch) that can be simulated.
 
     Raises ValueError if the first LOOKS cannot, or if `max_failures` of them kill or hang their worker; Terminated if `stop` is told.
     """
-    reason, deaths, looked = "", 0, 0
+    step, reason, deaths, looked = batch or 1, "", 0, 0
     for row in range(0, min(n, LOOKS * step), step):
         manifest: dict[str, Any] = {}
         while not manifest:
@@ -226,10 +228,22 @@ def _look(pool: Pool, n: int, step: int, max_failures: int, stop: Stop) -> tuple
         if deaths >= max_failures:
             break
     what = "kills or hangs its worker" if deaths >= max_failures else "fails"
+    advice = f"mend it. {_called(names, batch)}"
+    if "NaN" in reason:
+        advice = "mend it, or give missing=True if NaN is an entry that was not observed."
     raise ValueError(
-        f"the simulator {what} at the first rows (0 to {min(n, looked) - 1}), the last with {reason}; mend it"
-        f"{', or give missing=True if NaN is an entry that was not observed.' if 'NaN' in reason else '.'}"
+        f"the simulator {what} at the first rows (0 to {min(n, looked) - 1}), the last with {reason}; {advice}"
     )
+
+
+def _called(names: Sequence[str], batch: int | None) -> str:
+    """What the simulator is given, for one that was written for something else."""
+    row = f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+    if batch is None:
+        return (
+            f"It is called with theta of shape ({len(names)},), one row of {row}; many rows at a time need batch_size."
+        )
+    return f"It is called with theta of shape ({batch}, {len(names)}), {batch} rows of {row}."
 
 
 def _shard_size(

@@ -122,7 +122,8 @@ class Simulator:
                 if not blame_rows and (fault := machines_fault(error)) is not None:
                     again = "if another call ends so too, the row is recorded as failed"
                     raise RuntimeError(f"row {start + unit * step}: {fault}; {again}") from error
-                bad[unit] = FAILED, one_line(error)
+                alone = "" if self.batch is None else "its batch raised (return NaN for a bad row): "
+                bad[unit] = FAILED, alone + one_line(error)
                 continue
             if value.shape != shape or (value.dtype is not number and value.dtype.kind not in "fiub"):
                 bad[unit] = INVALID, _not_like(value, shape)
@@ -235,6 +236,8 @@ def import_simulator(name: str) -> Simulate:
     try:
         found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
+        if module.endswith(".py"):
+            advice = f"leave out .py: {module.removesuffix('.py')}:{path}."
         raise ValueError(f"{where} ({one_line(error)}); {advice}") from error
     for part in path.split("."):
         if not hasattr(found, part):

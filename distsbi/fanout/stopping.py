@@ -56,7 +56,9 @@ def says_how_far(folder: Place) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         by = " by SIGTERM" if isinstance(stop, Terminated) else ""
-        raise type(stop)(f"stopped{by}{_so_far(folder)}; the same call goes on from there.") from None
+        far = _so_far(folder)
+        then = "goes on from there" if far else "begins again"
+        raise type(stop)(f"stopped{by}{far or ' before anything was made'}; the same call {then}.") from None
     except OSError as error:
         if not is_disk_full(error):
             raise

@@ -49,7 +49,7 @@ def as_array(
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
             f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them"
-            f"{', or train with missing=True' if missing is False else ''}."
+            f"{', or train with missing=True (on the command line --missing)' if missing is False else ''}."
         )
     return array
 

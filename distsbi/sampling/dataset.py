@@ -171,7 +171,7 @@ def _wrong(part: Path, digest: bytes) -> str | None:
     try:
         return None if _is_of(_read(part), digest) else f"{part} is of other draws."
     except ValueError as error:
-        return str(error)
+        return f"{part} is damaged ({error.__cause__})."  # the advice is for whoever reads this part alone
 
 
 def part_file(folder: Path, number: int, parts: int) -> Path:
@@ -218,7 +218,8 @@ def _differing(folder: Path, definition: dict[str, Any], overwrite: bool) -> lis
             found = json.loads(file.read_text())
         except ValueError:
             found = {}
-        differing = [name for name in definition if found.get(name) != json.loads(json.dumps(definition[name]))]
+        given = json.loads(json.dumps(definition))
+        differing = [_told(name, given[name], found.get(name)) for name in given if found.get(name) != given[name]]
         if not differing:
             return []
     elif not folder.exists() or all(other.name == LOCK for other in folder.iterdir()):
@@ -227,8 +228,15 @@ def _differing(folder: Path, definition: dict[str, Any], overwrite: bool) -> lis
         reason = (
             f"other draws (they differ in {', '.join(differing)})" if differing else "files, but no draws of distsbi"
         )
-        raise ValueError(f"{folder} holds {reason}; give another folder{', or overwrite' if differing else ''}.")
+        raise ValueError(f"{folder} holds {reason}; give another folder{', or overwrite=True' if differing else ''}.")
     return differing
+
+
+def _told(name: str, given: Any, found: Any) -> str:
+    """What differs, with both values where they say something."""
+    if name == "seed" and isinstance(found, list):
+        given, found = ((high << 32) | low for high, low in (given, found))
+    return f"{name}: given {given}, found {found}" if name in ("seed", "nsamples", "observation_id") else name
 
 
 def _begin(folder: Path, definition: dict[str, Any], overwrite: bool) -> None:

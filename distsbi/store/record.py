@@ -68,7 +68,8 @@ def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -
 def check_same(out: Where, definition: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises ValueError naming what differs between a definition and the one that was found in a folder, or the same entries of both."""
     given, there = _flat(definition), _flat(found)
-    differing = [name for name in sorted({*given, *there}) if given.get(name) != there.get(name)]
+    # in the order of the definition, which names what was asked for before what follows from it
+    differing = [name for name in dict.fromkeys([*given, *there]) if given.get(name) != there.get(name)]
     if differing:
         named = "; ".join(
             DIFFERS.get(name) or f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}"

@@ -13,9 +13,9 @@ from fake_simulators import PRIOR
 
 from distsbi.fanout import Terminated, catalog as catalogs, session as sessions
 from distsbi.fanout.session import Crew, begun
-from distsbi.fanout.stopping import told_to_stop
+from distsbi.fanout.stopping import says_how_far, told_to_stop
 from distsbi.sampling import run as runs
-from distsbi.store import record
+from distsbi.store import layout, record
 from distsbi.store.place import as_place
 
 
@@ -85,6 +85,18 @@ def test_a_second_sigterm_interrupts_and_the_handler_is_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_interrupts_says_how_far(tmp_path):
+    place = as_place(tmp_path)
+    nothing = "^stopped before anything was made; the same call begins again.$"
+    with pytest.raises(KeyboardInterrupt, match=nothing), says_how_far(place):
+        raise KeyboardInterrupt
+    (place / layout.HIDDEN).make_folder()
+    record.begin(place, {"n_rows": 12, "rows_per_shard": 4}, {})
+    some = "^stopped by SIGTERM, 0 of 3 shards are finished in .*; the same call goes on from there.$"
+    with pytest.raises(Terminated, match=some), says_how_far(place):
+        raise Terminated
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["Ray starts", "a worker takes its first look"])
 def test_sigterm_before_the_first_shard(tmp_path, when):
@@ -101,7 +113,10 @@ def test_sigterm_before_the_first_shard(tmp_path, when):
         process.send_signal(signal.SIGTERM)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 143, err
-    assert err.strip().splitlines()[-1] == "Interrupted: stopped by SIGTERM; the same call goes on from there."
+    assert (
+        err.strip().splitlines()[-1]
+        == "Interrupted: stopped by SIGTERM before anything was made; the same call begins again."
+    )
 
 
 def _prior():

@@ -193,7 +193,9 @@ class TestFailures:
 
     def test_a_batch_that_raises_fails_as_one(self, tmp_path):
         result = simulate(marked(theta_of(40), {9: "raise", 20: "nan"}), tmp_path / "out", batch_size=4, shard_size=8)
-        assert [row["row"] for row in result.failures().to_pylist()] == [8, 9, 10, 11, 20]
+        bad = {row["row"]: row["message"] for row in result.failures().to_pylist()}
+        assert list(bad) == [8, 9, 10, 11, 20]
+        assert bad[8] == "its batch raised (return NaN for a bad row): ValueError: it did not converge"
 
     def test_missing_entries_are_no_failures(self, tmp_path):
         def gaps(theta):
@@ -205,12 +207,20 @@ class TestFailures:
         assert result.n_ok == 40
         assert np.isnan(read_pairs(tmp_path / "yes", missing=True).x).any()
 
-    def test_a_simulator_that_always_fails_is_named(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("batch", "last", "called"),
+        [
+            (None, 31, r"\(2,\), one row of \(mass, spin\); many rows at a time need batch_size"),
+            (4, 39, r"\(4, 2\), 4 rows of \(mass, spin\)"),
+        ],
+    )
+    def test_a_simulator_that_always_fails_is_named(self, tmp_path, batch, last, called):
         with pytest.raises(
             ValueError,
-            match="fails at the first rows .0 to 31., the last with ZeroDivisionError: no such universe; mend it",
+            match=f"fails at the first rows .0 to {last}., the last with ZeroDivisionError: no such universe; mend it. "
+            rf"It is called with theta of shape {called}\.$",
         ):
-            simulate("fake_simulators:broken", tmp_path / "out")
+            simulate("fake_simulators:broken", tmp_path / "out", batch_size=batch, shard_size=8)
         assert not list((tmp_path / "out").glob("*.parquet"))
 
     @pytest.mark.parametrize(
@@ -287,6 +297,7 @@ class TestRefusals:
                 {"simulator": "no_such_module:run"},
                 "cannot be imported on .* .ModuleNotFoundError: .*; give module:function",
             ),
+            ({"simulator": "fake_simulators.py:run"}, "leave out .py: fake_simulators:run"),
             ({"simulator": "fake_simulators:run"}, "fake_simulators .* has no 'run'; give module:function"),
             ({"simulator": "fake_simulators:PRIOR"}, "is no function; it is dict"),
             ({"simulator": 5}, "simulator must be a function or 'module:function'; got int"),
@@ -308,7 +319,7 @@ class TestRefusals:
     def test_another_simulation_is_refused_by_name(self, calm, tmp_path):
         before = read_pairs(calm)
         for change, named in (
-            ({"seed": 5}, r"seed: given \[0, 5\], found \[0, 0\]"),
+            ({"seed": 5}, r": seed: given \[0, 5\], found \[0, 0\]; first theta"),
             ({"simulator": "fake_simulators:other"}, 'simulator.name: given "fake_simulators:other"'),
             ({"prior": {**PRIOR, "spin": "Normal(0, 3)"}}, r'prior.spin: given "Normal\(loc=0, scale=3\)", found'),
             ({"n": 41}, "n_rows: given 41, found 40"),
@@ -459,7 +470,7 @@ class TestRefusals:
 
         stop = Stop()
         with pytest.raises(Terminated):
-            _look(Silent(), 40, 1, 3, stop)
+            _look(Silent(), 40, None, (), 3, stop)
 
 
 class TestResume:

@@ -145,7 +145,9 @@ def test_processes_share_the_parts(count):
 def test_other_draws_are_refused(tmp_path, posterior, draws):
     out = tmp_path / "draws"
     posterior.sample_dataset(out, 6, X, 500)
-    with pytest.raises(ValueError, match=r"holds other draws \(they differ in seed, nsamples\)"):
+    with pytest.raises(
+        ValueError, match=r"differ in seed: given 5, found 6, nsamples: given 1000, found 500\); .* or overwrite=True"
+    ):
         posterior.sample_dataset(out, 5, X, 1_000)
     posterior.sample_dataset(out, 5, X, 1_000, overwrite=True)
     np.testing.assert_array_equal(values(out), draws)

@@ -163,7 +163,13 @@ def test_another_training_says_how_to_go_on(run_dir):
     }
     with Checkpoints(run_dir, told):
         pass
-    other = {**told, "data": 40 * "b", "config": {"nsteps": 500, "batch_size": 8}, "network": ["Flux1", {"depth": 1}]}
-    differing = "nsteps: given 500, found 400, data, network: given Flux1, found MLP"
+    other = {
+        **told,
+        "seed": [0, 2],
+        "data": 40 * "b",
+        "config": {"nsteps": 500, "batch_size": 8},
+        "network": ["Flux1", {"depth": 1}],
+    }
+    differing = "nsteps: given 500, found 400, data, network: given Flux1, found MLP, seed"
     with pytest.raises(ValueError, match=rf"differs in {differing}\); choose another checkpoint_dir, also to go on"):
         Checkpoints(run_dir, other)
