@@ -124,14 +124,14 @@ def verify(out: str, repair: bool, **options: Any) -> None:
     """Check the checksums of every file in OUT, a catalog, pairs or draws; of a catalog also draw some rows again to compare. Exit code 0: it is complete, and
     nothing is wrong. The options of workers are for --repair."""
     from distsbi.fanout.verify import TOLERANCE, verify
-    from distsbi.store import record
+    from distsbi.store import layout, record
 
     definition = (record.read_run(out) or {"definition": {"simulator": None}})["definition"]
     if "simulator" in definition:
         _verify_folder(out, repair)
         return
     found = verify(out, repair=repair, **options)
-    shards = -(-definition["n_rows"] // definition["rows_per_shard"])
+    shards = layout.shard_count(definition["n_rows"], definition["rows_per_shard"])
     click.echo(
         f"{found.shards:,} of {shards:,} shards checked" + (f", {found.left:,} not done yet" if found.left else "")
     )
