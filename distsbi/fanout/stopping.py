@@ -57,24 +57,29 @@ def says_how_far(folder: Place) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         by = " by SIGTERM" if isinstance(stop, Terminated) else ""
         far = _so_far(folder)
-        then = "goes on from there" if far else "begins again"
-        raise type(stop)(f"stopped{by}{far or ' before anything was made'}; the same call {then}.") from None
+        how = (
+            " before anything was made; the same call begins again"
+            if far is None
+            else f"{far}; the same call goes on from there"
+        )
+        raise type(stop)(f"stopped{by}{how}.") from None
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise OSError(
             errno.ENOSPC,
-            f"the disk that holds {folder} is full{_so_far(folder)}; free some space, and the same call goes on "
+            f"the disk that holds {folder} is full{_so_far(folder) or ''}; free some space, and the same call goes on "
             "from there",
         ) from error
 
 
-def _so_far(folder: Place) -> str:
-    """ ", 12 of 100 shards are finished in out"; nothing before a run began, or where the folder does not tell now: what interrupts the
+def _so_far(folder: Place) -> str | None:
+    """ ", 12 of 100 shards are finished in out"; None before a run began; nothing where the folder does not tell now: what interrupts the
     block is not to be lost for that."""
     with contextlib.suppress(Exception):
         found = record.read_run(folder)
-        if found is not None:
-            count = layout.shard_count(found["definition"]["n_rows"], found["definition"]["rows_per_shard"])
-            return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"
+        if found is None:
+            return None
+        count = layout.shard_count(found["definition"]["n_rows"], found["definition"]["rows_per_shard"])
+        return f", {len(layout.shards_done(folder, count))} of {count} shards are finished in {folder}"
     return ""
