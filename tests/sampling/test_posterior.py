@@ -8,7 +8,7 @@ import pytest
 
 from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
-from distsbi.sampling import Posterior, SolveError, Tile, posterior as posterior_module, tiles
+from distsbi.sampling import Posterior, SolveError, Tile, fill as fill_module, tiles
 from distsbi.solvers import make_solver
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
 
@@ -260,9 +260,9 @@ def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
 
 def test_a_dispatch_is_taken_at_once(monkeypatch):
     """13 observations of three blocks, the last of them not whole, in dispatches of eight: 39 blocks of 4, 4 and 2 draws."""
-    taken, look = [], posterior_module.unsolved
+    taken, look = [], fill_module.unsolved
     monkeypatch.setattr(
-        posterior_module, "unsolved", lambda parts, make: (taken.append(len(parts[0])), look(parts, make))[1]
+        fill_module, "unsolved", lambda parts, make: (taken.append(len(parts[0])), look(parts, make))[1]
     )
     posterior = random_mlp_posterior(tile=Tile(4, 4))
     monkeypatch.setattr(Tile, "for_draws", lambda tile, *_: tile)
