@@ -98,9 +98,7 @@ def work(
         for device in devices - noted:
             record.note_device(out, device)
     missing = shards.count - len(present) - shards_now - len(agenda.given_up)
-    if (
-        missing and deadline is not None
-    ):  # the last were handed out when SIGTERM came, and those that waited were dropped
+    if missing and deadline is not None:  # SIGTERM came after the last task, and what waited was dropped
         raise Terminated
     if missing:
         raise RuntimeError(
