@@ -286,7 +286,10 @@ def inject(bench: Bench, kind: str, out: Path, rng: random.Random) -> dict[str, 
     told["exit"] = driver.end(90 if kind == "head" else PATIENCE)
     if kind == "head":
         bench.restart()
-    elif told["exit"] != expected:
+    elif told["exit"] != expected and not (
+        kind == "sigterm" and told["exit"] == 0 and shards(out) == ROWS // ROWS_PER_SHARD
+    ):
+        # after SIGTERM the last shards may be done within the grace, and the catalog with them
         raise RuntimeError(f"the driver ended with {told['exit']}, not {expected}\n{driver.tail()}")
     if kind == "full_disk":
         grow(out.parent)
