@@ -208,7 +208,6 @@ def _differences(found: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
             isinstance(old, list) and isinstance(new, list) and isinstance(new[0], str)
         ):  # a kind, and what it is made of
             old, new = old[0], new[0]
-        short = name != "seed" and all(
-            value is None or len(str(value)) < 30 for value in (old, new)
-        )  # a key's words say nothing
+        says = name != "seed"  # a key's words say nothing
+        short = says and all(value is None or len(str(value)) < 30 for value in (old, new))
         yield f"{name}: given {new}, found {old}" if short and old != new else name
