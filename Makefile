@@ -1,4 +1,4 @@
-# What to type:  make demo | make test | make lint | make test-full | make clean
+# What to type:  make demo | make test | make lint | make test-full | make test-accelerator | make clean
 # Needs Python >= 3.11 and make; everything else goes into $(VENV) with pip.
 # Another Python:  make test-short PYTHON=python3.13 VENV=.venv313
 
@@ -11,7 +11,7 @@ DEMO ?= demo
 # Two processes; the tests of a file keep to one of them, where its fixtures and programs are made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test test-full test-short lint format clean
+.PHONY: venv demo test test-full test-short test-accelerator lint format clean
 
 venv: $(STAMP)
 
@@ -39,6 +39,13 @@ SHORT := $(addprefix tests/test_,cli.py config.py imports.py keys.py mesh.py) te
 
 test-short: $(STAMP)
 	$(PYTEST) -m "not slow" $(SHORT)
+
+# Tests of one process on this machine's GPUs (PLATFORM=tpu: TPUs), with jax's extra for them in $(VENV).
+PLATFORM ?= cuda
+ONE_PROCESS := $(addprefix tests/test_,keys.py pipelines.py) $(addprefix tests/,methods networks solvers data sampling training/test_training.py)
+
+test-accelerator: $(STAMP)
+	DISTSBI_TEST_PLATFORMS=$(PLATFORM),cpu $(PYTEST) -m "not slow" $(ONE_PROCESS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

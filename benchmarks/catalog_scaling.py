@@ -59,12 +59,17 @@ def steady_rate(journal: list[dict[str, Any]], nsamples: int) -> float:
     return rows * nsamples / (done[-1]["time"] - start)
 
 
-def measure(run: Path, catalog: Path, out: Path, workers: int, nsamples: int, rows_per_shard: int) -> dict[str, Any]:
+def measure(
+    run: Path, catalog: Path, out: Path, workers: int, nsamples: int, rows_per_shard: int, gpus: float = 0
+) -> dict[str, Any]:
     from distsbi.fanout import sample_catalog
     from distsbi.store import layout
 
     began = time.monotonic()
-    result = sample_catalog(run, catalog, out, nsamples=nsamples, workers=workers, rows_per_shard=rows_per_shard)
+    resources = {"num_gpus_per_worker": gpus / workers, "cpus_per_worker": 4} if gpus and workers else {}
+    result = sample_catalog(
+        run, catalog, out, nsamples=nsamples, workers=workers, rows_per_shard=rows_per_shard, **resources
+    )
     seconds = time.monotonic() - began
     table = pq.read_table(out, columns=["id", "draws"]).sort_by("id").combine_chunks()
     draws = table["draws"].chunk(0).storage.flatten().to_numpy(zero_copy_only=False)
@@ -84,6 +89,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=1000)
     parser.add_argument("--rows-per-shard", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs that the workers share; default: they are on CPUs")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON-lines file that the result is added to")
     options = parser.parse_args()
@@ -99,7 +105,7 @@ def main() -> None:
         for repeat in range(options.repeats):
             for workers in options.workers:
                 out = folder / f"out-{repeat}-{workers}"
-                one = measure(run, folder / "catalog.parquet", out, workers, options.nsamples, options.rows_per_shard)
+                one = measure(run, folder / "catalog.parquet", out, workers, options.nsamples, options.rows_per_shard, options.gpus)
                 measured.append({"repeat": repeat, **one})
                 print(
                     f"repeat {repeat}  workers {workers}: {one['steady_draws_per_second']:,.0f} draws/s steady, "

@@ -32,8 +32,17 @@ def hardware() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "amx": any(" amx_bf16" in line for line in lines),
+        "accelerators": accelerators(),
         "python": platform.python_version(),
     }
+
+
+def accelerators() -> list[str]:
+    """The GPUs or TPUs that this process uses; none where jax was not started, as in the driver of a catalog."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax._src.xla_bridge.backends_are_initialized():
+        return []
+    return [device.device_kind for device in jax.devices() if device.platform != "cpu"]
 
 
 def commit() -> str:

@@ -1,7 +1,11 @@
-"""Every test, and every process a test starts, runs on CPUs: eight virtual devices, compiled programs kept."""
+"""Every test, and every process a test starts, runs on CPUs: eight virtual devices, compiled programs kept.
+
+With DISTSBI_TEST_PLATFORMS=cuda,cpu (or tpu,cpu) tests of one process run on the GPUs that there are, and meshes get no larger.
+"""
 
 import gc
 import logging
+import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before JAX is imported anywhere.
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORMS = os.environ.get("DISTSBI_TEST_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORMS
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes of a test run share a GPU
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if version("jaxlib").startswith("0.10.") and "DISTSBI_TEST_OPTIMISED" not in os.environ:
     # Tests compile more than they compute, and XLA's older emitters compile in two thirds of the time, of which LLVM's second level of
@@ -41,6 +47,28 @@ def _programs(request: pytest.FixtureRequest):
         yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _meshes() -> Iterator[None]:
+    """Off CPUs devices are not virtual: a mesh of more than there are is one of all that there are."""
+    if PLATFORMS == "cpu":
+        yield
+        return
+    import jax
+
+    from distsbi import mesh as meshes
+
+    make = meshes.make_mesh
+
+    def smaller(mesh: meshes.MeshLike = None, **options: bool) -> jax.sharding.Mesh:
+        if isinstance(mesh, dict) and math.prod(mesh.values()) > len(jax.devices()):
+            mesh = {"data": -1}
+        return make(mesh, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "make_mesh", smaller)
+        yield
 
 
 @pytest.fixture
