@@ -109,8 +109,7 @@ def measure(run: str, shapes: list[str], of_cpu: "subprocess.Popen[bytes]", out:
     for shape in shapes:
         tile = Tile(*map(int, shape.split("x")))
         of_tiles[shape] = far(posterior.sample_batched(1, xs, COMPARED, tile=tile), theta, sd)
-        call = lambda n, tile=tile: posterior.sample(2, xs[:1], n, tile=tile)
-        tiles[shape] = best_rate(call, 2 * tile.rows)
+        tiles[shape] = best_rate(lambda n, tile=tile: posterior.sample(2, xs[:1], n, tile=tile), 2 * tile.rows)
     log_prob = posterior.log_prob_batched(theta[:DENSITIES], xs)
     many = np.tile(theta[:, 0], (8, 1, 1))
     density = best_rate(lambda n: posterior.log_prob(np.resize(many, (n, *many.shape[1:])), xs[:1]), len(many))

@@ -105,7 +105,15 @@ def main() -> None:
         for repeat in range(options.repeats):
             for workers in options.workers:
                 out = folder / f"out-{repeat}-{workers}"
-                one = measure(run, folder / "catalog.parquet", out, workers, options.nsamples, options.rows_per_shard, options.gpus)
+                one = measure(
+                    run,
+                    folder / "catalog.parquet",
+                    out,
+                    workers,
+                    options.nsamples,
+                    options.rows_per_shard,
+                    options.gpus,
+                )
                 measured.append({"repeat": repeat, **one})
                 print(
                     f"repeat {repeat}  workers {workers}: {one['steady_draws_per_second']:,.0f} draws/s steady, "

@@ -21,15 +21,15 @@ class GaussianNetwork(Network):
         self.matrix = nnx.Param(jnp.asarray(rng.normal(size=(dim_theta, dim_x)), jnp.float32))
 
     def encode(self, x):
-        return x[..., 0] @ self.matrix[...].T
+        return _dot(x[..., 0], self.matrix[...].T)
 
     def __call__(self, t, theta_t, context):
         t = jnp.asarray(t).reshape(jnp.shape(t) + (1,) * (3 - jnp.ndim(t)))  # [1|batch, 1|draws, 1]
         y = theta_t[..., 0] * jnp.sqrt(t**2 + (1 - t) ** 2)  # undo c_in
         variance = t**2 * self.sd[...] ** 2 + (1 - t) ** 2
-        residual = (y - t * context[:, None]) @ self.rotation[...] / variance
-        data = context[:, None] + (t * self.sd[...] ** 2 * residual) @ self.rotation[...].T
-        noise = ((1 - t) * residual) @ self.rotation[...].T
+        residual = _dot(y - t * context[:, None], self.rotation[...]) / variance
+        data = context[:, None] + _dot(t * self.sd[...] ** 2 * residual, self.rotation[...].T)
+        noise = _dot((1 - t) * residual, self.rotation[...].T)
         return (data - noise)[..., None]
 
     def mean(self, x) -> np.ndarray:
@@ -38,6 +38,11 @@ class GaussianNetwork(Network):
     def covariance(self) -> np.ndarray:
         rotation, sd = np.asarray(self.rotation[...]), np.asarray(self.sd[...])
         return rotation @ np.diag(sd**2) @ rotation.T
+
+
+def _dot(a, b):
+    """In float32 on GPUs too, as the networks of distsbi."""
+    return jnp.matmul(a, b, precision="highest")
 
 
 TWO = {"data": 2}

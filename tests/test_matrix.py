@@ -119,6 +119,19 @@ def drawer():
     ray.shutdown()
 
 
+@pytest.mark.parametrize("network", sorted(NETWORK_ROWS))
+def test_no_product_takes_the_default_precision(network):
+    """On GPUs and TPUs that is TF32 or bfloat16, with which neither another tile nor a CPU gives the same draws. CPUs refuse TF32."""
+    with jax.default_matmul_precision("TF32_TF32_F32"):
+        with pytest.raises(ValueError, match="not supported"):
+            jnp.ones((2, 2)) @ jnp.ones((2, 2))
+        posterior = make_posterior("flow", network, {"data": 1})
+        theta = posterior.sample(7, X, 5, steps=3)
+        if network == "MLP":  # the solver is the same for all
+            posterior.sample(7, X, 5, solver="tsit5")
+        posterior.log_prob(theta, X, steps=3)
+
+
 @pytest.mark.parametrize(("method", "network", "solver", "place"), CASES)
 def test_contract(method, network, solver, place, request, tmp_path):
     """Shapes, dtypes, support, save and load; the draws are those of two devices, whatever the place; one compilation."""

@@ -23,36 +23,39 @@ import numpy as np
 from distsbi.fanout import catalog as catalogs, cluster
 from distsbi.fanout.catalog import sample_catalog
 from distsbi.sampling import tiles
-from distsbi.store import layout
+from distsbi.store import layout, record
 from distsbi.store.schema import ROW_GROUP_BYTES, Output
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
-# Of other devices, assumptions and no measurements: the share of the peak that small networks reach, seconds of one evaluation however small (some
-# dozens of kernels), and bytes/s of draws that a worker summarises, encodes and writes.
-ACHIEVED, LAUNCH_SECONDS, WRITE_BYTES = 0.15, 1e-4, 2e8
+# Of other devices: the share of the peak that small networks reach and bytes/s of draws that a worker summarises, encodes and writes, with which an H200
+# comes out as it was measured (benchmarks/README.md); and, assumed, seconds of one evaluation however small (some dozens of kernels).
+ACHIEVED, LAUNCH_SECONDS, WRITE_BYTES = 0.15, 1e-4, 6e7
 ROW_BYTES = 200  # of a row's id, status and summaries beside 3 numbers for each parameter
 PROCESS_BYTES = 700 * 2**20  # Python, JAX, Arrow and Ray of one worker
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device's published peak in float32 products (FLOP/s; TF32 on NVIDIA's tensor cores) and its memory (bytes)."""
+    """A device's published peaks (FLOP/s) in products of each compute dtype.
 
-    flops: float
-    memory: float
+    float32 is that of full float32 products, which "float32" networks ask for: on NVIDIA's GPUs not that of TF32, on TPUs six passes of bfloat16.
+    """
+
+    float32: float
+    bfloat16: float
 
 
 DEVICES = {
-    "a100": Device(156e12, 80e9),
-    "h100": Device(495e12, 80e9),
-    "h200": Device(495e12, 141e9),
-    "l4": Device(60e12, 24e9),
-    "t4": Device(8.1e12, 16e9),
-    "v100": Device(15.7e12, 32e9),
-    "tpu-v4": Device(68e12, 32e9),
-    "tpu-v5e": Device(49e12, 16e9),
-    "tpu-v5p": Device(115e12, 95e9),
+    "a100": Device(19.5e12, 312e12),
+    "h100": Device(67e12, 990e12),
+    "h200": Device(67e12, 990e12),
+    "l4": Device(30e12, 121e12),
+    "t4": Device(8.1e12, 8.1e12),
+    "v100": Device(15.7e12, 15.7e12),
+    "tpu-v4": Device(275e12 / 6, 275e12),
+    "tpu-v5e": Device(197e12 / 6, 197e12),
+    "tpu-v5p": Device(459e12 / 6, 459e12),
 }
 
 
@@ -126,33 +129,36 @@ def plan(
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
     rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, count)
-    overhead, start_up, tile = 0.05, 20.0, posterior.tile.for_draws(n, posterior.most_slots)
+    overhead, start_up, on = 0.05, 20.0, device or "this machine"
+    kind = "cpu" if device is None and not num_gpus_per_worker else "tpu" if (device or "").startswith("tpu") else "gpu"
+    tile = posterior.tile_by_kind.get(kind, tiles.KINDS[kind].tile).for_draws(n, posterior.most_slots)
     if rate is not None:
         how = "the rate that was given"
     elif device is not None:
-        tile = tiles.KINDS["tpu" if device.startswith("tpu") else "gpu"].tile.for_draws(n, posterior.most_slots)
         flops, evaluations = flops_per_draw(posterior, **options)
+        dtype = getattr(getattr(posterior.network, "params", None), "dtype", "float32")
+        peak = DEVICES[device].bfloat16 if dtype == "bfloat16" else DEVICES[device].float32
         launching = evaluations * LAUNCH_SECONDS / (tile.slots * tile.draws)
-        rate = 1 / (flops / (ACHIEVED * DEVICES[device].flops) + launching + 4 * size / WRITE_BYTES)
+        rate = 1 / (flops / (ACHIEVED * peak) + launching + 4 * size / WRITE_BYTES)
         how = (
             f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the peak, {LAUNCH_SECONDS * 1e6:.0f} µs an evaluation of a tile, draws written at "
             f"{WRITE_BYTES / 1e6:.0f} MB/s; rehearse on that device to know"
         )
     else:
         at_once = min(count, here)
-        rate, overhead, start_up = _rehearse(
+        rate, overhead, start_up, told = _rehearse(
             posterior, str(run), n, rows, at_once, seconds,
             {"cpus_per_worker": cpus_per_worker, "num_gpus_per_worker": num_gpus_per_worker, "network": network,
              "draws": draws, "thin": thin, **options},
         )  # fmt: skip
-        how = f"rehearsed here with {at_once} workers at once"
+        how, on = f"rehearsed here with {at_once} workers at once", told["about"]["devices"][0]
+        tile = tiles.Tile(*told["definition"]["tile"])
     shards = layout.shard_count(n_rows, rows)
     each = ROW_BYTES + 4 * size * (kept + 5)
     assert rate is not None
-    platform = posterior.mesh.devices.flat[0]
     return Plan(
-        n_rows, n, count, device or f"{platform.platform}: {platform.device_kind}", how, rate, overhead, start_up, rows,
-        shards, (tile.slots, tile.draws), _total(n_rows, n, rows, count, rate, overhead, start_up), n_rows * each,
+        n_rows, n, count, on, how, rate, overhead, start_up, rows, shards, (tile.slots, tile.draws),
+        _total(n_rows, n, rows, count, rate, overhead, start_up), n_rows * each,
         PROCESS_BYTES + shard_bytes(min(rows, n_rows), n, kept, size),
     )  # fmt: skip
 
@@ -195,18 +201,20 @@ def flops_per_draw(posterior: Any, **options: Any) -> tuple[float, int]:
 
 def _rehearse(
     posterior: Any, run: str, n: int, rows: int, workers: int, seconds: float, options: dict[str, Any]
-) -> tuple[float, float, float]:
-    """(draws/s of a worker, seconds of a shard beside its draws, seconds before the first shard)."""
+) -> tuple[float, float, float, dict[str, Any]]:
+    """(draws/s of a worker, seconds of a shard beside its draws, seconds before the first shard, run.json of what was drawn)."""
     least = min(rows, math.ceil(catalogs.SHARD_DRAWS / n))
     with tempfile.TemporaryDirectory(prefix="distsbi-plan-") as folder:
         small, start_up = _times(posterior, run, Path(folder), n, least, workers * REHEARSED_SHARDS, workers, options)
+        told = record.read_run(Path(folder) / f"out-{least}")
+        assert told is not None
         room = max(1, int(seconds / REHEARSED_SHARDS / small))  # the larger shard, in smaller ones
         most = min(rows, least * min(LARGER, room))
         if most < 2 * least:
-            return least * n / small, 0.0, start_up
+            return least * n / small, 0.0, start_up, told
         large, _ = _times(posterior, run, Path(folder), n, most, workers * REHEARSED_SHARDS, workers, options)
     slope = max((large - small) / (most - least), 0.5 * large / most)  # noise may not make draws free
-    return n / slope, max(0.0, small - slope * least), start_up
+    return n / slope, max(0.0, small - slope * least), start_up, told
 
 
 def _times(
@@ -246,9 +254,17 @@ def made_up(posterior: Any, n: int) -> dict[str, np.ndarray]:
 
 
 def _load(run: Any, network: str | None) -> Any:
+    """On the CPU, where jax has it: the memory of a GPU is for the workers of the rehearsal."""
+    import jax
+
     from distsbi.sampling import load
 
-    return load(run, network=network)
+    try:
+        cpu = jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return load(run, network=network)
+    with jax.default_device(cpu[0]):
+        return load(run, network=network, mesh=jax.sharding.Mesh(cpu, ("data",)))
 
 
 def _whole(name: str, value: Any) -> int:

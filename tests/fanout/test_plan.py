@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from distsbi.data.standardise import Standardizer
+from distsbi.environment import device_name
 from distsbi.fanout import catalog as catalog_module, cluster, plan as planning
 from distsbi.methods import FlowMatching
 from distsbi.networks import MLP, MLPParams
@@ -43,6 +45,7 @@ def test_a_rehearsal_on_this_machine(real_run):
     assert made.rate > 100
     assert 0 <= made.overhead < 10
     assert made.how == "rehearsed here with 2 workers at once"
+    assert (made.device, made.tile) == (device_name(jax.devices()[0]), (8, 256))  # the workers'
     assert made.shards == -(-10_000 // made.rows_per_shard)
     assert made.stored_bytes > 1e4 * 2_000 * 2 * 4
     assert json.loads(planning.to_json(made))["observations"] == 10_000
@@ -84,6 +87,14 @@ def test_another_device_is_estimated_from_the_arithmetic(real_run, monkeypatch):
     known = planning.plan(real_run, observations=1e7, nsamples=1e4, workers=64, rate=1e6, draws=False)
     assert known.seconds == pytest.approx(1e11 / 64 / 1e6, rel=0.1)
     assert known.stored_bytes < made.stored_bytes / 100
+
+
+def test_the_estimate_is_what_was_measured_on_an_h200(tmp_path):
+    """1.43e6 draws/s of one worker (benchmarks/results/catalog_scaling.jsonl), by the same network."""
+    network = MLP(MLPParams.default(2, 2), nnx.Rngs(0))
+    Posterior(network, FlowMatching(), Standardizer.identity(2, 2), mesh={"data": 1}).save(str(tmp_path / "run"))
+    made = planning.plan(tmp_path / "run", observations=4_000, nsamples=1_000, workers=1, device="h200")
+    assert made.rate == pytest.approx(1.43e6, rel=0.1)
 
 
 MEMORY = """
