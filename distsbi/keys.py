@@ -84,6 +84,12 @@ def from_words(words: Sequence[int]) -> Key[Array, ""]:
     return jax.random.wrap_key_data(jnp.asarray(np.asarray(words, np.uint32)), impl=IMPL)
 
 
+def seed_of(words: Sequence[int]) -> int:
+    """The integer whose key has these words: `key_words(as_key(seed_of(words)))` are `words`."""
+    high, low = words
+    return (high << 32) | low
+
+
 def split_id(ids: object) -> np.ndarray:
     """64-bit observation ids as (high, low) 32-bit words, shape `ids.shape + (2,)`.
 

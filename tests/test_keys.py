@@ -23,6 +23,7 @@ def test_bad_keys(bad):
 def test_seeds_past_32_bits_differ():
     seeds = (5, 2**31 + 5, 2**32 + 5, 2**33 + 5, 2**63 + 5, 2**64 - 1)
     assert len({keys.key_words(seed) for seed in seeds}) == len(seeds)
+    assert [keys.seed_of(keys.key_words(seed)) for seed in seeds] == list(seeds)
     assert keys.key_words(2**32 - 1) == (0, 2**32 - 1)  # small seeds keep their keys
     assert keys.key_words(np.uint64(2**63 + 5)) == keys.key_words(2**63 + 5)
 

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 import distsbi
+from distsbi import keys
 from distsbi.environment import versions
 from distsbi.fanout.worker import Job
 from distsbi.store import Output, SourceSpec, source
@@ -74,13 +75,12 @@ def call(kept: dict[str, Any], out: "str | os.PathLike[str] | Place", **instead:
     """
     found = _found(kept, out, instead)
     definition = kept["definition"]
-    high, low = definition["seed"]
     return {
         "run": found["run"],
         "catalog": found["catalog"],
         "out": out,
         "nsamples": definition["nsamples"],
-        "seed": (high << 32) | low,
+        "seed": keys.seed_of(definition["seed"]),
         "rows_per_shard": definition["rows_per_shard"],
         **found["columns"],
         **found["options"],
@@ -93,7 +93,7 @@ def command(run: dict[str, Any], out: str) -> str:
     """The command that goes on with the folder `out`, a path or URI, from its run.json: that of `call`, with the folder's division."""
     there, definition = run["about"], run["definition"]
     columns, kept = there.get("columns", {}), definition["output"]
-    high, low = definition["seed"]
+    seed = keys.seed_of(definition["seed"])
     words = [
         "distsbi",
         "catalog",
@@ -103,7 +103,7 @@ def command(run: dict[str, Any], out: str) -> str:
         "--nsamples",
         str(definition["nsamples"]),
     ]
-    words += ["--seed", str((high << 32) | low)] if high or low else []
+    words += ["--seed", str(seed)] if seed else []
     if columns.get("id_column") != "id" and not there["catalog"].endswith(".npy"):
         words += ["--id-column", columns.get("id_column") or ""]
     if columns.get("x_columns"):

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 import distsbi
+from distsbi import keys
 from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
 from distsbi.environment import versions
 from distsbi.fanout import simulator as simulators
@@ -135,7 +136,7 @@ def simulate(
     folder = _folder(out)
     named = simulators.by_name(simulator)
     digest = None if isinstance(named, str) else simulators.source_digest(named)
-    job = Job(named, _checked(prior), _words(seed), folder.path, batch_size, missing, digest)
+    job = Job(named, _checked(prior), keys.key_words(seed), folder.path, batch_size, missing, digest)
     if not isinstance(named, str):
         simulators.arranged(named)
     elif workers == 0 or cluster_address(address) is None:  # else this machine may lack what the simulator needs
@@ -189,11 +190,11 @@ def command(run: dict[str, Any], out: str) -> str | None:
     definition, prior = run["definition"], run["about"]["prior"]
     if prior is None or "<" in definition["simulator"]["name"]:
         return None
-    high, low = definition["seed"]
+    seed = keys.seed_of(definition["seed"])
     words = ["distsbi", "simulate", "--simulator", definition["simulator"]["name"]]
     words += [word for name, text in prior.items() for word in ("--prior", f"{name}={text}")]
     words += ["--n", str(definition["n_rows"]), "--out", out]
-    words += ["--seed", str((high << 32) | low)] if high or low else []
+    words += ["--seed", str(seed)] if seed else []
     words += ["--batch-size", str(definition["batch"])] if definition["batch"] else []
     return shlex.join([*words, *(["--missing"] if definition["missing"] else [])])
 
@@ -310,12 +311,6 @@ def _check_travels(**parts: Any) -> None:
             raise ValueError(
                 f"the {name} cannot be carried to workers ({one_line(error)}); {instead[name]}, or give workers=0 to stay in this process."
             ) from error
-
-
-def _words(seed: Any) -> tuple[int, int]:
-    from distsbi.keys import key_words
-
-    return key_words(seed)
 
 
 def _about(job: Job, told: dict[str, Any]) -> dict[str, Any]:

@@ -75,8 +75,7 @@ class Simulator:
 
         self._call, self._random = arranged(function)
         self._sample, self._key, self.batch, self._missing = _sampler(prior), key, batch, missing
-        high, low = keys.key_words(key)
-        self._philox = np.random.Philox(key=[(high << 32) | low, keys.SIMULATIONS])
+        self._philox = np.random.Philox(key=[keys.seed_of(keys.key_words(key)), keys.SIMULATIONS])
         self._rng = np.random.Generator(self._philox)
         fresh = self._philox.state
         words = {name: fresh["state"][name].tolist() for name in ("counter", "key")}

@@ -1,6 +1,6 @@
 """A pipeline holds data, a network and a method; it trains, and samples.
 
-    datasets -> scales -> `train` -> `calibrate` -> Posterior, which every way to sample is handed on to
+    datasets -> scales -> `train` -> `calibrate` -> Posterior, which every way to sample is handed on to (`Answers`)
 
 `ConditionalPipeline` is all of it for p(theta | x), `obs` being theta and `cond` x. What another kind of pipeline decides for itself are the
 methods under that heading.
@@ -27,9 +27,10 @@ from distsbi.methods import FlowMatching, Method
 from distsbi.networks import Embedded, Layout, Network, Unconditional, network_name, takes_missing
 from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
+from distsbi.pipelines.answers import Answers
 from distsbi.pipelines.given import check_module, check_state, names_of, nets_by_part, on_packed
 from distsbi.pipelines.identity import training_identity
-from distsbi.sampling import Dataset, DistillConfig, Posterior, distill
+from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.checks import standardised
 from distsbi.sampling.joint import JointPosterior
@@ -44,7 +45,7 @@ EXTENT_ENTRIES = 4_096
 AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside training
 
 
-class ConditionalPipeline:
+class ConditionalPipeline(Answers):
     """Trains `model` to p(theta | x) and samples from it.
 
     Args:
@@ -330,71 +331,6 @@ class ConditionalPipeline:
                 "the weights before averaging are not kept in a saved run; use_ema=False works after train() only."
             )
         return self._last
-
-    def sample(
-        self,
-        key: Any = None,
-        x_o: Any = None,
-        nsamples: int | None = None,
-        *,
-        rng: Any = None,
-        use_ema: bool = True,
-        **options: Any,
-    ) -> Float[np.ndarray, "nsamples dim_obs ch_obs"]:
-        """Draws from p(theta | x_o); `rng=` or `key=`. See `Posterior.sample`."""
-        return self._chosen(use_ema).sample(key, x_o, nsamples, rng=rng, **options)
-
-    def get_sampler(self, x_o: Any, *, use_ema: bool = True, **options: Any) -> Callable[..., np.ndarray]:
-        """A function `sampler(key, nsamples)` for one observation, compiled once. See `Posterior.get_sampler`."""
-        return self._chosen(use_ema).get_sampler(x_o, **options)
-
-    def sample_batched(
-        self,
-        key: Any = None,
-        xs: Any = None,
-        nsamples: int = 10_000,
-        *,
-        rng: Any = None,
-        use_ema: bool = True,
-        **options: Any,
-    ) -> Float[np.ndarray, "nsamples batch dim_obs ch_obs"]:
-        """Draws for many observations, `xs` or `x_o`. See `Posterior.sample_batched`."""
-        return self._chosen(use_ema).sample_batched(key, xs, nsamples, rng=rng, **options)
-
-    def sample_dataset(
-        self,
-        path: str | os.PathLike[str],
-        key: Any = None,
-        x_o: Any = None,
-        nsamples: int = 1_000_000,
-        *,
-        use_ema: bool = True,
-        **options: Any,
-    ) -> Dataset:
-        """`sample` into a Parquet dataset, a folder of parts. See `Posterior.sample_dataset`."""
-        return self._chosen(use_ema).sample_dataset(path, key, x_o, nsamples, **options)
-
-    def log_prob(self, theta: Any, x_o: Any, *, use_ema: bool = True, **options: Any) -> Float[np.ndarray, "n"]:
-        """log p(theta | x_o). See `Posterior.log_prob`."""
-        return self._chosen(use_ema).log_prob(theta, x_o, **options)
-
-    def log_prob_batched(
-        self, theta: Any, xs: Any, *, use_ema: bool = True, **options: Any
-    ) -> Float[np.ndarray, "n batch"]:
-        """log p(theta[:, i] | xs[i]) for many observations. See `Posterior.log_prob_batched`."""
-        return self._chosen(use_ema).log_prob_batched(theta, xs, **options)
-
-    def sample_and_log_prob(
-        self, key: Any = None, x_o: Any = None, nsamples: int = 10_000, *, use_ema: bool = True, **options: Any
-    ) -> Any:
-        """(draws, their log p(theta | x_o)). See `Posterior.sample_and_log_prob`."""
-        return self._chosen(use_ema).sample_and_log_prob(key, x_o, nsamples, **options)
-
-    def map(
-        self, x_o: Any, *, use_ema: bool = True, **options: Any
-    ) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:
-        """(theta, log p) at the maximum a posteriori. See `Posterior.map`."""
-        return self._chosen(use_ema).map(x_o, **options)
 
     def distill(self, segments: int = 2, **options: Any) -> Posterior:
         """A student that draws in `segments` evaluations, trained on the data x of the training set without new simulations; a

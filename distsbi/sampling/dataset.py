@@ -235,7 +235,7 @@ def _differing(folder: Path, definition: dict[str, Any], overwrite: bool) -> lis
 def _told(name: str, given: Any, found: Any) -> str:
     """What differs, with both values where they say something."""
     if name == "seed" and isinstance(found, list):
-        given, found = ((high << 32) | low for high, low in (given, found))
+        given, found = keys.seed_of(given), keys.seed_of(found)
     return f"{name}: given {given}, found {found}" if name in ("seed", "nsamples", "observation_id") else name
 
 
