@@ -132,4 +132,8 @@ LONGEST = ("test_readme.py", "test_training.py", "test_joint.py", "test_matrix.p
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, so that no process is left with one of them at the end."""
+    if PLATFORMS != "cpu":
+        for item in items:
+            if item.get_closest_marker("virtual_devices"):
+                item.add_marker(pytest.mark.skip(f"counts on several CPU devices; the tests run on {PLATFORMS}"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

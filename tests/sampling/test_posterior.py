@@ -244,6 +244,7 @@ def test_ids_up_to_64_bits():
     np.testing.assert_array_equal(mixed[1], posterior.sample(0, xs[:1], 5, observation_id=5))
 
 
+@pytest.mark.virtual_devices
 def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
     """With one draw a tile has 256 slots; a device encodes 64 observations at a time, once for one observation, and the draws are
     those of a batch."""
@@ -258,6 +259,7 @@ def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
     assert rows == [128] * 7
 
 
+@pytest.mark.virtual_devices
 def test_a_dispatch_is_taken_at_once(monkeypatch):
     """13 observations of three blocks, the last of them not whole, in dispatches of eight: 39 blocks of 4, 4 and 2 draws."""
     taken, look = [], fill_module.unsolved
