@@ -40,12 +40,12 @@ SHORT := $(addprefix tests/test_,cli.py config.py imports.py keys.py mesh.py) te
 test-short: $(STAMP)
 	$(PYTEST) -m "not slow" $(SHORT)
 
-# Tests of one process on this machine's GPUs (PLATFORM=tpu: TPUs), with jax's extra for them in $(VENV).
+# What draws and trains, on this machine's GPUs (PLATFORM=tpu: TPUs, which one process takes whole), with jax's extra for them in $(VENV).
 PLATFORM ?= cuda
-ONE_PROCESS := $(addprefix tests/test_,keys.py pipelines.py) $(addprefix tests/,methods networks solvers data sampling training/test_training.py)
+DRAWING := $(addprefix tests/test_,keys.py pipelines.py) $(addprefix tests/,methods networks solvers data sampling training/test_training.py)
 
 test-accelerator: $(STAMP)
-	DISTSBI_TEST_PLATFORMS=$(PLATFORM),cpu $(PYTEST) -m "not slow" $(ONE_PROCESS)
+	DISTSBI_TEST_PLATFORMS=$(PLATFORM),cpu $(PYTEST) $(if $(filter tpu,$(PLATFORM)),-n 0) -m "not slow" $(DRAWING)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Rate of a catalog on one and on two Ray workers of one core each, and the ratios.
+"""Rate of a catalog on one and on two Ray workers of one core each (with `--gpus`: of four, and a share of the GPUs), and the ratios.
 
     python benchmarks/catalog_scaling.py --rows 600 --nsamples 10000 --repeats 3
 
@@ -63,7 +63,7 @@ def measure(
     run: Path, catalog: Path, out: Path, workers: int, nsamples: int, rows_per_shard: int, gpus: float = 0
 ) -> dict[str, Any]:
     from distsbi.fanout import sample_catalog
-    from distsbi.store import layout
+    from distsbi.store import layout, record
 
     began = time.monotonic()
     resources = {"num_gpus_per_worker": gpus / workers, "cpus_per_worker": 4} if gpus and workers else {}
@@ -75,6 +75,7 @@ def measure(
     draws = table["draws"].chunk(0).storage.flatten().to_numpy(zero_copy_only=False)
     return {
         "workers": workers,
+        "devices": (record.read_run(out) or {})["about"]["devices"],
         "shards": result.shards,
         "steady_draws_per_second": steady_rate(layout.read_journal(out), nsamples),
         "whole_draws_per_second": result.n_rows * nsamples / seconds,

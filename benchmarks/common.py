@@ -32,24 +32,15 @@ def hardware() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "amx": any(" amx_bf16" in line for line in lines),
-        "accelerators": accelerators(),
         "python": platform.python_version(),
     }
 
 
-def accelerators() -> list[str]:
-    """The GPUs or TPUs that this process uses; none where jax was not started, as in the driver of a catalog."""
-    jax = sys.modules.get("jax")
-    if jax is None or not jax._src.xla_bridge.backends_are_initialized():
-        return []
-    return [device.device_kind for device in jax.devices() if device.platform != "cpu"]
-
-
 def commit() -> str:
-    """The commit that ran, "+" if files of the package differ from it, or "" outside a checkout."""
+    """The commit that ran, "+" if the package or a benchmark differs from it, or "" outside a checkout."""
     git = ["git", "-C", str(HERE)]
     found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../distsbi"], check=False).returncode
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../distsbi", "*.py"], check=False).returncode
     return found.stdout.strip() + ("+" if changed else "")
 
 

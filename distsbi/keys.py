@@ -87,7 +87,7 @@ def from_words(words: Sequence[int]) -> Key[Array, ""]:
 def seed_of(words: Sequence[int]) -> int:
     """The integer whose key has these words: `key_words(as_key(seed_of(words)))` are `words`."""
     high, low = words
-    return (high << 32) | low
+    return (int(high) << 32) | int(low)
 
 
 def split_id(ids: object) -> np.ndarray:

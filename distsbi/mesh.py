@@ -63,6 +63,14 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
     return _of(_some(devices, count) if shared else devices[:count], sizes[DATA], sizes[MODEL])
 
 
+def cpu_mesh() -> Mesh | None:
+    """A mesh of one CPU device, also where there are GPUs or TPUs; None where JAX_PLATFORMS leaves CPUs out."""
+    try:
+        return _of(jax.local_devices(backend="cpu")[:1], 1, 1)
+    except RuntimeError:
+        return None
+
+
 def _of(devices: list[Any], data: int, model: int) -> Mesh:
     axis_types = (AxisType.Auto, AxisType.Auto)
     return Mesh(np.asarray(devices).reshape(data, model), (DATA, MODEL), axis_types=axis_types)

@@ -1,6 +1,6 @@
 """Every test, and every process a test starts, runs on CPUs: eight virtual devices, compiled programs kept.
 
-With DISTSBI_TEST_PLATFORMS=cuda,cpu (or tpu,cpu) tests of one process run on the GPUs that there are, and meshes get no larger.
+With DISTSBI_TEST_PLATFORMS=cuda,cpu (or tpu,cpu) they run on the GPUs that there are, and meshes get no larger; those marked `cpus` are left out.
 """
 
 import gc
@@ -134,6 +134,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, so that no process is left with one of them at the end."""
     if PLATFORMS != "cpu":
         for item in items:
-            if item.get_closest_marker("virtual_devices"):
-                item.add_marker(pytest.mark.skip(f"counts on several CPU devices; the tests run on {PLATFORMS}"))
+            if item.get_closest_marker("cpus"):
+                item.add_marker(pytest.mark.skip(f"needs CPU devices; the tests run on {PLATFORMS}"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -3,6 +3,7 @@
 CI runs a selection (every pair of a network and a place, every method with every place, and every solver), `make test-full` all combinations.
 """
 
+import dataclasses
 import itertools
 import os
 
@@ -11,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from distsbi import load
 from distsbi.data.standardise import Standardizer, Support
 from distsbi.methods import METHODS
 from distsbi.networks import (
+    CNN,
     MLP,
     NETWORKS,
+    CNNParams,
+    Conditional,
     Embedded,
     Flux1JointParams,
     Flux1Params,
@@ -47,6 +52,13 @@ NETWORK_ROWS = {
         {"": PatchEmbedding(PatchEmbeddingParams((3, 1), (2,), 4), rngs)}, Layout.of(3),
     ),
 }  # fmt: skip
+
+
+def with_cnn(rngs):
+    net = CNN(CNNParams((3, 1), width=4, features=4), rngs)
+    return Embedded(MLP(MLPParams(2, 3, ch_x=4, width=8, depth=1, embed_depth=1), rngs), {"": net}, Layout.of(3))
+
+
 SOLVER_ROWS = [*RULES, "tsit5", "dopri5", "dopri8"]
 pytestmark = pytest.mark.lightly_compiled
 
@@ -79,7 +91,12 @@ CASES = [
 
 def make_network(name):
     """With weights that all matter."""
+    name, _, variant = name.partition(", ")
     row = NETWORK_ROWS[name]
+    if variant == "joint":
+        row = dataclasses.replace(row, conditioning="joint")
+    elif variant == "CNN":
+        row = with_cnn
     graphdef, state = nnx.split(row(nnx.Rngs(0)) if callable(row) else NETWORKS[name][1](row, nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -119,16 +136,47 @@ def drawer():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("network", sorted(NETWORK_ROWS))
-def test_no_product_takes_the_default_precision(network):
-    """On GPUs and TPUs that is TF32 or bfloat16, with which neither another tile nor a CPU gives the same draws. CPUs refuse TF32."""
+def products(jaxpr):
+    """The products of a program, those inside its loops included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+def programs(network):
+    """What a network computes as it is drawn from, and as a joint one is trained."""
+    x, theta = jnp.zeros((1, 3, 1)), jnp.zeros((1, 4, 2, 1))
+    if isinstance(network, JointNetwork):
+        mask, values = jnp.asarray([[False, True, False, True, True]]), jnp.zeros((1, 5, 1))
+        yield lambda values: network(0.5, values[:, None], network.encode(values, mask)), (values,)
+        network = Conditional(network, (0, 1), (2, 3, 4))
+    yield lambda x, theta: network(0.5, theta, network.encode(x)), (x, theta)
+
+
+@pytest.mark.parametrize("network", [*sorted(NETWORK_ROWS), "Flux1, joint", "Simformer, joint", "Embedded, CNN"])
+def test_float32_products_are_in_full_precision(network):
+    """On GPUs and TPUs the default is TF32 or bfloat16, with which neither another tile nor a CPU gives the same draws."""
+    found = []
+    for program, values in programs(make_network(network)):
+        both = jax.make_jaxpr(lambda *v, program=program: jax.jvp(program, v, v))(*values)
+        found += products(both.jaxpr)
+    found = [one for one in found if all(v.aval.dtype == jnp.float32 for v in one.invars)]
+    assert len(found) > 4
+    assert network != "Embedded, CNN" or any(one.primitive.name == "conv_general_dilated" for one in found)
+    for one in found:
+        assert one.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, one
+
+
+def test_solvers_and_densities_too():
+    """Whatever they multiply: CPUs refuse TF32, where it is the default."""
     with jax.default_matmul_precision("TF32_TF32_F32"):
         with pytest.raises(ValueError, match="not supported"):
             jnp.ones((2, 2)) @ jnp.ones((2, 2))
-        posterior = make_posterior("flow", network, {"data": 1})
+        posterior = make_posterior("flow", "MLP", {"data": 1})
         theta = posterior.sample(7, X, 5, steps=3)
-        if network == "MLP":  # the solver is the same for all
-            posterior.sample(7, X, 5, solver="tsit5")
+        posterior.sample(7, X, 5, solver="tsit5")
         posterior.log_prob(theta, X, steps=3)
 
 

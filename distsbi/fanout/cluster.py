@@ -215,6 +215,15 @@ def own_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def own_gpus() -> int:
+    """GPUs of this machine that this process may use, as Ray would find them; no GPU is touched."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource  # Ray has no public name for it
+
+    manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()
+    return manager.get_current_node_num_accelerators() if visible is None else len(visible)
+
+
 def cluster_room(cpus: int, gpus: float, leaving: Collection[str] = (), *, empty: bool = False) -> int:
     """How many more workers of `cpus` and `gpus` fit now on machines that live, those in `leaving` aside. `empty`: if nothing ran there."""
     import ray.util.client

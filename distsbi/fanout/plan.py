@@ -10,6 +10,7 @@ for any number of observations and workers of this kind. For another kind of dev
 the arithmetic of a draw and the device's peak.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,15 +23,17 @@ import numpy as np
 
 from distsbi.fanout import catalog as catalogs, cluster
 from distsbi.fanout.catalog import sample_catalog
+from distsbi.networks.base import compute_dtype
 from distsbi.sampling import tiles
 from distsbi.store import layout, record
 from distsbi.store.schema import ROW_GROUP_BYTES, Output
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
-# Of other devices: the share of the peak that small networks reach and bytes/s of draws that a worker summarises, encodes and writes, with which an H200
-# comes out as it was measured (benchmarks/README.md); and, assumed, seconds of one evaluation however small (some dozens of kernels).
-ACHIEVED, LAUNCH_SECONDS, WRITE_BYTES = 0.15, 1e-4, 6e7
+# Of other devices, with which one worker and two to a GPU come out as on an H200 (float32; benchmarks/README.md): the share of the peak that small
+# networks reach, seconds of one evaluation however small (some dozens of kernels), and bytes/s of draws that a worker summarises, encodes and writes,
+# with all that a shard takes beside. The share of bfloat16's peak was not measured.
+ACHIEVED, LAUNCH_SECONDS, WRITE_BYTES = 0.185, 1e-4, 3.3e7
 ROW_BYTES = 200  # of a row's id, status and summaries beside 3 numbers for each parameter
 PROCESS_BYTES = 700 * 2**20  # Python, JAX, Arrow and Ray of one worker
 
@@ -63,9 +66,9 @@ DEVICES = {
 class Plan:
     """What a catalog will cost.
 
-    `rate`: draws/s of one worker, `overhead`: seconds of a shard beside its draws, `start_up`: seconds before the first
-    shard; `how`: where these come from. `seconds`: of the whole run. `stored_bytes`: of the output, without compression.
-    `worker_bytes`: of one worker's memory, without an accelerator's own. `tile`: slots and draws.
+    `rate`: draws/s of one worker, `overhead`: seconds of a shard beside its draws, `start_up`: seconds before the first shard; `how`: where
+    these come from. `device`: the workers', "" where their rate was given. `seconds`: of the whole run. `stored_bytes`: of the output, without
+    compression. `worker_bytes`: of one worker's memory, without an accelerator's own. `tile`: slots and draws.
     """
 
     observations: int
@@ -119,7 +122,7 @@ def plan(
     Raises ValueError for an unknown device, counts (also `thin`) that are no positive whole numbers, or a missing run.
     """
     n_rows, n = _whole("observations", observations), _whole("nsamples", nsamples)
-    here = max(1, cluster.own_cpus() // cpus_per_worker)
+    here = _room(cpus_per_worker, num_gpus_per_worker if rate is None and device is None else 0)
     count = here if workers is None else _whole("workers", workers)
     kept = Output(draws=draws, thin=thin).kept(n)
     if device is not None and device not in DEVICES:
@@ -129,19 +132,20 @@ def plan(
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
     rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, count)
-    overhead, start_up, on = 0.05, 20.0, device or "this machine"
+    overhead, start_up, on = 0.0, 20.0, device or ""
     kind = "cpu" if device is None and not num_gpus_per_worker else "tpu" if (device or "").startswith("tpu") else "gpu"
-    tile = posterior.tile_by_kind.get(kind, tiles.KINDS[kind].tile).for_draws(n, posterior.most_slots)
+    tile = posterior.tile_on(kind, n)
     if rate is not None:
         how = "the rate that was given"
     elif device is not None:
         flops, evaluations = flops_per_draw(posterior, **options)
-        dtype = getattr(getattr(posterior.network, "params", None), "dtype", "float32")
+        dtype = compute_dtype(posterior.network)
         peak = DEVICES[device].bfloat16 if dtype == "bfloat16" else DEVICES[device].float32
-        launching = evaluations * LAUNCH_SECONDS / (tile.slots * tile.draws)
-        rate = 1 / (flops / (ACHIEVED * peak) + launching + 4 * size / WRITE_BYTES)
+        computing = flops / (ACHIEVED * peak) + evaluations * LAUNCH_SECONDS / tile.rows
+        # workers that share a device: one draws while others write, until the device is always busy
+        rate = 1 / max(computing + 4 * size / WRITE_BYTES, computing / min(num_gpus_per_worker or 1.0, 1.0))
         how = (
-            f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the peak, {LAUNCH_SECONDS * 1e6:.0f} µs an evaluation of a tile, draws written at "
+            f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the {dtype} peak, {LAUNCH_SECONDS * 1e6:.0f} µs an evaluation of a tile, draws written at "
             f"{WRITE_BYTES / 1e6:.0f} MB/s; rehearse on that device to know"
         )
     else:
@@ -254,17 +258,21 @@ def made_up(posterior: Any, n: int) -> dict[str, np.ndarray]:
 
 
 def _load(run: Any, network: str | None) -> Any:
-    """On the CPU, where jax has it: the memory of a GPU is for the workers of the rehearsal."""
+    """On the CPU, unless JAX_PLATFORMS leaves it out: the memory of a GPU is for the workers of the rehearsal."""
     import jax
 
+    from distsbi.mesh import cpu_mesh
     from distsbi.sampling import load
 
-    try:
-        cpu = jax.local_devices(backend="cpu")[:1]
-    except RuntimeError:  # JAX_PLATFORMS names others alone
-        return load(run, network=network)
-    with jax.default_device(cpu[0]):
-        return load(run, network=network, mesh=jax.sharding.Mesh(cpu, ("data",)))
+    mesh = cpu_mesh()
+    with contextlib.nullcontext() if mesh is None else jax.default_device(mesh.devices.flat[0]):
+        return load(run, network=network, mesh=mesh)
+
+
+def _room(cpus: int, gpus: float) -> int:
+    """Workers that this machine has room for at once, at least one: that there is none is for Ray to say."""
+    room = cluster.own_cpus() // cpus
+    return max(1, min(room, int(cluster.own_gpus() / gpus)) if gpus else room)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -279,7 +287,7 @@ def report(made: Plan) -> str:
     took = f"{days:.0f} d {hours:.1f} h" if days else f"{hours:.2f} h" if hours >= 1 else f"{made.seconds / 60:.1f} min"
     rows = (
         ("time", f"{took} with {made.workers:,} workers ({made.how})"),
-        ("rate", f"{made.rate:,.0f} draws/s a worker on {made.device}, {made.overhead * 1e3:.0f} ms beside for each shard"),
+        ("rate", f"{made.rate:,.0f} draws/s a worker{f' on {made.device}' if made.device else ''}, {made.overhead * 1e3:.0f} ms beside for each shard"),
         ("start-up", f"{made.start_up:.0f} s"),
         ("output", f"{_bytes(made.stored_bytes)} for {made.observations:,} rows of {made.nsamples:,} draws: the storage must take {_bytes(made.stored_bytes / made.seconds)}/s"),
         ("memory", f"{_bytes(made.worker_bytes)} a worker"),

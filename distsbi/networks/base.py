@@ -100,6 +100,12 @@ def dot(x: Float[Array, "... i"], w: Float[Array, "i o"], dtype: str) -> Float[A
     return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=precision(dtype), preferred_element_type=jnp.float32)
 
 
+def compute_dtype(network: Any) -> str:
+    """The dtype of a network's wide matrix products, also of one that is wrapped (`Embedded`, `Conditional`)."""
+    own = getattr(getattr(network, "params", None), "dtype", None)
+    return own or (compute_dtype(network.network) if hasattr(network, "network") else "float32")
+
+
 def precision(dtype: str) -> jax.lax.Precision | None:
     """ "float32" means float32 on every kind of device: GPUs and TPUs would round its inputs to TF32 or bfloat16 by default."""
     return jax.lax.Precision.HIGHEST if dtype == "float32" else None

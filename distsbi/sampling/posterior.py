@@ -108,17 +108,21 @@ class Posterior(Densities):
         """The standardizer in numpy arrays, for checks on the host."""
         return jax.tree.map(np.asarray, self.weights.standardizer)
 
+    def tile_on(self, kind: str, nsamples: int) -> Tile:
+        """The tile that a kind of device (a name in `tiles.KINDS`) draws `nsamples` of many observations in, if nothing is asked for."""
+        there, sizes = tiles.KINDS[kind], (self.network, self.weights.standardizer)
+        tile = self.tile_by_kind.get(kind) or there.tile.within(there.most_rows(tiles.bytes_per_row(*sizes)))
+        return tile.for_draws(nsamples, there.most_slots(tiles.bytes_per_context(*sizes)))
+
     @functools.cached_property
     def _most_rows(self) -> float:
         """Rows whose largest arrays fit into this kind of device's share for them."""
-        each = tiles.LIVE * tiles.bytes_per_row(self.network, self.weights.standardizer)
-        return tiles.kind_of(self.mesh).step_bytes / each if each > 0 else math.inf
+        return tiles.kind_of(self.mesh).most_rows(tiles.bytes_per_row(self.network, self.weights.standardizer))
 
     @functools.cached_property
     def most_slots(self) -> int:
         """Slots whose encoded observations fit into this kind of device's share for them."""
-        each = tiles.bytes_per_context(self.network, self.weights.standardizer)
-        return max(1, tiles.kind_of(self.mesh).context_bytes // max(each, 1))
+        return tiles.kind_of(self.mesh).most_slots(tiles.bytes_per_context(self.network, self.weights.standardizer))
 
     @property
     def fingerprint(self) -> str:

@@ -84,6 +84,14 @@ class Kind:
     context_bytes: int
     step_bytes: int
 
+    def most_rows(self, bytes_per_row: float) -> float:
+        """Rows whose largest arrays fit into the share for them."""
+        return self.step_bytes / (LIVE * bytes_per_row) if bytes_per_row > 0 else math.inf
+
+    def most_slots(self, bytes_per_context: int) -> int:
+        """Slots whose encoded observations fit into the share for them."""
+        return max(1, self.context_bytes // max(bytes_per_context, 1))
+
 
 ENCODED = 64
 KINDS = {

@@ -14,8 +14,18 @@ from distsbi.data.standardise import Standardizer
 from distsbi.environment import device_name
 from distsbi.fanout import catalog as catalog_module, cluster, plan as planning
 from distsbi.methods import FlowMatching
-from distsbi.networks import MLP, MLPParams
-from distsbi.sampling import Posterior
+from distsbi.networks import (
+    MLP,
+    Embedded,
+    Flux1,
+    Flux1Params,
+    Layout,
+    MLPParams,
+    PatchEmbedding,
+    PatchEmbeddingParams,
+)
+from distsbi.networks.base import compute_dtype
+from distsbi.sampling import Posterior, load, tiles
 
 WIDTH, DEPTH = 32, 3
 
@@ -69,8 +79,6 @@ def test_a_rehearsal_stays_on_this_machine(real_run, monkeypatch):
 
 
 def test_another_device_is_estimated_from_the_arithmetic(real_run, monkeypatch):
-    from distsbi.sampling import load
-
     posterior = load(real_run, mesh={"data": 1})
     by_hand = 4 * 2 * (2 * WIDTH + DEPTH * 2 * WIDTH**2 + WIDTH * 2)  # four evaluations of the matrices
     flops, evaluations = planning.flops_per_draw(posterior, solver="euler", steps=4)
@@ -90,11 +98,41 @@ def test_another_device_is_estimated_from_the_arithmetic(real_run, monkeypatch):
 
 
 def test_the_estimate_is_what_was_measured_on_an_h200(tmp_path):
-    """1.43e6 draws/s of one worker (benchmarks/results/catalog_scaling.jsonl), by the same network."""
+    """1.43e6 draws/s of one worker, 2.19e6 of two to a GPU (benchmarks/results/catalog_scaling.jsonl), by the same network."""
     network = MLP(MLPParams.default(2, 2), nnx.Rngs(0))
     Posterior(network, FlowMatching(), Standardizer.identity(2, 2), mesh={"data": 1}).save(str(tmp_path / "run"))
-    made = planning.plan(tmp_path / "run", observations=4_000, nsamples=1_000, workers=1, device="h200")
-    assert made.rate == pytest.approx(1.43e6, rel=0.1)
+    catalog = {"observations": 4_000, "nsamples": 1_000, "rows_per_shard": 100, "device": "h200"}
+    for workers, measured in ((1, 1.43e6), (2, 2.19e6)):
+        made = planning.plan(tmp_path / "run", workers=workers, num_gpus_per_worker=1 / workers, **catalog)
+        assert 4e6 / (made.seconds - made.start_up) == pytest.approx(measured, rel=0.05)
+
+
+def test_the_tile_is_that_of_the_workers_kind(tmp_path):
+    """Of a wide network a GPU takes fewer rows at a time, and more slots where few draws are asked for."""
+    network = Flux1(Flux1Params.default(10, 100), nnx.Rngs(0))
+    posterior = Posterior(network, FlowMatching(), Standardizer.identity(10, 100), mesh={"data": 1})
+    posterior.save(str(tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "kind_name", lambda mesh: "gpu")
+        there = load(tmp_path / "run", mesh={"data": 1})
+        expected = {n: there.tile.for_draws(n, there.most_slots) for n in (10, 1_000)}
+    assert expected[1_000] != tiles.KINDS["gpu"].tile
+    for n, tile in expected.items():
+        made = planning.plan(tmp_path / "run", observations=100, nsamples=n, workers=1, device="h100")
+        assert made.tile == (tile.slots, tile.draws)
+    other = Embedded(
+        MLP(MLPParams(2, 2, ch_x=4, dtype="bfloat16"), nnx.Rngs(0)),
+        {"": PatchEmbedding(PatchEmbeddingParams((3, 1), (2,), 4), nnx.Rngs(0))},
+        Layout.of(3),
+    )
+    assert [compute_dtype(one) for one in (network, other)] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "room"), [(4, 0, 4), (4, 1, 1), (4, 0.5, 2), (16, 0.5, 1), (32, 0, 1)])
+def test_no_more_workers_are_rehearsed_than_the_machine_has_room_for(cpus, gpus, room, monkeypatch):
+    monkeypatch.setattr(cluster, "own_cpus", lambda: 16)
+    monkeypatch.setattr(cluster, "own_gpus", lambda: 1)
+    assert planning._room(cpus, gpus) == room
 
 
 MEMORY = """
@@ -124,8 +162,6 @@ def test_the_memory_of_a_shard(run, make_catalog, tmp_path):
 
 
 def test_made_up_observations_are_like_the_training_set(real_run):
-    from distsbi.sampling import load
-
     posterior = load(real_run, mesh={"data": 1})
     scales = posterior.weights.standardizer
     x = planning.made_up(posterior, 500)["x"]

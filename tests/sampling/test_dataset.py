@@ -227,6 +227,7 @@ def run(tmp_path_factory, posterior):
     return path
 
 
+@pytest.mark.cpus
 @pytest.mark.timeout(600)
 def test_two_processes_draw_what_one_device_draws(run, tmp_path, monkeypatch):
     """In two halves of the parts, one each; the bits are those of another process with one device."""
@@ -241,6 +242,7 @@ def test_two_processes_draw_what_one_device_draws(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(values(out), np.load(tmp_path / "one.npy")[..., 0])
 
 
+@pytest.mark.cpus
 @pytest.mark.timeout(600)
 def test_processes_that_ask_for_different_draws(run, tmp_path):
     words = ["sample", str(run), "--x", "0.3,0.3,0.3", "--nsamples", "1000", "--out", str(tmp_path / "draws")]

@@ -228,6 +228,7 @@ def test_trajectories_and_the_check_at_run_time():
         posterior.sample(0, xs[:1], 5, check=2.0)
 
 
+@pytest.mark.cpus
 def test_stochastic_draws_are_placement_invariant_too():
     x = np.full((1, 3, 1), 0.3)
     first = random_mlp_posterior(mesh={"data": 1}).sample(5, x, 300, solver="euler_maruyama", steps=8)

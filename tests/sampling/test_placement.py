@@ -22,6 +22,7 @@ def _hash(devices: str, threads: str, case: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("network", ["mlp", pytest.param("flux", marks=pytest.mark.slow)])
 def test_bits_do_not_depend_on_placement(network):
     hashes = {

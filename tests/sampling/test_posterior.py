@@ -64,6 +64,7 @@ def test_more_draws_extend_fewer_and_rows_equal_single_observations():
     assert np.abs(shuffled[::-1] - batch).max() > 0.1  # other ids, other noise
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_device_count_does_not_matter(devices):
     xs = np.random.default_rng(2).normal(size=(5, 3, 1)).astype("f4")
@@ -244,7 +245,7 @@ def test_ids_up_to_64_bits():
     np.testing.assert_array_equal(mixed[1], posterior.sample(0, xs[:1], 5, observation_id=5))
 
 
-@pytest.mark.virtual_devices
+@pytest.mark.cpus
 def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
     """With one draw a tile has 256 slots; a device encodes 64 observations at a time, once for one observation, and the draws are
     those of a batch."""
@@ -259,7 +260,7 @@ def test_few_draws_do_not_encode_one_observation_a_thousand_times(monkeypatch):
     assert rows == [128] * 7
 
 
-@pytest.mark.virtual_devices
+@pytest.mark.cpus
 def test_a_dispatch_is_taken_at_once(monkeypatch):
     """13 observations of three blocks, the last of them not whole, in dispatches of eight: 39 blocks of 4, 4 and 2 draws."""
     taken, look = [], fill_module.unsolved

@@ -34,7 +34,7 @@ def test_round_trip_onto_another_mesh(saved):
     assert load(path).spec == posterior.spec
 
 
-@pytest.mark.virtual_devices
+@pytest.mark.cpus
 def test_each_kind_of_device_has_its_tile(saved, monkeypatch):
     """A run loaded on another kind than it was made on gets that kind's default, and keeps both; its identity is the same."""
     posterior, path = saved

@@ -72,6 +72,7 @@ def test_learns_an_exact_posterior():
     assert pipeline.posterior.facts["certificate"]["met"]
 
 
+@pytest.mark.cpus
 def test_mesh_and_fsdp_do_not_change_what_is_learned():
     """The same updates up to the rounding of a sum over devices."""
     params = MLPParams(2, 2, width=32, depth=2)  # matrices that Muon takes
