@@ -220,6 +220,7 @@ def own_gpus() -> int:
     from ray._private.accelerators import get_accelerator_manager_for_resource  # Ray has no public name for it
 
     manager = get_accelerator_manager_for_resource("GPU")
+    assert manager is not None  # of "GPU" there is one
     visible = manager.get_current_process_visible_accelerator_ids()
     return manager.get_current_node_num_accelerators() if visible is None else len(visible)
 
