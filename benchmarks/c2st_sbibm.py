@@ -37,7 +37,7 @@ REFERENCES, DRAWS, RUNS = HERE / ".references", HERE / ".draws", HERE / ".runs"
 RESULTS = HERE / "results" / "c2st_sbibm.jsonl"
 NSAMPLES, OBSERVATIONS = 10_000, 10
 CORES = len(os.sched_getaffinity(0))
-DEVICES = (1, 2) if CORES > 1 else (1,)
+MOST_DEVICES = min(CORES, 2)
 RATE_SECONDS, RATE_REPEATS = 3.0, 3
 
 
@@ -69,12 +69,19 @@ def make_task(name: str) -> Any:
     return Task(name, prior, simulate, dim_theta=len(names), dim_x=len(design), parameter_names=names)
 
 
+def devices() -> tuple[int, ...]:
+    """Sizes of the meshes that are measured: one virtual device and, where there are two cores, two; of GPUs and TPUs one."""
+    import jax
+
+    return tuple(range(1, MOST_DEVICES + 1)) if jax.default_backend() == "cpu" else (1,)
+
+
 # Train
 
 
 def train(arguments: argparse.Namespace) -> None:
     # Two virtual devices to measure on, where there are two cores; training uses both.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={MOST_DEVICES}"
     known = reference(arguments.task)
     for pipeline, seed in itertools.product(arguments.pipelines, arguments.seeds):
         cell = {"task": arguments.task, "pipeline": pipeline, "nsims": arguments.nsims, "seed": seed}
@@ -123,7 +130,7 @@ def train_cell(
     if name.endswith("VE"):
         name, of_method = f"{name.removesuffix('VE')}SM", {"sde_type": "VE"}
     pipeline = PIPELINES[name if name in PIPELINES else f"{name}Flow"](
-        pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": max(DEVICES)}, prior=task.prior,
+        pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": devices()[-1]}, prior=task.prior,
         **({"params": model} if model else {}), **of_method, **options,
     )  # fmt: skip
     busy_before, start, cpu = busy_cores(), time.perf_counter(), time.process_time()
@@ -164,7 +171,7 @@ def rates(pipeline: Any, x_o: np.ndarray, key: Any) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save(f"{folder}/run")
-        posteriors = {n: distsbi.load(f"{folder}/run", mesh={"data": n}) for n in DEVICES}
+        posteriors = {n: distsbi.load(f"{folder}/run", mesh={"data": n}) for n in devices()}
         best = dict.fromkeys(posteriors, 0.0)
         nsamples = 10_000
         for posterior in posteriors.values():
