@@ -445,6 +445,12 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
             ["catalog", "{run}", "{tmp}/there.npy", "{tmp}/out", "--nsamples", "0"],
             "nsamples must be a positive integer",
         ),
+        (
+            ["catalog", "{run}", "{tmp}/there.npy", "{tmp}/out", "--seed", "1", "--seed=2"],
+            "--seed is given twice; keep one",
+        ),
+        (["train", "--data", "{tmp}/a", "--data", "{tmp}/b", "--out", "{tmp}/r"], "--data is given twice; keep one"),
+        (["verify", "{tmp}/none"], "does not exist"),
         (["demo", "--out", "{tmp}"], "not only an earlier demo; give another --out"),
         (["info", "{tmp}/none"], "no such folder"),
         (["info", "{tmp}/damaged"], "spec.json is damaged: it has no network; restore it from a copy"),

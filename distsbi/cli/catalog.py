@@ -37,6 +37,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
     """
     from distsbi.fanout import sample_catalog
     from distsbi.store.place import shown
+    from distsbi.store.status import most_frequent
 
     options["id_column"] = options["id_column"] or None
     options["x_columns"] = options["x_columns"].split(",") if options["x_columns"] else None
@@ -48,10 +49,8 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
     )
     click.echo(f"{done.n_rows:,} rows in {shown(out)}: {done.n_ok:,} with draws, {done.n_bad:,} without")
     click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s, {rate}")
-    if done.n_bad:
-        from distsbi.store.status import most_frequent
-
-        for reason, count in most_frequent(done.open().status().reasons, 9).items():
+    if reasons := most_frequent(done.open().status().reasons, 9):
+        for reason, count in reasons.items():
             click.echo(f"{count:,} rows {reason}", err=True)
         click.echo("each row's reason is in the column `message`", err=True)
     if not done.n_ok:  # nothing to go on with for whoever waits for this command
@@ -72,7 +71,7 @@ def status(out: str, as_json: bool) -> None:
     from distsbi.fanout import provenance, simulation
     from distsbi.store import open_catalog, record
     from distsbi.store.place import shown
-    from distsbi.store.status import most_frequent
+    from distsbi.store.status import FAR, most_frequent
 
     run = record.read_run(out)
     if run is None:
@@ -103,10 +102,13 @@ def status(out: str, as_json: bool) -> None:
     for name, value in rows:
         click.echo(f"{name:<8} {value}")
     if found.damaged:
-        told = f"damaged {_shards('', found.damaged).removeprefix(': ')}"
-        click.echo(f"{told}: the same command makes them again; distsbi verify {shown(out)} names what is wrong")
+        count = len(found.damaged)
+        told = f"damaged  {count} shard{'s' if count > 1 else ''} ({', '.join(map(str, found.damaged[:9]))}{', ...' if count > 9 else ''})"
+        click.echo(
+            f"{told}: the same command makes {'them' if count > 1 else 'it'} again; distsbi verify {shown(out)} names what is wrong"
+        )
     for reason, count in most_frequent(found.reasons, 9).items():
-        click.echo(f"bad      {count:,} rows {reason}")
+        click.echo(f"{'far' if reason.startswith(FAR) else 'bad':<8} {count:,} rows {reason}")
     if not found.complete and not found.writer:
         click.echo(f"go on with: {go_on or 'the same call of distsbi.simulate'}")
 
@@ -227,7 +229,8 @@ def duration(seconds: float) -> str:
 @click.option("-n", "--nsamples", type=float, default=1_000, show_default=True, help="Draws for each observation.")
 @click.option("--workers", type=int, help="Workers of the run. Default: as many as this machine has room for.")
 @click.option(
-    "--device", help="Estimate another kind of device (h100, a100, tpu-v5e, ...). Default: rehearse on this machine."
+    "--device",
+    help="Estimate another kind of device (h100, h200, a100, tpu-v5e, ...). Default: rehearse on this machine.",
 )
 @click.option("--rate", type=float, help="Draws/s of one worker, where it is known; nothing is rehearsed then.")
 @click.option("--rows-per-shard", type=click.IntRange(min=1), help="Rows in each output file. Default: by size.")

@@ -39,6 +39,10 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog.
     """
     folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} does not exist; give the folder of a catalog, of pairs, or of draws of one observation."
+        )
     if (folder / dataset.DEFINITION).exists():
         complete, checked = dataset.check(folder)
         return _verdict(

@@ -129,6 +129,8 @@ def plan(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, or left out for this machine; got {device!r}.")
     if rate is not None and not rate > 0:
         raise ValueError(f"rate must be draws per second of one worker, positive; got {rate!r}.")
+    if not num_gpus_per_worker >= 0:
+        raise ValueError(f"num_gpus_per_worker must be 0 or more; got {num_gpus_per_worker!r}.")
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
     rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, count)
@@ -144,8 +146,9 @@ def plan(
         computing = flops / (ACHIEVED * peak) + evaluations * LAUNCH_SECONDS / tile.rows
         # workers that share a device: one draws while others write, until the device is always busy
         rate = 1 / max(computing + 4 * size / WRITE_BYTES, computing / min(num_gpus_per_worker or 1.0, 1.0))
+        share = f"{num_gpus_per_worker:g} devices a worker" if num_gpus_per_worker else "a device a worker"
         how = (
-            f"estimated: {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the {dtype} peak, {LAUNCH_SECONDS * 1e6:.0f} µs an evaluation of a tile, draws written at "
+            f"estimated: {share}, {flops:.2g} FLOP a draw at {ACHIEVED:.0%} of the {dtype} peak, {LAUNCH_SECONDS * 1e6:.0f} µs an evaluation of a tile, draws written at "
             f"{WRITE_BYTES / 1e6:.0f} MB/s; rehearse on that device to know"
         )
     else:

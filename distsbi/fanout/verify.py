@@ -176,8 +176,8 @@ def _again(opened: Catalog, **instead: str | None) -> "_Again":
         return _Again(opened, provenance.job_of(opened.run, opened.place, catalogs.LOADER, **instead))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"rows of {opened.path} cannot be drawn again: {str(error).splitlines()[0].rstrip('.')}. If run or catalog were moved, give run or "
-            "catalog; with fraction=0 the checksums alone are compared."
+            f"rows of {opened.path} cannot be drawn again: {str(error).splitlines()[0].rstrip('.')}. If run or catalog were moved, say where they "
+            "are now (run, catalog); with a fraction of 0 the checksums alone are compared."
         ) from error
 
 

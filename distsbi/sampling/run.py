@@ -172,6 +172,7 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
             "its training has not finished; run the same training again to resume it"
             if started
             else "it has no spec.json"
+            + (f"; pairs are trained on with distsbi train --data {root}" if any(root.glob("*.parquet")) else "")
         )
         raise ValueError(f"{root} is no finished run: {reason}.")
     try:

@@ -71,7 +71,7 @@ def check_columns(spec: SourceSpec, path: Place, names: Sequence[str]) -> None:
     if missing:
         raise ValueError(
             f"the catalog {path} has no column {missing[0]!r} for x (it has {listed}); pass x_column=<a list "
-            "column>, or x_columns=[...] for scalar columns."
+            "column>, or x_columns=<names> for scalar columns."
         )
 
 

@@ -22,6 +22,7 @@ from distsbi.store.schema import FAILED, OK, STATUSES
 REASONS = 20  # different reasons kept for each shard
 WINDOW = 200  # the rate is that of so many last shards
 OTHER = "other reasons"
+FAR = "ok, but "  # begins what is said of good rows
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 
 
@@ -29,8 +30,8 @@ NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 class Status:
     """How far a catalog is.
 
-    `counts`: rows by status ("ok", "invalid", "failed", "quarantined"); `left`: rows of shards not done; `reasons`: bad rows
-    by message, the most frequent first; `failures`: attempts at shards that failed; `given_up`: shards that the last call gave up;
+    `counts`: rows by status ("ok", "invalid", "failed", "quarantined"); `left`: rows of shards not done; `reasons`: bad rows, and good ones
+    far outside the simulations, by message, the most frequent first; `failures`: attempts at shards that failed; `given_up`: shards that the last call gave up;
     `searched`: shards in which the row that kills or hangs its worker is being sought; `damaged`: shards that are there but cannot be read, which count
     as not done. `rate`: rows/s of the last call's latest shards, `to_go`:
     seconds at that rate, None where they are not known; `writer`: who is writing now, None: nobody; `age`: seconds since the
@@ -130,8 +131,6 @@ def manifests(journal: list[dict[str, Any]], sizes: dict[int, int]) -> dict[int,
 def read_manifest(shard: Place) -> dict[str, Any]:
     """Rows by status and reasons of a shard file itself. Raises ValueError naming a file that is damaged, OSError if it cannot be read now."""
     counts = schema.read_counts(shard)
-    if sum(counts.values()) == counts[OK]:
-        return {**counts, "reasons": {}}
     bad = decoded(shard, lambda file: pq.read_table(file, columns=["status", "message"]))
     return {**counts, "reasons": count_reasons(bad)}
 
@@ -147,13 +146,15 @@ def of_all_rows(manifest: dict[str, Any], rows: range, file: object) -> dict[str
 
 
 def count_reasons(table: pa.Table) -> dict[str, int]:
-    """Bad rows by message, the most frequent REASONS; the rest under one name. Numbers in what was raised are "#": rows that fail alike in other
-    numbers count together."""
+    """Rows of which there is something to say by message, the most frequent REASONS; the rest under one name. Numbers in what was raised are "#":
+    rows that fail alike in other numbers count together. Of good rows, such as those far outside the simulations, it is the first clause."""
     bad = zip(table["status"].to_pylist(), table["message"].to_pylist(), strict=True)
     said = (
-        f"{status}: {NUMBER.sub('#', message) if status == FAILED else message}"
+        f"{FAR}{message.split(':')[0]}"
+        if status == OK
+        else f"{status}: {NUMBER.sub('#', message) if status == FAILED else message}"
         for status, message in bad
-        if status != OK
+        if status != OK or message
     )
     return most_frequent(Counter(reason[:200] for reason in said), REASONS)
 

@@ -100,7 +100,7 @@ class Checkpoints:
         if differing := list(_differences(found, json.loads(json.dumps(identity)))):
             raise ValueError(
                 f"{self.root} holds another training (differs in {', '.join(differing)}); "
-                f"choose another checkpoint_dir, also to go on training from the weights of a finished run, or remove this one."
+                f"choose another checkpoint_dir, also to go on training from the weights of a finished run (pipeline.restore), or remove this one."
             )
         return True
 

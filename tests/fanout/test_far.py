@@ -1,9 +1,14 @@
 """A row far outside the simulations has draws, and a message that they mean nothing."""
 
+import shutil
+
 import numpy as np
+from click.testing import CliRunner
 
 from distsbi import open_catalog, sample_catalog
+from distsbi.cli import cli
 from distsbi.fanout import catalog as catalog_module
+from distsbi.store import layout
 from tests.gaussian import random_mlp_posterior
 
 
@@ -18,3 +23,9 @@ def test_a_far_row_of_a_catalog_says_so(tmp_path, monkeypatch):
     assert [row["status"] for row in rows] == ["ok", "invalid", "ok", "ok"]
     assert rows[2]["message"].startswith("x lies far outside the simulations: its entry 1, 900, is ")
     assert rows[0]["message"] is None and rows[3]["message"] is None
+    said = CliRunner().invoke(cli, ["status", str(tmp_path / "out")]).output
+    assert "far      1 rows ok, but x lies far outside the simulations\n" in said
+    known = open_catalog(tmp_path / "out").status().reasons
+    shutil.rmtree(layout.journal_folder(tmp_path / "out"), ignore_errors=True)
+    layout.journal_file(tmp_path / "out").unlink()
+    assert open_catalog(tmp_path / "out").status().reasons == known  # from the shards
