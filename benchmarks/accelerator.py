@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import HERE, append, busy_cores, provenance
+from common import HERE, append, best_rate, busy_cores, provenance
 
 RESULTS = HERE / "results" / "accelerator.jsonl"
 NSIMS, COMPARED, DENSITIES, OBSERVATIONS = 30_000, 2_048, 256, 3
@@ -78,20 +78,15 @@ def draw(run: str, out: str) -> None:
     np.savez(out, theta=theta, log_prob=posterior.log_prob_batched(theta[:DENSITIES], xs))
 
 
-def best_rate(call: Callable[[int], Any], count: int, seconds: float = 1.0) -> tuple[float, float]:
-    """(calls' items per second, best of three of about so many seconds; seconds of the first call, with compilation)."""
+def rate_and_first(call: Callable[[int], Any], count: int) -> tuple[float, float]:
+    """(items per second of calls of about a second each; seconds of the first call of `count`, with compilation)."""
     start = time.perf_counter()
     call(count)
     first = time.perf_counter() - start
     start = time.perf_counter()
     call(count)
-    count = max(count, int(count * seconds / (time.perf_counter() - start)))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        call(count)
-        times.append(time.perf_counter() - start)
-    return round(count / min(times)), round(first, 1)
+    many = max(count, int(count / (time.perf_counter() - start)))
+    return best_rate(lambda: call(many), many), round(first, 1)
 
 
 def measure(run: str, shapes: list[str], out: str) -> Iterator[dict[str, Any]]:
@@ -115,10 +110,10 @@ def measure(run: str, shapes: list[str], out: str) -> Iterator[dict[str, Any]]:
     for shape in shapes:
         tile = Tile(*map(int, shape.split("x")))
         apart = far(posterior.sample_batched(1, xs, COMPARED, tile=tile), theta, sd)
-        rate, first = best_rate(lambda n, tile=tile: posterior.sample(2, xs[:1], n, tile=tile), 2 * tile.rows)
+        rate, first = rate_and_first(lambda n, tile=tile: posterior.sample(2, xs[:1], n, tile=tile), 2 * tile.rows)
         yield {"what": "tile", "tile": shape, "draws_per_second": rate, "first_call_s": first, "sd_from_default": apart}
     many = np.tile(theta[:, 0], (8, 1, 1))
-    rate, first = best_rate(lambda n: posterior.log_prob(np.resize(many, (n, *many.shape[1:])), xs[:1]), len(many))
+    rate, first = rate_and_first(lambda n: posterior.log_prob(np.resize(many, (n, *many.shape[1:])), xs[:1]), len(many))
     yield {"what": "densities", "per_second": rate, "first_call_s": first}
     tight = posterior.sample_batched(1, xs, COMPARED, solver="tsit5", rtol=1e-6, atol=1e-6)
     yield {"what": "adaptive", "sd_from_adaptive": far(tight, theta, sd)}

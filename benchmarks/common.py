@@ -13,6 +13,7 @@ from typing import Any
 from distsbi.environment import versions
 
 HERE = Path(__file__).parent
+REPEATS = 3
 
 
 def provenance() -> dict[str, Any]:
@@ -57,6 +58,17 @@ def busy_cores(seconds: float = 1.0) -> float:
     before = busy()
     time.sleep(seconds)
     return round((busy() - before) / os.sysconf("SC_CLK_TCK") / seconds, 2)
+
+
+def best_rate(call: Any, count: int) -> float:
+    """Of what a call makes so many of, per second: the best of REPEATS after a warm-up."""
+    call()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return round(count / min(seconds), 1)
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

@@ -20,20 +20,10 @@ from typing import Any
 
 import numpy as np
 from c2st_sbibm import RUNS, reference
-from common import append, busy_cores, provenance
+from common import REPEATS, append, best_rate, busy_cores, provenance
 
 RESULTS = Path(__file__).parent / "results" / "uses.jsonl"
-DEVICES, REPEATS = 2, 3
-
-
-def best_rate(call: Any, count: int) -> float:
-    call()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return round(count / min(seconds), 1)
+DEVICES = 2
 
 
 def log_prob(arguments: argparse.Namespace) -> dict[str, Any]:

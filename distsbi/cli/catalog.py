@@ -103,7 +103,7 @@ def status(out: str, as_json: bool) -> None:
         click.echo(f"{name:<8} {value}")
     if found.damaged:
         count = len(found.damaged)
-        told = f"damaged  {count} shard{'s' if count > 1 else ''} ({', '.join(map(str, found.damaged[:9]))}{', ...' if count > 9 else ''})"
+        told = f"damaged  {count} shard{'s' if count > 1 else ''} ({_listed(found.damaged)})"
         click.echo(
             f"{told}: the same command makes {'them' if count > 1 else 'it'} again; distsbi verify {shown(out)} names what is wrong"
         )
@@ -214,7 +214,11 @@ def _refuse_others(out: str) -> None:
 
 
 def _shards(what: str, numbers: "tuple[int, ...]") -> str:
-    return f"{what}: shards {', '.join(map(str, numbers[:5]))}{', ...' if len(numbers) > 5 else ''}" if numbers else ""
+    return f"{what}: shards {_listed(numbers)}" if numbers else ""
+
+
+def _listed(numbers: "tuple[int, ...]") -> str:
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def duration(seconds: float) -> str:

@@ -25,14 +25,19 @@ def check_resources(workers: Any, cpus: Any, gpus: Any, max_failures: Any, time_
     check_whole("workers", workers, 0, optional=True)
     check_whole("cpus_per_worker", cpus)
     check_whole("max_failures", max_failures)
-    if gpus < 0:
-        raise ValueError(f"num_gpus_per_worker must not be negative; got {gpus!r}.")
+    check_gpus(gpus)
     if gpus and workers == 0:
         raise ValueError("num_gpus_per_worker needs workers of their own; give workers >= 1.")
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit must be a positive number of seconds or None; got {time_limit!r}.")
     if time_limit is not None and workers == 0:
         raise ValueError("time_limit needs workers of their own to kill; give workers >= 1.")
+
+
+def check_gpus(gpus: Any) -> None:
+    """Raises ValueError for a negative share of GPUs."""
+    if not gpus >= 0:
+        raise ValueError(f"num_gpus_per_worker must not be negative; got {gpus!r}.")
 
 
 def check_folder(out: Path) -> Path:

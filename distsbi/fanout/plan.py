@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from distsbi.fanout import catalog as catalogs, cluster
+from distsbi.fanout.arguments import check_gpus
 from distsbi.fanout.catalog import sample_catalog
 from distsbi.networks.base import compute_dtype
 from distsbi.sampling import tiles
@@ -122,6 +123,7 @@ def plan(
     Raises ValueError for an unknown device, counts (also `thin`) that are no positive whole numbers, or a missing run.
     """
     n_rows, n = _whole("observations", observations), _whole("nsamples", nsamples)
+    check_gpus(num_gpus_per_worker)
     here = _room(cpus_per_worker, num_gpus_per_worker if rate is None and device is None else 0)
     count = here if workers is None else _whole("workers", workers)
     kept = Output(draws=draws, thin=thin).kept(n)
@@ -129,8 +131,6 @@ def plan(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, or left out for this machine; got {device!r}.")
     if rate is not None and not rate > 0:
         raise ValueError(f"rate must be draws per second of one worker, positive; got {rate!r}.")
-    if not num_gpus_per_worker >= 0:
-        raise ValueError(f"num_gpus_per_worker must be 0 or more; got {num_gpus_per_worker!r}.")
     posterior = _load(run, network)
     size = posterior.dim_theta * posterior.ch_theta
     rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, count)

@@ -86,7 +86,7 @@ class Posterior(Densities):
         self.weights = jax.device_put(Weights(params, standardizer), meshes.replicated(self.mesh))
         kind = tiles.kind_name(self.mesh)
         self._tiles = dict(tile) if isinstance(tile, Mapping) else {} if tile is None else {kind: tile}
-        self.tile = self._tiles.get(kind) or tiles.KINDS[kind].tile.within(self._most_rows)
+        self.tile = self._tile_of(kind)
 
     def __repr__(self) -> str:
         x, solver = self.layout.describe(), self.default_solver
@@ -110,14 +110,23 @@ class Posterior(Densities):
 
     def tile_on(self, kind: str, nsamples: int) -> Tile:
         """The tile that a kind of device (a name in `tiles.KINDS`) draws `nsamples` of many observations in, if nothing is asked for."""
-        there, sizes = tiles.KINDS[kind], (self.network, self.weights.standardizer)
-        tile = self.tile_by_kind.get(kind) or there.tile.within(there.most_rows(tiles.bytes_per_row(*sizes)))
-        return tile.for_draws(nsamples, there.most_slots(tiles.bytes_per_context(*sizes)))
+        tile = self.tile_by_kind.get(kind) or self._tile_of(kind)
+        each = tiles.bytes_per_context(self.network, self.weights.standardizer)
+        return tile.for_draws(nsamples, tiles.KINDS[kind].most_slots(each))
+
+    def _tile_of(self, kind: str) -> Tile:
+        """The one that was given for a kind of device, or that kind's own, as far as it fits."""
+        there = tiles.KINDS[kind]
+        return self._tiles.get(kind) or there.tile.within(there.most_rows(self._bytes_per_row))
 
     @functools.cached_property
+    def _bytes_per_row(self) -> float:
+        return tiles.bytes_per_row(self.network, self.weights.standardizer)
+
+    @property
     def _most_rows(self) -> float:
         """Rows whose largest arrays fit into this kind of device's share for them."""
-        return tiles.kind_of(self.mesh).most_rows(tiles.bytes_per_row(self.network, self.weights.standardizer))
+        return tiles.kind_of(self.mesh).most_rows(self._bytes_per_row)
 
     @functools.cached_property
     def most_slots(self) -> int:

@@ -131,8 +131,8 @@ def manifests(journal: list[dict[str, Any]], sizes: dict[int, int]) -> dict[int,
 def read_manifest(shard: Place) -> dict[str, Any]:
     """Rows by status and reasons of a shard file itself. Raises ValueError naming a file that is damaged, OSError if it cannot be read now."""
     counts = schema.read_counts(shard)
-    bad = decoded(shard, lambda file: pq.read_table(file, columns=["status", "message"]))
-    return {**counts, "reasons": count_reasons(bad)}
+    rows = decoded(shard, lambda file: pq.read_table(file, columns=["status", "message"]))
+    return {**counts, "reasons": count_reasons(rows)}
 
 
 def of_all_rows(manifest: dict[str, Any], rows: range, file: object) -> dict[str, Any]:
@@ -148,12 +148,12 @@ def of_all_rows(manifest: dict[str, Any], rows: range, file: object) -> dict[str
 def count_reasons(table: pa.Table) -> dict[str, int]:
     """Rows of which there is something to say by message, the most frequent REASONS; the rest under one name. Numbers in what was raised are "#":
     rows that fail alike in other numbers count together. Of good rows, such as those far outside the simulations, it is the first clause."""
-    bad = zip(table["status"].to_pylist(), table["message"].to_pylist(), strict=True)
+    rows = zip(table["status"].to_pylist(), table["message"].to_pylist(), strict=True)
     said = (
         f"{FAR}{message.split(':')[0]}"
         if status == OK
         else f"{status}: {NUMBER.sub('#', message) if status == FAILED else message}"
-        for status, message in bad
+        for status, message in rows
         if status != OK or message
     )
     return most_frequent(Counter(reason[:200] for reason in said), REASONS)
