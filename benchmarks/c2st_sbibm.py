@@ -6,6 +6,8 @@
     python benchmarks/c2st_sbibm.py queue benchmarks/methods.txt
     python benchmarks/c2st_sbibm.py table
 
+`train --fit` trains and no more, on a GPU say; with the run directory brought here, `train --trained` goes on from it.
+
 A cell is (task, pipeline, nsims, seed, label); a pipeline without a method is flow matching, one that ends in VE is score matching of that
 kind (SM: VP). The label names a configuration of configurations.toml. `train` simulates its pairs, trains, measures draws/s and draws 10,000
 for each of sbibm's ten observations (the first `--observations`) into benchmarks/.draws/<cell>.npz. `score` compares each observation's draws with
@@ -82,25 +84,40 @@ def devices() -> tuple[int, ...]:
 def train(arguments: argparse.Namespace) -> None:
     # Two virtual devices to measure on, where there are two cores; training uses both.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={MOST_DEVICES}"
-    known = reference(arguments.task)
-    for pipeline, seed in itertools.product(arguments.pipelines, arguments.seeds):
-        cell = {"task": arguments.task, "pipeline": pipeline, "nsims": arguments.nsims, "seed": seed}
+    for name, seed in itertools.product(arguments.pipelines, arguments.seeds):
+        cell = {"task": arguments.task, "pipeline": name, "nsims": arguments.nsims, "seed": seed}
         cell["label"] = arguments.label
         path = DRAWS / f"{'-'.join(map(str, cell.values()))}.npz"
-        if path.exists() and len(np.load(path)["draws"]) >= arguments.observations:
-            print(f"{path} is there already", flush=True)
+        run = RUNS / path.stem
+        there = run.exists() if arguments.fit else path.exists() and len(read(path)[0]) >= arguments.observations
+        if there:
+            print(f"{run if arguments.fit else path} is there already", flush=True)
             continue
-        keep = RUNS / path.stem if arguments.keep else None
-        kept = configuration(pipeline, arguments.label)
-        options = [
-            kept.get(name, {}) | json.loads(getattr(arguments, name)) for name in ("training", "model", "options")
-        ]
-        draws, facts = train_cell(cell, known["observations"][: arguments.observations], *options, keep)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        np.savez(temporary, draws=draws, facts=json.dumps({**cell, **facts}))
-        temporary.replace(path)
-        print(json.dumps({**cell, **facts}, indent=1), flush=True)
+        kept = configuration(name, arguments.label)
+        pipeline = pipeline_of(
+            cell,
+            *(kept.get(part, {}) | json.loads(getattr(arguments, part)) for part in ("training", "model", "options")),
+        )
+        if arguments.trained and not run.exists():
+            sys.exit(f"{run} is missing; put there what `train --fit` made of this cell.")
+        facts = {**cell, **(taken(pipeline, run) if arguments.trained else trained(pipeline, seed, not arguments.fit))}
+        if arguments.keep or arguments.fit:
+            pipeline.save(str(run))
+        if not arguments.fit:
+            observations = reference(arguments.task)["observations"][: arguments.observations]
+            draws, measured = drawn(pipeline, seed, observations)
+            facts |= measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}")
+            np.savez(temporary, draws=draws, facts=json.dumps(facts))
+            temporary.replace(path)
+        print(json.dumps(facts, indent=1), flush=True)
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The draws of a cell, and what is to be said about them."""
+    with np.load(path) as file:
+        return file["draws"], json.loads(str(file["facts"]))
 
 
 def configuration(pipeline: str, label: str) -> dict[str, dict[str, Any]]:
@@ -109,23 +126,20 @@ def configuration(pipeline: str, label: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads((HERE / "configurations.toml").read_text()).get(label, {}).get(network, {})
 
 
-def train_cell(
-    cell: dict[str, Any],
-    observations: np.ndarray,
-    training: dict[str, Any],
-    model: dict[str, Any],
-    options: dict[str, Any],
-    keep: Path | None = None,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Draws [observations, NSAMPLES, dim_theta] and what is to be said about them."""
+def seeds_of(seed: int) -> Any:
+    """Keys of a cell's pairs, of its draws, and of those whose rate is measured."""
     import jax
-    from flax import nnx
+
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def pipeline_of(cell: dict[str, Any], training: dict[str, Any], model: dict[str, Any], options: dict[str, Any]) -> Any:
+    import jax
 
     from distsbi.pipelines import PIPELINES
 
     task = make_task(cell["task"])
-    data_key, draw_key, rate_key = jax.random.split(jax.random.key(cell["seed"]), 3)
-    pairs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(data_key, cell["nsims"]))
+    pairs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(seeds_of(cell["seed"])[0], cell["nsims"]))
     name, of_method = cell["pipeline"], {}
     if name.endswith("VE"):
         name, of_method = f"{name.removesuffix('VE')}SM", {"sde_type": "VE"}
@@ -133,33 +147,57 @@ def train_cell(
         pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": devices()[-1]}, prior=task.prior,
         **({"params": model} if model else {}), **of_method, **options,
     )  # fmt: skip
+    cell |= {"training": training, "model": model, "options": options}
+    return pipeline
+
+
+def trained(pipeline: Any, seed: int, calibrate: bool) -> dict[str, Any]:
+    """Trains; says how it went."""
+    from flax import nnx
+
     busy_before, start, cpu = busy_cores(), time.perf_counter(), time.process_time()
-    losses, val_losses = pipeline.train(nnx.Rngs(cell["seed"]))
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    start = time.perf_counter()
-    draws = pipeline.sample_batched(draw_key, observations[..., None], NSAMPLES)[..., 0].swapaxes(0, 1)
-    drawing = time.perf_counter() - start
-    posterior = pipeline.posterior
-    if keep is not None:
-        pipeline.save(str(keep))
-    facts = {
-        "training": training,
-        "model": model,
-        "options": options,
-        "updates": pipeline.posterior.facts["training"].get("steps"),
-        "seconds_training": round(seconds, 1),  # with compilation and the choice of the grid
-        "cpu_seconds_training": round(cpu, 1),
-        "evaluations": posterior.default_solver.evaluations,
-        "seconds_drawing": round(drawing, 1),
+    losses, val_losses = pipeline.train(nnx.Rngs(seed), calibrate=calibrate)
+    return {
+        "updates": pipeline.posterior.facts["training"]["steps"],
+        "seconds_training": round(
+            time.perf_counter() - start, 1
+        ),  # with compilation and, where made, the choice of the grid
+        "cpu_seconds_training": round(time.process_time() - cpu, 1),
         "busy_before": busy_before,
         "loss": losses[-1],
         "val_loss": min(val_losses),
+    }
+
+
+def taken(pipeline: Any, run: Path) -> dict[str, Any]:
+    """Takes up a cell that was trained elsewhere, and chooses its grid; says how training went there."""
+    busy_before = busy_cores()
+    pipeline.restore(run)
+    facts = pipeline.posterior.facts["training"]
+    pipeline.calibrate()
+    return {
+        "busy_before": busy_before,
+        "updates": facts["steps"],
+        "seconds_training": facts["seconds"],  # without the choice of the grid
+        "trained_on": facts.get("device_kind"),
+        "val_loss": facts["best_val_loss"],
+    }
+
+
+def drawn(pipeline: Any, seed: int, observations: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Draws [observations, NSAMPLES, dim_theta], and how they were made."""
+    _, draw_key, rate_key = seeds_of(seed)
+    posterior, start = pipeline.posterior, time.perf_counter()
+    draws = pipeline.sample_batched(draw_key, observations[..., None], NSAMPLES)[..., 0].swapaxes(0, 1)
+    drawing = time.perf_counter() - start
+    return draws, {
+        "evaluations": posterior.default_solver.evaluations,
+        "seconds_drawing": round(drawing, 1),
         "draws_per_second": rates(pipeline, observations[0][None, :, None], rate_key),
         "solver": str(posterior.default_solver),
         "tile": str(posterior.tile),
         **provenance(),
     }
-    return draws, facts
 
 
 def rates(pipeline: Any, x_o: np.ndarray, key: Any) -> dict[str, float]:
@@ -195,8 +233,7 @@ def score(arguments: argparse.Namespace) -> None:
 
     done = {identity(line) for line in read_results(arguments.results)}
     for path in sorted(DRAWS.glob(f"{arguments.cells}.npz")):
-        with np.load(path) as file:
-            draws, facts = file["draws"], json.loads(str(file["facts"]))
+        draws, facts = read(path)
         samples = reference(facts["task"])["samples"]
         for i in range(min(len(draws), arguments.observations)):
             line = {**facts, "observation": i + 1}
@@ -298,6 +335,15 @@ def words_of_train(one: argparse.ArgumentParser) -> None:
         help="MLP, Flux1, Flux1Joint or Simformer, with Flow (the default), Diffusion, SM or VE",
     )
     one.add_argument("--keep", action="store_true", help="keep the run directory, in benchmarks/.runs/")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument(
+        "--fit",
+        action="store_true",
+        help="train, keep the run directory, and no more: for --trained on another machine",
+    )
+    where.add_argument(
+        "--trained", action="store_true", help="take the run directory that --fit made, there or on another machine"
+    )
     one.add_argument("--nsims", type=int, default=30_000, help="simulations in all; validation is held out of them")
     one.add_argument("--seeds", type=int, nargs="+", default=[1], help="each seeds its pairs, training noise and draws")
     one.add_argument("--training", default="{}", help="training options, JSON; default: the pipeline's own")

@@ -51,8 +51,9 @@ class Task:
         shard: its number.
         rows: (start, stop), to be sampled without writing anything; None: the whole shard, written.
         skip: rows in quarantine, each with the reason: they are not sampled.
-        blame_rows: what could be the machine's fault is taken for the row's (simulations alone), for it gave the shard up in an earlier call,
-            and this is the last attempt of this one: else a theta that needs more memory than any machine has would keep back its shard for ever.
+        blame_rows: what could be the machine's fault is taken for the row's, for it gave the shard up in an earlier call, and this is the last
+            attempt of this one: else a theta that needs more memory than any machine has would keep back its shard for ever. (Of a catalog
+            only what kills its worker; what a posterior raises of that kind is the machine's.)
     """
 
     shard: int
@@ -66,7 +67,7 @@ class Outcome:
     """What became of a task (a `Task`, where an agenda takes it): a manifest row, or an error.
 
     `blamed`: it was at work then, not waiting behind another, its machine lives, and its worker is not one that may be sick.
-    `died`: it took its worker along or ran out of time; else it raised.
+    `died`: it took its worker along (with a MemoryError: for want of memory on the machine) or ran out of time; else it raised.
     """
 
     task: Any
@@ -142,14 +143,15 @@ class Agenda:
         return events
 
     def _failed(self, outcome: Outcome) -> list[dict[str, Any]]:
-        """Events of a failure that counts."""
+        """Events of a failure that counts. A worker that was killed for want of memory is no row's fault, as one that raises MemoryError."""
         task, error = outcome.task, one_line(outcome.error)
-        self._failures[task.shard] += task.rows is None or not outcome.died
+        died = outcome.died and (task.blame_rows or not isinstance(outcome.error, MemoryError))
+        self._failures[task.shard] += task.rows is None or not died
         search = self._searches.get(task.shard)
         first, stop = task.rows or self._whole(task.shard)
-        if task.rows is not None and outcome.died and stop - first > self.shards.step:
+        if task.rows is not None and died and stop - first > self.shards.step:
             return [self._event("failed", task, error=error), self._event("halved", task, piece=[first, stop])]
-        if task.rows is not None and outcome.died and search is not None:
+        if task.rows is not None and died and search is not None:
             search.alone[first] += 1
             attempt = search.alone[first]
         else:
@@ -157,7 +159,7 @@ class Agenda:
         events = [self._event("failed", task, attempt=attempt, error=error)]
         if attempt < self.max_failures:
             return events
-        if not outcome.died:
+        if not died:
             return [*events, self._event("given_up", task, error=error)]
         if task.rows is None:  # also of a single row, whose death may have come of what only a whole shard does
             return [*events, self._event("halved", task, piece=[first, stop])]

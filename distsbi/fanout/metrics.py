@@ -4,7 +4,7 @@
     distsbi_catalog_shards_in_flight                                                                gauge
     distsbi_simulation_rows_total, distsbi_simulation_pairs_total, ...                              the same of simulations
 
-Each has a tag `out`, the output folder.
+Ray puts `ray_` before each name. Each has a tag `out`, the output folder.
 """
 
 from typing import Any, Self

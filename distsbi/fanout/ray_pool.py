@@ -46,7 +46,7 @@ class RayPool:
         self._staff.begin(plan)
 
     def room(self) -> bool:
-        return any(len(m.queue) < IN_FLIGHT for m in self._staff.takers)
+        return not self._staff.resting and any(len(m.queue) < IN_FLIGHT for m in self._staff.takers)
 
     def submit(self, task: Hashable, *given: Any) -> None:
         free = [m for m in self._staff.takers if len(m.queue) < IN_FLIGHT]
@@ -110,6 +110,10 @@ class RayPool:
         self._staff.dismiss(member)
         outcomes: list[Outcome] = []
         lost = self._staff.machine_died(member, reason)
+        if isinstance(reason, self._ray.exceptions.OutOfMemoryError):  # it names each process of the machine
+            reason = MemoryError(
+                f"Ray killed its worker because the memory of machine {member.node[:8]} gave out: give fewer workers, or more memory"
+            )
         late = isinstance(reason, TimeoutError)
         for task, ref in member.queue:
             try:

@@ -4,7 +4,8 @@ Machines come and go. A number of workers that was asked for is kept up (those w
 autoscaler sees); without a number, workers are added wherever room appears. A worker on a machine that Ray is draining
 finishes the task it is at, and its next one goes to others. A machine on which workers do not start, tell of another run, or come up
 and only raise, is left alone for a while (patience.py), and the others go on, from the very start: only where nobody is left does that
-end the run.
+end the run. Where all who are up raise, what they share may be away for a minute (a mount, a store): they rest for a while before the
+tasks are blamed.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from distsbi.fanout.stopping import Stop
 
 PATIENCE = 60.0  # seconds without a worker before saying so, and without a machine for one before giving up
 SICK = 3  # tasks in a row at which a worker raises before it gets no more while others do better
+LONGEST_REST = 64.0  # seconds; rests double up to it, two minutes in all
 START_SECONDS = 900.0  # for a worker that has its machine to come up; up to twice that
 LOOK_SECONDS = 2.0  # between looks at what machines there are
 
@@ -96,6 +98,7 @@ class Staff:
         self._deaths = 0  # of workers that were starting while none was up,
         self._reason: BaseException | None = None  # and what the first of them raised
         self._dismissed = 0  # workers that were dismissed as sick since any did a task, and nobody did better
+        self._rest = self._rest_until = 0.0  # the last rest of all, since any did a task
         self._backoff, self.clock = Backoff(), Clock()
         self._looked = -LOOK_SECONDS
         self._held = False
@@ -106,6 +109,11 @@ class Staff:
         """Those who may be given tasks: the doubtful only where all are."""
         up = [m for m in self.members if m.starting is None and not m.leaving and not self._held]
         return [m for m in up if not m.doubtful] or up
+
+    @property
+    def resting(self) -> bool:
+        """Whether nobody is given a task for now, because all raise."""
+        return self.clock.now < self._rest_until
 
     def start(self, stop: Stop) -> dict[str, Any]:
         """Waits for a worker that is up and of this run, and returns what it tells.
@@ -161,6 +169,7 @@ class Staff:
             # what it does later says nothing of others on its machine, such as of one whose GPU is full
             self._backoff.well(member.node)
         member.useful, member.outdone, self._dismissed = True, False, 0
+        self._rest = self._rest_until = 0.0
         member.raised.clear()
         for other in self.members:
             other.outdone = other.outdone or bool(other.raised)
@@ -179,6 +188,11 @@ class Staff:
             log.info(
                 "a worker on machine %s raised; another tries what it was at: %s", member.node[:8], one_line(error)
             )
+        alike = self._rest < LONGEST_REST and not self.resting and all(m.doubtful for m in self.takers)
+        if alike and not self._hope(self._dismissed):  # else another comes in the place of one: see `sick`
+            self._rest = max(2.0, 2 * self._rest)
+            self._rest_until = self.clock.now + self._rest
+            log.warning("all workers raise, and rest for %.0f s: %s", self._rest, one_line(error))
         return held
 
     def sick(self) -> list[Member]:

@@ -72,10 +72,11 @@ class Worker:
         `own_process`: the process is this worker's alone, so its environment and jax's settings are ours to choose.
 
         Raises ValueError for a run, catalog or option that cannot be used, for a catalog that is not the one that was
-        checked, and for other versions than the job's; what compiling raises, such as that of a device that is full.
+        checked, for GPUs that jax does not find, and for other versions than the job's; what compiling raises, such as that of a device that is full.
         """
         if own_process:
             own_jax()
+            check_gpus()
         self.versions = bit_versions()
         if self.versions != self.job.versions:
             here = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -268,6 +269,25 @@ def own_jax() -> None:
     if "XLA_CLIENT_MEM_FRACTION" in os.environ:  # jax refuses to have both names
         os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
     _use_compile_cache()
+
+
+def check_gpus() -> None:
+    """Raises ValueError if Ray gave this process GPUs and jax finds none: it would hold them, and draw in a CPU's tiles. JAX_PLATFORMS=cpu in
+    the environment of a machine says that it is to."""
+    import jax
+
+    if _gpus() and os.environ.get("JAX_PLATFORMS") != "cpu" and jax.default_backend() == "cpu":
+        raise ValueError(
+            f"the worker on {socket.gethostname()} was given a GPU, but jax finds none there: install jax with its extra for it, such as "
+            "jax[cuda13], and look at the driver (nvidia-smi); or draw without num_gpus_per_worker."
+        )
+
+
+def _gpus() -> list[str]:
+    """Ray's names of the GPUs that this process was given."""
+    import ray
+
+    return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 
 
 def _use_compile_cache() -> None:

@@ -223,6 +223,7 @@ def train(
     facts = {
         "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
+        "device_kind": mesh.devices.flat[0].device_kind,
         "updates_per_second": round((int(state.step) - first) / seconds, 2),
     }  # fmt: skip
     whole_state = jax.jit(lambda tree: as_kept(tree, own), out_shardings=whole)

@@ -137,6 +137,22 @@ def test_rows_are_blamed_for_the_machine_only_at_the_last_attempt_of_a_second_ca
     assert tries == {0: [False] * 2, 1: [False] * 5 + [True], 2: [False] * 3}
 
 
+def test_a_worker_that_is_killed_for_want_of_memory_is_no_rows_fault_until_the_end_of_a_second_call():
+    no_memory, events = MemoryError("the memory of machine a gave out"), []
+    agenda = Agenda(SHARDS, [1, 2], 3, events)
+    for _ in range(3):
+        events += agenda.take(Outcome(agenda.next(), error=no_memory, died=True))
+    assert [event["event"] for event in events] == ["failed"] * 3 + ["given_up"]  # nothing is searched
+    assert "the memory of machine a gave out" in agenda.given_up[0]
+    agenda = Agenda(SHARDS, [1, 2], 3, events)
+    while task := agenda.next():
+        rows = set(range(*task.rows or (0, 20))) - set(dict(task.skip))
+        needs_more = Outcome(task, error=no_memory, died=True)
+        events += agenda.take(needs_more if 7 in rows else Outcome(task, {"shard": 0}))
+    assert [event["row"] for event in events if event["event"] == "quarantined"] == [7]
+    assert agenda.given_up == {}
+
+
 def test_who_was_not_at_work_is_not_blamed():
     agenda = Agenda(SHARDS, [1, 2], 1)
     task = agenda.next()

@@ -34,6 +34,9 @@ class FakeRay:
                     actor.machine = machine
                     self.free[machine] -= 1
 
+    def sleep(self, seconds):
+        self.seconds += seconds
+
     def wait(self, refs, num_returns=1, timeout=0.0):
         ready = [ref for ref in refs if ref in self.results]
         if not ready:
@@ -49,6 +52,8 @@ class FakeRay:
         result = self.results[ref]
         if result is DIED:
             raise self.exceptions.ActorDiedError()
+        if isinstance(result, self.exceptions.RayError):
+            raise result
         if isinstance(result, Exception):
             raise self.exceptions.RayTaskError("ready", "traceback", result)
         return result
@@ -98,6 +103,7 @@ def make(monkeypatch):
         monkeypatch.setattr(staffs, "draining_nodes", lambda: ray.draining)
         monkeypatch.setattr(staffs, "machines_that_fit", lambda cpus, gpus: set(ray.free))
         monkeypatch.setattr(staffs, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(pools.time, "sleep", ray.sleep)
         unlike = lambda first, told: f"{told['definition']} is another run"  # noqa: E731
         staff = Staff(object, "job", workers, {}, 1, 0, 3, check, unlike, 99)
         staff.ray, staff.clock = ray, patience.Clock(lambda: ray.seconds)
@@ -454,6 +460,18 @@ def test_a_task_that_ends_as_its_worker_is_killed_for_it_blames_nobody(two, monk
     assert [(o.task, o.error is None, o.blamed) for o in outcomes[2:]] == [("b0", True, True), ("b1", False, False)]
 
 
+def test_a_worker_that_is_killed_for_want_of_memory_is_said_to_be(two):
+    pool, ray, actors = two
+    killed = ray.exceptions.OutOfMemoryError("Memory on the node was 15GB / 16GB:\n and 80 lines of processes")
+    ray.results |= {(actors["a"], "do", 0): killed, (actors["a"], "do", 1): killed}
+    first, second = pool.wait()
+    assert (first.task, first.blamed, first.died, second.task, second.blamed) == ("a0", True, True, "a1", False)
+    assert isinstance(first.error, MemoryError)
+    assert str(first.error) == (
+        "Ray killed its worker because the memory of machine a gave out: give fewer workers, or more memory"
+    )
+
+
 def test_a_worker_on_a_leaving_machine_finishes_its_task_and_goes(two):
     pool, ray, actors = two
     ray.draining, ray.free["c"] = {"a"}, 1
@@ -606,4 +624,16 @@ def test_what_raises_everywhere_is_given_up(make, workers, most):
         assert count(events, "failed") == most * len(bad)
         assert count(events, "done") == 20 - len(bad)
         assert made <= workers + 10
-        assert ray.seconds < 300
+        assert ray.seconds < 300 + 2 * staffs.LONGEST_REST
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_an_outage_of_what_all_share_costs_no_shard(make, caplog, workers):
+    """A mount is away for a minute: whatever is tried meanwhile raises at once."""
+    pool, ray = make(workers, a=4, b=4)
+    agenda = Agenda(Shards(400, 1, "f"), [], 3)
+    away = lambda machine, shard: 100 < ray.seconds < 160  # noqa: E731
+    events, _ = play(pool, ray, agenda, away)
+    assert (count(events, "done"), agenda.given_up) == (400, {})
+    assert count(events, "failed") < 100
+    assert "all workers raise, and rest for 32 s" in caplog.text

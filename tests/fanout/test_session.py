@@ -11,7 +11,7 @@ import time
 import pytest
 from fake_simulators import PRIOR
 
-from distsbi.fanout import Terminated, catalog as catalogs, session as sessions
+from distsbi.fanout import Terminated, catalog as catalogs, session as sessions, worker as workers
 from distsbi.fanout.session import Crew, begun
 from distsbi.fanout.stopping import says_how_far, told_to_stop
 from distsbi.sampling import run as runs
@@ -73,6 +73,17 @@ def test_a_worker_with_another_copy_of_the_run_is_told_apart(staff_of, tmp_path)
         ValueError, match="the worker on b found another posterior at .*/run than there is on .*; give a run dir"
     ):
         staff.check(told(posterior="beef"))
+
+
+def test_a_worker_that_was_given_a_gpu_which_jax_does_not_find_is_told(monkeypatch):
+    monkeypatch.setattr(workers, "_gpus", lambda: ["0"])
+    workers.check_gpus()  # JAX_PLATFORMS=cpu
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    with pytest.raises(ValueError, match="was given a GPU, but jax finds none there: install jax with its extra"):
+        workers.check_gpus()
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    workers.check_gpus()
 
 
 def test_a_second_sigterm_interrupts_and_the_handler_is_put_back():
