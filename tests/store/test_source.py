@@ -1,5 +1,6 @@
 """Catalogs that come in: every form gives the same rows, in any ranges, and says what is wrong with it."""
 
+import io
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distsbi.store import SourceSpec, open_source, parquet, source
+from distsbi.store.place import Place
 from distsbi.store.rows import rows_of
 from distsbi.store.source import check_ids, fingerprint, glance
 
@@ -61,6 +63,86 @@ def test_parquet(tmp_path, monkeypatch, kind, folder, kept):
         assert ids.to_pylist() == IDS[start:stop]
         np.testing.assert_array_equal([row.ravel() for row in rows], X[start:stop])
         assert {row.shape for row in rows} == {(3, 1) if kind in ("tensor", "nested") else (3,)}
+
+
+class Counted(io.FileIO):
+    """A file that counts the bytes that are read."""
+
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        COUNTS.append(count)
+        return count
+
+    def read(self, size=-1):
+        content = super().read(size)
+        COUNTS.append(len(content))
+        return content
+
+
+COUNTS = []
+
+
+@pytest.fixture
+def one_group(tmp_path, monkeypatch):
+    """A row group of 2 MB in pages of 8 kB, which is to be read in parts of 64 kB, and the bytes of its two columns, x and the other."""
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 2**18)
+    monkeypatch.setattr(parquet, "PART_BYTES", 2**16)
+    monkeypatch.setattr(parquet, "BUFFER_BYTES", 2**13)
+    monkeypatch.setattr(Place, "open", lambda self: pa.PythonFile(Counted(self.path), mode="r"))
+    parquet._warn.cache_clear()
+    x = np.random.default_rng(1).normal(size=(10_000, 25)).astype(np.float32)
+    table = pa.table({"id": np.arange(10_000), "x": list(x), "more": list(x)})
+    path = tmp_path / "one.parquet"
+    pq.write_table(table, path, data_page_size=2**13, use_dictionary=False, compression="none")
+    assert pq.read_metadata(path).num_row_groups == 1
+    return str(path), x
+
+
+def test_a_large_row_group_is_read_once_by_ranges_that_lie_further_on(one_group, caplog):
+    path, x = one_group
+    opened = open_source(SourceSpec(path))
+    COUNTS.clear()
+
+    def read(start, stop):
+        ids, rows = opened.read(start, stop)
+        np.testing.assert_array_equal(ids.to_numpy(), np.arange(start, stop))
+        np.testing.assert_array_equal(rows, x[start:stop])
+        return sum(COUNTS) / (x.nbytes + 8 * len(x))  # of what all rows take
+
+    assert read(0, 500) < 0.3
+    for start in range(1_000, 10_000, 1_000):  # of every second shard, as one of two workers takes them
+        read(start, start + 500)
+    assert 0.9 < read(9_900, 10_000) < 1.2
+    assert 0.9 < read(9_870, 10_000) < 1.2  # in the part that is at hand
+    read(300, 700)  # a shard that is tried again
+    read(650, 660)
+    opened = open_source(SourceSpec(path))
+    (warning,) = caplog.messages
+    assert "one.parquet has a row group of more than" in warning
+    assert "write the file again with row_group_size=580 " in warning
+
+
+def test_after_an_error_a_large_row_group_is_begun_again(one_group, monkeypatch):
+    path, x = one_group
+    opened = open_source(SourceSpec(path))
+    opened.read(0, 500)
+    plain = Counted.read
+    monkeypatch.setattr(Counted, "read", lambda self, size=-1: plain(self, size)[:0])
+    with pytest.raises(OSError):
+        opened.read(500, 5_000)
+    monkeypatch.setattr(Counted, "read", plain)
+    np.testing.assert_array_equal(opened.read(500, 5_000)[1], x[500:5_000])
+
+
+def test_a_row_group_is_as_large_as_the_columns_that_are_read(one_group, monkeypatch, caplog):
+    path, x = one_group
+    monkeypatch.setattr(parquet, "GROUP_BYTES", x.nbytes * 3 // 2)
+    opened = open_source(SourceSpec(path))
+    opened.read(0, 500)
+    COUNTS.clear()
+    np.testing.assert_array_equal(opened.read(9_000, 9_100)[1], x[9_000:9_100])
+    assert not COUNTS  # it is kept
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
