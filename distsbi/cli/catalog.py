@@ -197,10 +197,11 @@ def _verify_folder(out: str, repair: bool) -> None:
 
 def _refuse_others(out: str) -> None:
     """Raises ValueError for a folder without a run of which there is more to say than that."""
-    from distsbi.store import layout
+    from distsbi.store import layout, record
     from distsbi.store.place import as_place
 
     place = as_place(out)
+    record.refuse_bare_shards(place)
     folder = Path(place.path) if place.local else Path("no folder")
     began, files = (folder / layout.HIDDEN).is_dir(), any(folder.glob("*.parquet"))
     if began and not files:

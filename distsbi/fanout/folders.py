@@ -36,8 +36,11 @@ class FolderVerdict:
 def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     """Reads every file: the checksums of its pages, and of simulations those of whole files too, and whether every row is a pair or a recorded failure.
 
-    Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog.
+    Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog, and for shards without run.json.
     """
+    run = record.read_run(path)
+    if run is None:
+        record.refuse_bare_shards(path)
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise ValueError(
@@ -51,7 +54,7 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
             checked,
             "give the same call again, which draws these parts anew, and removes those that are none of these draws",
         )
-    run, complete = record.read_run(folder), not (folder / UNFINISHED).exists()
+    complete = not (folder / UNFINISHED).exists()
     if run is not None and "simulator" in run["definition"]:
         again = simulation.command(run, str(path)) or "the same call of distsbi.simulate"
         checked = _check_simulations(folder, run["definition"], complete)

@@ -47,6 +47,7 @@ class Catalog:
         self.path: Path | str = Path(self.place.path) if self.place.local else str(self.place)
         run = record.read_run(self.place)
         if run is None:
+            record.refuse_bare_shards(self.place)
             raise ValueError(
                 f"{shown(path)} is no output folder of sample_catalog or simulate (no {layout.run_file(self.place)})."
             )

@@ -101,8 +101,8 @@ def shard_rows(shard: int, n_rows: int, rows_per_shard: int) -> range:
     return range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, n_rows))
 
 
-def has_shards(out: Where) -> bool:
-    return any(_SHARD.match(file.name) for file in as_place(out).files())
+def is_shard(name: str) -> bool:
+    return _SHARD.match(name) is not None
 
 
 def remove_partial(out: Where) -> int:

@@ -5,7 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from distsbi.store import layout
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distsbi.store import layout, schema
 from distsbi.store.layout import Where
 from distsbi.store.place import Place, as_place
 
@@ -39,6 +42,30 @@ def read_run(out: Where) -> dict[str, Any] | None:
     return found
 
 
+def refuse_bare_shards(out: Where) -> None:
+    """Raises ValueError for a folder without run.json that holds shards all the same, as a copy of the Parquet files alone does."""
+    place = as_place(out)
+    names = [file.name for file in place.files() if file.name.endswith(".parquet") and file.name[0] not in "._"]
+    shards = [name for name in names if layout.is_shard(name)]
+    of = [_is_of_catalog(place / name) for name in (shards[:1] or names[:1])]  # shards may have been renamed
+    if shards or True in of:
+        what = {True: "a catalog", False: "simulations", None: "a catalog or of simulations"}[of[0]]
+        raise ValueError(
+            f"{place} holds shards of {what}, but no {layout.HIDDEN}/run.json, which says what they belong to. Copy the folder {layout.HIDDEN} "
+            "too, from where these files were copied; if it is lost, use another folder for what you make anew."
+        )
+
+
+def _is_of_catalog(file: Place) -> bool | None:
+    """Whether a Parquet file says that it is a shard of a catalog; None if it cannot be read."""
+    try:
+        with file.open() as opened:
+            note = (pq.read_schema(opened).metadata or {}).get(schema.KEY, b"null")
+        return isinstance(json.loads(note), dict)  # of a part of draws it is a digest
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+
+
 def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Claims a folder for the run that `definition` defines, or checks that it is this run's already.
 
@@ -50,8 +77,7 @@ def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -
     place = as_place(out)
     found = read_run(place)
     if found is None:
-        if layout.has_shards(place):
-            raise ValueError(f"{place} has shards but no run.json that says what they are; use another folder.")
+        refuse_bare_shards(place)
         _write(
             place,
             {

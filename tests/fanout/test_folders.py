@@ -1,17 +1,22 @@
 """Folders of pairs and of draws: any change of a file is found and named, and what is well is well."""
 
 import errno
+import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 import distsbi
+from distsbi.cli import cli
 from distsbi.data import write_pairs
 from distsbi.data.pairs import UNFINISHED
 from distsbi.fanout import simulation
 from distsbi.fanout.folders import verify_folder
 from distsbi.fanout.simulation_worker import read_failures
+from distsbi.fanout.verify import verify
 from distsbi.sampling import Tile
 from distsbi.store import layout, reading
 from tests.gaussian import gaussian_posterior
@@ -160,6 +165,58 @@ def test_what_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, which):
 def test_draws_that_are_not_all_there(tmp_path):
     draw(tmp_path / "out")[0].unlink()
     assert "part-00000.parquet is missing" in verify_folder(tmp_path / "out").problems[0]
+
+
+def said(command, folder):
+    """By a command that refuses the folder, in one line."""
+    found = CliRunner().invoke(cli, [command, str(folder)])
+    assert isinstance(found.exception, ValueError)
+    return str(found.exception)
+
+
+def copy(out, to, name="{}"):
+    """The Parquet files alone."""
+    to.mkdir()
+    for file in out.glob("*.parquet"):
+        shutil.copy(file, to / name.format(file.name))
+    return to
+
+
+def test_shards_without_their_record(tmp_path, run, make_catalog):
+    catalog, pairs = tmp_path / "catalog", tmp_path / "pairs"
+    distsbi.sample_catalog(run, make_catalog(), catalog, nsamples=5, workers=0, rows_per_shard=20)
+    simulate(pairs)
+    for what, out, name in (
+        ("a catalog", catalog, "{}"),
+        ("a catalog", catalog, "renamed-{}"),
+        ("simulations", pairs, "{}"),
+    ):
+        bare = copy(out, tmp_path / f"{out.name} {name}", name)
+        (bare / "_distsbi").mkdir()  # and nothing in it
+        for _ in range(2):
+            told = f"{bare} holds shards of {what}, but no _distsbi/run.json"
+            for text in (said("verify", bare), said("status", bare)):
+                assert told in text
+                assert "Copy the folder _distsbi too" in text
+            for call in (verify_folder, verify, distsbi.open_catalog):
+                with pytest.raises(ValueError, match=re.escape(told)):
+                    call(bare)
+            shutil.rmtree(bare / "_distsbi", ignore_errors=True)
+        shutil.copytree(out / "_distsbi", bare / "_distsbi")
+        if name == "{}":
+            assert CliRunner().invoke(cli, ["verify", str(bare), "--fraction", "0"]).exit_code == 0
+    cut = copy(catalog, tmp_path / "cut")
+    sorted(cut.iterdir())[0].write_bytes(b"PAR1")
+    assert "holds shards of a catalog or of simulations, but" in said("verify", cut)
+
+
+def test_files_that_are_no_shards_are_not_said_to_be(tmp_path):
+    for make in (write, draw):
+        make(tmp_path / make.__name__)
+        assert "holds files, but no catalog and no simulations" in said("status", tmp_path / make.__name__)
+        assert verify_folder(tmp_path / make.__name__).good
+    bare = copy(tmp_path / "draw", tmp_path / "bare")
+    assert "holds shards of" not in said("status", bare)
 
 
 def test_what_is_neither(tmp_path):

@@ -277,7 +277,7 @@ def test_what_is_no_catalog_is_refused(out, tmp_path):
     with pytest.raises(ValueError, match="format 99; this distsbi reads up to 2"):
         open_catalog(out)
     layout.run_file(out).unlink()
-    with pytest.raises(ValueError, match="has shards but no run.json"):
+    with pytest.raises(ValueError, match="holds shards of a catalog, but no _distsbi/run.json"):
         record.begin(out, DEFINITION, {})
 
 
