@@ -18,8 +18,10 @@ from jaxtyping import Float
 
 from distsbi.data.parquet import read_file, read_footer, write_file
 from distsbi.data.prior import check_names
+from distsbi.files import one_holder
 
 UNFINISHED = "_unfinished"  # is there while a folder is being simulated or written
+LOCK = "_lock"  # of the one call of `simulate_pairs` that writes there
 _STALE_SECONDS = 3600
 _SHOWN = 5
 
@@ -193,8 +195,8 @@ def simulate_pairs(
     Pair i depends on (key, i, batch, rows_per_file) alone. The simulator is always called on `batch` rows, and compiled
     once.
 
-    Raises ValueError if the folder holds pairs of another task, key, batch or rows_per_file, or more than n of them, or
-    if the simulator gives NaN or inf; files written before stay.
+    Raises ValueError if the folder holds pairs of another task, key, batch or rows_per_file, or more than n of them, if another call writes
+    there, or if the simulator gives NaN or inf; files written before stay.
     """
     import jax
     from tqdm import tqdm
@@ -204,11 +206,16 @@ def simulate_pairs(
     _require_positive(n=n, batch=batch, rows_per_file=rows_per_file)
     key, folder = as_key(key), Path(path)
     source = {"task": task.name, "seed": list(key_words(key)), "batch": batch, "rows_per_file": rows_per_file}
-    done = _rows_done(folder, source, n)
-    _begin(folder, n)
+    _rows_done(folder, source, n)  # before the lock, which leaves a file
     draw = jax.jit(lambda k: task.pairs(k, batch))
     hidden = None if progress is None else not progress
-    with tqdm(total=n, desc=f"simulating {task.name}", unit=" pairs", unit_scale=True, disable=hidden) as bar:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        one_holder(folder / LOCK, folder),
+        tqdm(total=n, desc=f"simulating {task.name}", unit=" pairs", unit_scale=True, disable=hidden) as bar,
+    ):
+        done = _rows_done(folder, source, n)
+        _begin(folder, n)
         for shard, start in enumerate(range(0, n, rows_per_file)):
             rows = min(rows_per_file, n - start)
             if done.get(_file_name(shard)) != rows:
@@ -217,7 +224,7 @@ def simulate_pairs(
                 theta, x = (np.concatenate(column)[:rows] for column in zip(*chunks, strict=True))
                 write_file(folder / _file_name(shard), *as_pairs(theta, x, task.parameter_names), source)
             bar.update(rows)
-    mark_finished(folder)
+        mark_finished(folder)
     return open_pairs(folder)
 
 

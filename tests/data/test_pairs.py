@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distsbi.data import parquet
+from distsbi.data import pairs, parquet
 from distsbi.data.pairs import as_pairs, open_pairs, read_pairs, simulate_pairs, write_pairs
 from distsbi.data.stream import iter_pairs
 from distsbi.tasks import get_task
@@ -266,6 +266,26 @@ class TestSimulate:
         with pytest.raises(ValueError, match="holds 100 pairs, more than the 50 asked for"):
             simulate(tmp_path / "s", n=50)
         assert len(open_pairs(tmp_path / "s")) == 100
+
+    def test_a_second_call_at_the_same_time_is_refused_and_writes_nothing(self, tmp_path, monkeypatch):
+        """Begun before the first has a file, which would tell that they differ."""
+        plain, found = pairs.write_file, []
+
+        def write(path, *content):
+            if not found:
+                before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+                found.append(sorted(before))
+                for options in ({"seed": 4}, {"n": 50}, {}):
+                    with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on .*; wait, or"):
+                        simulate(path.parent, **options)
+                    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+            plain(path, *content)
+
+        monkeypatch.setattr(pairs, "write_file", write)
+        both = read_pairs(simulate(tmp_path / "s"))
+        assert found == [["_lock", "_unfinished"]]
+        np.testing.assert_array_equal(both.theta, read_pairs(simulate(tmp_path / "alone")).theta)
+        assert len(simulate(tmp_path / "s", n=110)) == 110  # who comes after may go on
 
     def test_old_temporaries_are_removed_young_ones_left(self, tmp_path):
         (tmp_path / "s").mkdir()
