@@ -1,6 +1,7 @@
 """`distsbi catalog | status | verify | plan`: many observations."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
 def status(out: str, as_json: bool) -> None:
     """Say how far the catalog or the simulation in the folder (or URI) OUT is. Only reads, also while it is being written.
 
-    The command to go on with takes as many workers as there is room for, unless you add --workers and the like; files and rows stay divided as they are.
+    The command to go on with takes as many workers as there is room for, each with the cores, GPUs and time limit of the last call, unless you add --workers
+    and the like; files and rows stay divided as they are.
     """
     import dataclasses
 
@@ -121,10 +123,10 @@ def status(out: str, as_json: bool) -> None:
 @click.option("--run", help="Where the run directory is now. Default: where it was.")
 @click.option("--catalog", help="Where the catalog is now. Default: where it was.")
 @NETWORK
-@worker_options
+@partial(worker_options, kept=True)
 def verify(out: str, repair: bool, **options: Any) -> None:
     """Check the checksums of every file in OUT, a catalog, pairs or draws; of a catalog also draw some rows again to compare. Exit code 0: it is complete, and
-    nothing is wrong. The options of workers are for --repair."""
+    nothing is wrong. The options of workers are for --repair; on a machine with a single GPU, which this process takes, give --workers 0."""
     from distsbi.fanout.verify import TOLERANCE, verify
     from distsbi.store import layout, record
 

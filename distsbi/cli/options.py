@@ -68,8 +68,9 @@ def several_processes(command: Any) -> Any:
     return command
 
 
-def worker_options(command: Any) -> Any:
-    """Who draws a catalog."""
+def worker_options(command: Any, *, kept: bool = False) -> Any:
+    """Who draws a catalog. `kept`: what each worker gets is by default what the folder says."""
+    then = " Default: as when it was drawn." if kept else ""
     for option in reversed(
         (
             click.option(
@@ -80,17 +81,25 @@ def worker_options(command: Any) -> Any:
             click.option(
                 "--address", help="Address of a Ray cluster, or auto. Default: $RAY_ADDRESS, else this machine."
             ),
-            click.option("--cpus-per-worker", type=int, default=1, show_default=True, help="Cores for each worker."),
+            click.option(
+                "--cpus-per-worker",
+                type=int,
+                default=None if kept else 1,
+                show_default=True,
+                help=f"Cores for each worker.{then}",
+            ),
             click.option(
                 "--gpus-per-worker",
                 "num_gpus_per_worker",
                 type=float,
-                default=0,
+                default=None if kept else 0,
                 show_default=True,
-                help="GPUs for each worker.",
+                help=f"GPUs for each worker.{then}",
             ),
             click.option(
-                "--time-limit", type=float, help="Seconds for one shard before its worker is replaced. Default: none."
+                "--time-limit",
+                type=float,
+                help=f"Seconds for one shard before its worker is replaced.{then or ' Default: none.'}",
             ),
             click.option(
                 "--max-failures",

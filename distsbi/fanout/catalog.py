@@ -112,8 +112,9 @@ def sample_catalog(
         KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
     """
     began = time.monotonic()
-    nsamples, workers, rows_per_shard, steps, thin, cpus_per_worker, max_failures = map(
-        plain, (nsamples, workers, rows_per_shard, steps, thin, cpus_per_worker, max_failures)
+    nsamples, workers, rows_per_shard, steps, thin = map(plain, (nsamples, workers, rows_per_shard, steps, thin))
+    cpus_per_worker, num_gpus_per_worker, max_failures, time_limit = map(
+        plain, (cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
     )
     check_whole("nsamples", nsamples)
     check_whole("rows_per_shard", rows_per_shard, optional=True)

@@ -89,8 +89,31 @@ def call(kept: dict[str, Any], out: "str | os.PathLike[str] | Place", **instead:
     }
 
 
+def each_worker(run: dict[str, Any]) -> dict[str, Any]:
+    """What each worker gets, arguments of `sample_catalog` and `simulate`: as in the last call that had workers, from run.json. Of a catalog
+    without any such call, or of before this was kept, a GPU where its rows were drawn on one; nothing where all is as by default."""
+    there = run["about"]
+    if "each_worker" in there:
+        return there["each_worker"]
+    on_gpu = not there.get("devices", ["cpu"])[0].startswith(("cpu", "tpu"))
+    return {"num_gpus_per_worker": 1} if on_gpu and "tile" in run["definition"] else {}
+
+
+def worker_words(run: dict[str, Any]) -> list[str]:
+    """`each_worker` as options of the command line, where it is not the default."""
+    each, words = each_worker(run), []
+    if each.get("cpus_per_worker", 1) != 1:
+        words += ["--cpus-per-worker", str(each["cpus_per_worker"])]
+    if each.get("num_gpus_per_worker"):
+        words += ["--gpus-per-worker", str(each["num_gpus_per_worker"]).removesuffix(".0")]
+    if each.get("time_limit") is not None:
+        words += ["--time-limit", str(each["time_limit"]).removesuffix(".0")]
+    return words
+
+
 def command(run: dict[str, Any], out: str) -> str:
-    """The command that goes on with the folder `out`, a path or URI, from its run.json: that of `call`, with the folder's division."""
+    """The command that goes on with the folder `out`, a path or URI, from its run.json: that of `call`, with the folder's division and what each
+    worker got."""
     there, definition = run["about"], run["definition"]
     columns, kept = there.get("columns", {}), definition["output"]
     seed = keys.seed_of(definition["seed"])
@@ -117,4 +140,4 @@ def command(run: dict[str, Any], out: str) -> str:
     for name, value in there.get("options", {}).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--network", there["network"]] if there.get("network") else []
-    return shlex.join(words)
+    return shlex.join([*words, *worker_words(run)])

@@ -50,6 +50,19 @@ class Crew:
     unlike: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
     check: Callable[[Mapping[str, Any]], None] = lambda told: None
 
+    @property
+    def each(self) -> dict[str, Any]:
+        """For run.json (see `provenance.each_worker`): what each worker gets; nothing where the work is done in this process."""
+        if self.workers == 0:
+            return {}
+        return {
+            "each_worker": {
+                "cpus_per_worker": self.cpus,
+                "num_gpus_per_worker": self.gpus,
+                "time_limit": self.time_limit,
+            }
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Done:
@@ -95,7 +108,7 @@ class Session:
 
         Raises ValueError naming what differs, if it is another run's.
         """
-        record.begin(self.folder, definition, about)
+        record.begin(self.folder, definition, about, self.crew.each)
         layout.remove_partial(self.folder)
         return Shards(definition["n_rows"], definition["rows_per_shard"], record.fingerprint(definition), step)
 
@@ -119,18 +132,19 @@ def begun(folder: Place, crew: Crew) -> Iterator[Session]:
         writer = stack.enter_context(one_writer(folder))
         found = record.read_run(folder)
         there = {} if found is None else found["definition"]
-        pool = stack.enter_context(_pool(stack, crew, there, folder))
+        pool = stack.enter_context(_pool(stack, crew, found, folder))
         yield Session(folder, crew, pool, writer, stop, pool.start(stop), there)
 
 
-def _pool(stack: contextlib.ExitStack, crew: Crew, there: Mapping[str, Any], folder: Place) -> Pool:
+def _pool(stack: contextlib.ExitStack, crew: Crew, found: Mapping[str, Any] | None, folder: Place) -> Pool:
     if crew.workers == 0:
         return InProcess(crew.worker(crew.job))
 
     def check(told: Mapping[str, Any]) -> None:
         crew.check(told)
-        if there:
-            record.check_same(folder, told["definition"], {name: there.get(name) for name in told["definition"]})
+        if found is not None:
+            there = {name: found["definition"].get(name) for name in told["definition"]}
+            record.check_same(folder, told["definition"], there, found["about"])
 
     stack.enter_context(cluster.connected(crew.address, crew.workers, crew.cpus, crew.gpus))
     environment = cluster.worker_environment(crew.cpus, crew.gpus)

@@ -21,7 +21,7 @@ import distsbi
 from distsbi import keys
 from distsbi.data.pairs import Pairs, mark_finished, mark_unfinished, read_pairs
 from distsbi.environment import versions
-from distsbi.fanout import simulator as simulators
+from distsbi.fanout import provenance, simulator as simulators
 from distsbi.fanout.agenda import one_line
 from distsbi.fanout.arguments import check_folder, check_resources, check_whole, plain
 from distsbi.fanout.cluster import cluster_address
@@ -123,8 +123,9 @@ def simulate(
         KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
     """
     began = time.monotonic()
-    n, seed, workers, shard_size, batch_size, cpus_per_worker, max_failures = map(
-        plain, (n, seed, workers, shard_size, batch_size, cpus_per_worker, max_failures)
+    n, seed, workers, shard_size, batch_size = map(plain, (n, seed, workers, shard_size, batch_size))
+    cpus_per_worker, num_gpus_per_worker, max_failures, time_limit = map(
+        plain, (cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
     )
     check_whole("n", n)
     check_whole("shard_size", shard_size, optional=True)
@@ -196,7 +197,8 @@ def command(run: dict[str, Any], out: str) -> str | None:
     words += ["--n", str(definition["n_rows"]), "--out", out]
     words += ["--seed", str(seed)] if seed else []
     words += ["--batch-size", str(definition["batch"])] if definition["batch"] else []
-    return shlex.join([*words, *(["--missing"] if definition["missing"] else [])])
+    words += ["--missing"] if definition["missing"] else []
+    return shlex.join([*words, *provenance.worker_words(run)])
 
 
 def _look(

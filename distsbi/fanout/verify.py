@@ -78,8 +78,8 @@ def verify(
     network: str | None = None,
     workers: int | None = None,
     address: str | None = None,
-    num_gpus_per_worker: float = 0,
-    cpus_per_worker: int = 1,
+    num_gpus_per_worker: float | None = None,
+    cpus_per_worker: int | None = None,
     max_failures: int = 3,
     time_limit: float | None = None,
     show_progress: bool = True,
@@ -97,8 +97,9 @@ def verify(
         repair: make the shards that are bad, and those not done yet, again; no other call may be writing then.
         run, catalog: where they are now, if they were moved since.
         network: as for `sample_catalog`.
-        workers, address, num_gpus_per_worker, cpus_per_worker, max_failures, time_limit: of a repair, as for `sample_catalog`. This process keeps
-            the accelerator that it drew rows on: on a machine with a single one, give workers=0.
+        workers, address, num_gpus_per_worker, cpus_per_worker, max_failures, time_limit: of a repair, as for `sample_catalog`; what each worker
+            gets (GPUs, CPUs, time_limit) is, where it is None, what it got when the catalog was drawn. This process keeps the accelerator
+            that it drew rows on: on a machine with a single one, give workers=0.
         show_progress: a progress bar, on a terminal.
 
     Raises ValueError for a folder that is none, a run or catalog that is not there or is another one now, and a fraction outside 0 to 1;
@@ -106,8 +107,18 @@ def verify(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be from 0 to 1; got {fraction!r}.")
-    check_resources(workers, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)
+    each = {
+        "cpus_per_worker": cpus_per_worker,
+        "num_gpus_per_worker": num_gpus_per_worker,
+        "time_limit": time_limit,
+    }
+    each = {name: value for name, value in each.items() if value is not None}
+    check_resources(
+        workers, each.get("cpus_per_worker", 1), each.get("num_gpus_per_worker", 0), max_failures, time_limit
+    )
     opened, place = Catalog(out), as_place(out)
+    if workers != 0:
+        each = {**provenance.each_worker(opened.run), **each}
     with contextlib.ExitStack() as stack:
         if repair:
             stack.enter_context(one_writer(place))
@@ -141,11 +152,9 @@ def verify(
                 **provenance.call(opened.run, out, run=run, catalog=catalog, network=network),
                 workers=workers,
                 address=address,
-                num_gpus_per_worker=num_gpus_per_worker,
-                cpus_per_worker=cpus_per_worker,
                 max_failures=max_failures,
-                time_limit=time_limit,
                 show_progress=show_progress,
+                **each,
             )
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error)

@@ -13,8 +13,14 @@ from distsbi.store.layout import Where
 from distsbi.store.place import Place, as_place
 
 FORMAT = 2  # 2: rows may be quarantined
-# of what a digest says no more than that it differs
-DIFFERS = {"catalog.content": "the rows of the catalog are others, or have changed"}
+DIFFERS = {
+    # of what a digest says no more than that it differs
+    "catalog.content": "the rows of the catalog are others, or have changed",
+    # which no option gives: it follows from the devices
+    "tile": "tile: given {given}, found {found}, for it was drawn on {devices} (give the same --gpus-per-worker as then, which distsbi status "
+    "prints)",
+}
+OF_WHAT = ("posterior", "catalog.content", "simulator", "prior")  # where none of them differs nothing is to be deleted
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
@@ -66,11 +72,13 @@ def _is_of_catalog(file: Place) -> bool | None:
         return None
 
 
-def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def begin(
+    out: Where, definition: Mapping[str, Any], about: Mapping[str, Any], latest: Mapping[str, Any] | None = None
+) -> None:
     """Claims a folder for the run that `definition` defines, or checks that it is this run's already.
 
     `about`: what else to remember (paths, versions, when); it may differ between calls, and that of the first is kept. (The device
-    and the versions that made a shard are in its line of the journal.)
+    and the versions that made a shard are in its line of the journal.) `latest`: more of it, of which that of the last call is kept.
 
     Raises ValueError naming what differs, given and found, if another run began in this folder.
     """
@@ -84,26 +92,36 @@ def begin(out: Where, definition: Mapping[str, Any], about: Mapping[str, Any]) -
                 "format": FORMAT,
                 "fingerprint": fingerprint(definition),
                 "definition": dict(definition),
-                "about": dict(about),
+                "about": {**about, **(latest or {})},
             },
         )
         return
-    check_same(place, definition, found["definition"])
+    check_same(place, definition, found["definition"], found["about"])
+    told = {**found["about"], **(latest or {})}
+    if told != found["about"]:
+        _write(place, {**found, "about": told})
 
 
-def check_same(out: Where, definition: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises ValueError naming what differs between a definition and the one that was found in a folder, or the same entries of both."""
+def check_same(
+    out: Where, definition: Mapping[str, Any], found: Mapping[str, Any], about: Mapping[str, Any] | None = None
+) -> None:
+    """Raises ValueError naming what differs between a definition and the one that was found in a folder, or the same entries of both. `about`:
+    what else was found there."""
     given, there = _flat(definition), _flat(found)
     # in the order of the definition, which names what was asked for before what follows from it
     differing = [name for name in dict.fromkeys([*given, *there]) if given.get(name) != there.get(name)]
     if differing:
+        devices = " and ".join((about or {}).get("devices", ())) or "other devices"
         named = "; ".join(
-            DIFFERS.get(name) or f"{name}: given {_short(given.get(name))}, found {_short(there.get(name))}"
+            DIFFERS.get(name, "{name}: given {given}, found {found}").format(
+                name=name, given=_short(given.get(name)), found=_short(there.get(name)), devices=devices
+            )
             for name in differing
         )
+        delete = f", or delete {out}" if any(name.startswith(OF_WHAT) for name in differing) else ""
         raise ValueError(
             f"{out} holds another run, and mixing two would spoil both: {named}. Use another folder, or give what was "
-            f"found to go on with it, or delete {out}."
+            f"found to go on with it{delete}."
         )
 
 

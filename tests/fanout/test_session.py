@@ -60,6 +60,20 @@ def test_a_worker_of_another_run_than_the_folders_is_told_apart(staff_of, tmp_pa
         staff_of().check(told(posterior="beef", tile=[2, 4]))
 
 
+def test_workers_on_other_devices_are_told_what_to_give(staff_of, tmp_path):
+    """Nothing is deleted for it: the draws are those of the same posterior."""
+    staff_of()
+    definition = {"posterior": "f00d", "tile": [128, 512], "n_rows": 8}
+    record.begin(tmp_path / "out", definition, {"devices": ["cuda: H1"]})
+    for tile in ([8, 256], [8, 128]):
+        with pytest.raises(ValueError, match=r"for it was drawn on cuda: H1 .give the same --gpus-per-worker") as error:
+            staff_of().check(told(posterior="f00d", tile=tile))
+        assert f"tile: given {tile}, found [128, 512]" in str(error.value)
+        assert "delete" not in str(error.value)
+    with pytest.raises(ValueError, match="or delete .*out.$"):
+        staff_of().check(told(posterior="beef", tile=[8, 256]))
+
+
 def test_a_worker_with_another_copy_of_the_run_is_told_apart(staff_of, tmp_path):
     run = tmp_path / "run"
     staff_of(catalogs._check_posterior(str(run))).check(told(posterior="beef"))  # this machine has none

@@ -5,6 +5,7 @@ import functools
 import linecache
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,12 +21,13 @@ import pytest
 from fake_simulators import PRIOR, marked
 
 import distsbi
+from distsbi.cli import cli
 from distsbi.data import Prior, open_pairs, read_pairs
 from distsbi.data.prior import describe, parse_prior
 from distsbi.fanout.blame import machines_fault
 from distsbi.fanout.cluster import connected
 from distsbi.fanout.pool import InProcess
-from distsbi.fanout.simulation import _look, _shard_size
+from distsbi.fanout.simulation import _look, _shard_size, status
 from distsbi.fanout.simulation_worker import Job, SimulationWorker, unlike
 from distsbi.fanout.simulator import BLOCK, Simulator, arranged, import_simulator, source_digest
 from distsbi.fanout.stopping import Stop, Terminated
@@ -330,6 +332,21 @@ class TestRefusals:
                 distsbi.simulate(**{"simulator": PLAIN, "prior": PRIOR, "n": 40, "out": calm, **HERE, **change})
         after = read_pairs(calm)
         np.testing.assert_array_equal(after.x, before.x)
+
+    def test_the_command_gives_workers_what_the_last_ones_had(self, tmp_path, monkeypatch):
+        """A row that hangs would else be waited for."""
+        monkeypatch.setattr("distsbi.fanout.session._pool", lambda stack, crew, *_: InProcess(crew.worker(crew.job)))
+        out = tmp_path / "out"
+        simulate(PLAIN, out, workers=2, cpus_per_worker=2, time_limit=0.5)
+        go_on = status(out)[1]
+        assert go_on.endswith(" --cpus-per-worker 2 --time-limit 0.5")
+        told = []
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr("distsbi.fanout.simulate", lambda *_, **options: told.append(options) or 1 / 0)
+            cli.main(shlex.split(go_on)[1:], standalone_mode=False)
+        assert told == [{"seed": 0, "cpus_per_worker": 2, "time_limit": 0.5}]
+        simulate(PLAIN, out, workers=2)
+        assert "--time-limit" not in status(out)[1]
 
     def test_a_function_that_was_changed_is_another(self, tmp_path):
         simulate(marked(theta_of(40), {}), tmp_path / "out")

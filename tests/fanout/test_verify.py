@@ -461,6 +461,67 @@ def test_the_command_is_the_call(run, tmp_path, monkeypatch, given):
     assert bound(*arguments, **options) == bound(**call(kept, tmp_path / "out"))
 
 
+EACH = {"cpus_per_worker": 2, "num_gpus_per_worker": 0.5, "time_limit": 60.0}
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Calls that ask for workers of their own draw in this process."""
+    monkeypatch.setattr("distsbi.fanout.session._pool", lambda stack, crew, *_: InProcess(crew.worker(crew.job)))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_the_command_gives_workers_what_the_last_ones_had(run, make_catalog, tmp_path, monkeypatch):
+    catalog, out = make_catalog(), tmp_path / "out"
+    path = layout.run_file(out)
+
+    def draw(**given):
+        sample_catalog(run, catalog, out, **{**QUICK, **given})
+        return open_catalog(out).run
+
+    def words(kept):
+        return shlex.split(command(kept, str(out)))[7:]
+
+    first = draw(workers=None, **{**EACH, "num_gpus_per_worker": np.float32(0.5)})
+    each = ["--cpus-per-worker", "2", "--gpus-per-worker", "0.5", "--time-limit", "60"]
+    assert words(first) == each
+    assert draw() == first  # without workers of its own there is nothing new to keep
+    with monkeypatch.context() as patch:
+        told = []
+        patch.setattr(fanout, "sample_catalog", lambda *arguments, **options: told.append(options) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(shlex.split(command(first, str(out)))[1:], standalone_mode=False)
+    assert {name: told[0][name] for name in EACH} == EACH
+    last = draw(workers=2, num_gpus_per_worker=1)
+    assert words(last) == ["--gpus-per-worker", "1"]
+    assert last["fingerprint"] == first["fingerprint"]
+    with pytest.raises(ValueError, match="holds another run"):
+        draw(workers=2, nsamples=8)
+    assert open_catalog(out).run == last
+    del last["about"]["each_worker"]  # as of before it was kept
+    assert words(last) == []
+    last["about"]["devices"] = ["cuda: H1"]
+    assert words(last) == ["--gpus-per-worker", "1"]
+    path.write_text(json.dumps(last))
+    assert words(draw(workers=2)) == []
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_repair_gives_workers_what_the_last_ones_had(run, make_catalog, tmp_path, monkeypatch):
+    out, plain, told = tmp_path / "out", verify.catalogs.sample_catalog, []
+    sample_catalog(run, make_catalog(), out, **{**QUICK, "workers": 2}, **EACH)
+    monkeypatch.setattr(verify.catalogs, "sample_catalog", lambda **given: told.append(given) or plain(**given))
+    for words, expected in (
+        ([], EACH),
+        (["--workers", "2", "--gpus-per-worker", "0"], {**EACH, "num_gpus_per_worker": 0}),
+        (["--workers", "0"], {}),
+    ):
+        layout.shard_file(out, 3, 7).unlink()
+        cli.main(["verify", str(out), "--fraction", "0", "--repair", *words], standalone_mode=False)
+        assert {name: told[-1][name] for name in EACH if name in told[-1]} == expected
+    assert len(told) == 3
+
+
 def test_status_while_it_is_written_and_after(run, make_catalog, tmp_path, monkeypatch):
     catalog, out = make_catalog(rows={3: [1.0, 2.0], 4: [1.0, 2.0]}, switches={5: RAISE}), tmp_path / "out"
     wait, seen = InProcess.wait, []
