@@ -188,6 +188,13 @@ class Standardizer:
         most = jnp.where(self._is(INTERVAL, BELOW), _next(self.high, -1.0), jnp.inf)
         return jnp.clip(theta, least, most)
 
+    def spread(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
+        """What a standard deviation of y = N(0, 1), all that x does not say linearly, is in units of theta, near each theta."""
+        z = (self.unbound(theta) - self.theta_mean) / self.theta_std
+        sd = jnp.sqrt(jnp.sum(jnp.square(self.root), axis=1)).reshape(self.theta_mean.shape)
+        nothing = jnp.zeros_like(z)
+        return (self.inverse(nothing, z + sd) - self.inverse(nothing, z - sd)) / 2
+
     def log_det(
         self, y: Float[Array, "... dim_theta ch_theta"], centre: Float[Array, "... dim_theta ch_theta"]
     ) -> Float[Array, "..."]:

@@ -75,6 +75,27 @@ def test_a_linear_gaussian_posterior_becomes_standard_normal():
         np.testing.assert_allclose(moved.T @ moved, np.eye(2), atol=0.03)
 
 
+def test_the_spread_is_that_of_a_linear_gaussian_posterior():
+    """theta = 100 + 3 z, x = z + noise of sd 1/2: theta given any x has sd 3 / sqrt(5)."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(20_000, 1, 1))
+    theta, x = (100 + 3 * z).astype("f4"), (z + 0.5 * rng.normal(size=z.shape)).astype("f4")
+    spread = Standardizer.fit(theta, x, [Support()]).spread(theta)
+    np.testing.assert_allclose(spread, 3 / np.sqrt(5), rtol=0.02)
+
+
+def test_the_spread_follows_the_support():
+    """What least squares leaves of exp(z) is a part of exp(z) itself; on a bound, too, it is more than nothing."""
+    theta, x = _pairs()
+    scales = Standardizer.fit(theta, x, SUPPORTS)
+    assert scales.spread(theta).shape == theta.shape
+    near = np.asarray([[[-1.0], [2.0 + 1e-3], [5.0 - 1e-3], [7.0]], [[3.0], [4.0], [3.0], [7.0]]], "f4")
+    spread = np.asarray(scales.spread(near))[..., 0]
+    assert (spread > 0).all()
+    np.testing.assert_allclose(spread[1, 1:3] / spread[0, 1:3], 2e3, rtol=0.02)
+    np.testing.assert_allclose(spread[:, 3], spread[0, 3], rtol=1e-4)
+
+
 def test_degenerate_columns_stay_finite():
     theta, x = _pairs(n=300)
     theta[:, 3], x[:, 1], x[:, 2] = 7.0, 1.0, x[:, 0]  # constant, constant, twice the same

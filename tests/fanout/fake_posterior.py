@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distsbi import files
+from distsbi.data.standardise import Standardizer
 from distsbi.mesh import make_mesh
 from distsbi.methods import make_method
 from distsbi.sampling import Tile
@@ -41,6 +42,7 @@ class FakePosterior:
         self.default_solver = make_solver(self.method)
         self.tile, self.most_slots = Tile(2, 4), 1_000
         self.mesh = make_mesh({"data": 1})
+        self.scales = Standardizer.identity(self.dim_theta, self.dim_x)
         self.calls: list[int] = []  # rows of each call of draw
         if config.get("kill_at_rename") and not (run / "killed").exists():  # never in the process of the tests
             replace = os.replace

@@ -17,6 +17,7 @@ from fake_posterior import RAISE, draws_hash, make_run
 
 from distsbi import fanout, open_catalog
 from distsbi.cli import cli
+from distsbi.data import Standardizer
 from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.provenance import call, command
@@ -291,15 +292,14 @@ def test_contents_have_a_checksum_of_their_own(out):
     assert "does not hold the numbers that were written" in verify.verify(out, fraction=0).problems[0].what
 
 
-@pytest.mark.parametrize("name", ["draws", "q95"])
-def test_a_single_number_that_its_run_does_not_make_is_found(out, name):
-    """In one column alone, with both checksums of the altered shard."""
+def alter(out, name, by):
+    """The last number of a column of shard 2, with both checksums of the altered shard."""
     path = layout.shard_file(out, 2, 7)
     table = pq.read_table(path)
     column = table[name].combine_chunks()
     storage = column.storage if name == "draws" else column
     values = storage.flatten().to_numpy(zero_copy_only=False).copy()
-    values[-1] += 1e-6
+    values[-1] += by
     altered = pa.FixedSizeListArray.from_arrays(pa.array(values), storage.type.list_size)
     if name == "draws":
         altered = pa.ExtensionArray.from_storage(column.type, altered)
@@ -310,6 +310,21 @@ def test_a_single_number_that_its_run_does_not_make_is_found(out, name):
         file.add_key_value_metadata({schema.DIGEST: schema.digest(table)})
     line = {"event": "done", "shard": 2, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     layout.Journal(out).add({**status.last_lines(layout.read_journal(out))[2], **line})
+
+
+def made_elsewhere(out):
+    """As the journal tells it."""
+    lines = [json.loads(line) for line in layout.journal_file(out).read_text().splitlines()]
+    layout.journal_file(out).write_text(
+        "".join(
+            json.dumps({**line, **({"device": "cuda: H1"} if line["event"] == "done" else {})}) + "\n" for line in lines
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["draws", "q95"])
+def test_a_single_number_that_its_run_does_not_make_is_found(out, name):
+    alter(out, name, 1e-6)
     assert verify.verify(out, fraction=0).good
     found = verify.verify(out, fraction=1.0)
     assert [problem.shard for problem in found.problems] == [2]
@@ -329,18 +344,43 @@ def test_draws_of_another_run_with_good_checksums_are_found(out, monkeypatch):
     assert "holds other draws than its run makes, e.g. row 0: " in found.problems[0].what
     assert "on the same kind of hardware" in found.problems[0].what
     assert len(found.problems) == 7
-    lines = [json.loads(line) for line in layout.journal_file(out).read_text().splitlines()]
-    layout.journal_file(out).write_text(
-        "".join(
-            json.dumps({**line, **({"device": "cuda: H1"} if line["event"] == "done" else {})}) + "\n" for line in lines
-        )
-    )
+    made_elsewhere(out)
     found = verify.verify(out, fraction=1.0)
     assert found.good
     assert (found.rows, found.same, found.close, found.elsewhere) == (40, 2, 38, ("cuda: H1",))
     assert 0 < found.farthest < 1e-4
     shifted(1e-3)
     assert len(verify.verify(out, fraction=1.0).problems) == 7
+
+
+@pytest.mark.parametrize(
+    ("nsamples", "rounded"),
+    [
+        (1, lambda draws: np.nextafter(draws, np.float32(np.inf))),  # the last bit
+        (2, lambda draws: draws + np.float32(1e-5)),
+    ],
+)
+def test_few_draws_are_no_measure_of_their_rounding(run, make_catalog, tmp_path, monkeypatch, nsamples, rounded):
+    """Elsewhere: rounding is no alarm, though the sd of one draw is 0 and that of two may be small; an altered number is."""
+    out, plain = tmp_path / "out", Worker._draw
+    sample_catalog(run, make_catalog(), out, **{**QUICK, "nsamples": nsamples})
+    made_elsewhere(out)
+    monkeypatch.setattr(Worker, "_draw", lambda *args: rounded(plain(*args)))
+    found = verify.verify(out, fraction=1.0)
+    assert found.good
+    assert (found.rows, found.close) == (40, 40)
+    assert 0 < found.farthest < 1e-4
+    bounded = dataclasses.replace(
+        Standardizer.identity(2, 3),
+        kinds=("interval", "interval"),
+        low=np.full((2, 1), -9.0),
+        high=np.full((2, 1), 1.0),
+    )
+    with monkeypatch.context() as patch:  # on a bound theta hardly moves, but float32 is no finer there
+        patch.setattr(Standardizer, "identity", lambda *_: bounded)
+        assert verify.verify(out, fraction=1.0).good
+    alter(out, "draws", 1e-3)
+    assert [problem.shard for problem in verify.verify(out, fraction=1.0).problems] == [2]
 
 
 def test_shards_of_another_jax_are_compared_but_not_called_bad(run, make_catalog, tmp_path, monkeypatch):
