@@ -237,7 +237,7 @@ def duration(seconds: float) -> str:
 @click.option("--workers", type=int, help="Workers of the run. Default: as many as this machine has room for.")
 @click.option(
     "--device",
-    help="Estimate another kind of device (h100, h200, a100, tpu-v5e, ...). Default: rehearse on this machine.",
+    help="Estimate another kind of GPU (h100, h200, a100, l4, ...). Default: rehearse on this machine.",
 )
 @click.option("--rate", type=float, help="Draws/s of one worker, where it is known; nothing is rehearsed then.")
 @click.option("--rows-per-shard", type=click.IntRange(min=1), help="Rows in each output file. Default: by size.")

@@ -43,7 +43,7 @@ PROCESS_BYTES = 700 * 2**20  # Python, JAX, Arrow and Ray of one worker
 class Device:
     """A device's published peaks (FLOP/s) in products of each compute dtype.
 
-    float32 is that of full float32 products, which "float32" networks ask for: on NVIDIA's GPUs not that of TF32, on TPUs six passes of bfloat16.
+    float32 is that of full float32 products, which "float32" networks ask for: on NVIDIA's GPUs not that of TF32.
     """
 
     float32: float
@@ -57,9 +57,6 @@ DEVICES = {
     "l4": Device(30e12, 121e12),
     "t4": Device(8.1e12, 8.1e12),
     "v100": Device(15.7e12, 15.7e12),
-    "tpu-v4": Device(275e12 / 6, 275e12),
-    "tpu-v5e": Device(197e12 / 6, 197e12),
-    "tpu-v5p": Device(459e12 / 6, 459e12),
 }
 
 
@@ -120,13 +117,18 @@ def plan(
         seconds: about how long the draws of the rehearsal take.
         options: solver, steps, ... as for `sample_catalog`.
 
-    Raises ValueError for an unknown device, counts (also `thin`) that are no positive whole numbers, or a missing run.
+    Raises ValueError for an unknown device or a TPU, counts (also `thin`) that are no positive whole numbers, or a missing run.
     """
     n_rows, n = _whole("observations", observations), _whole("nsamples", nsamples)
     check_gpus(num_gpus_per_worker)
     here = _room(cpus_per_worker, num_gpus_per_worker if rate is None and device is None else 0)
     count = here if workers is None else _whole("workers", workers)
     kept = Output(draws=draws, thin=thin).kept(n)
+    if device is not None and device.lower().startswith("tpu"):
+        raise ValueError(
+            f"Ray workers draw catalogs on CPUs and GPUs, not on TPUs; got device {device!r}. A TPU draws one observation, by "
+            "sample_dataset (distsbi sample) on a mesh of all its processes; for a catalog give a GPU, or leave device out for this machine."
+        )
     if device is not None and device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, or left out for this machine; got {device!r}.")
     if rate is not None and not rate > 0:
@@ -135,7 +137,7 @@ def plan(
     size = posterior.dim_theta * posterior.ch_theta
     rows = rows_per_shard or catalogs.choose_rows_per_shard(n_rows, n, size, count)
     overhead, start_up, on = 0.0, 20.0, device or ""
-    kind = "cpu" if device is None and not num_gpus_per_worker else "tpu" if (device or "").startswith("tpu") else "gpu"
+    kind = "cpu" if device is None and not num_gpus_per_worker else "gpu"
     tile = posterior.tile_on(kind, n)
     if rate is not None:
         how = "the rate that was given"

@@ -177,6 +177,11 @@ def test_made_up_observations_are_like_the_training_set(real_run):
     ("options", "says"),
     [
         ({"device": "abacus"}, "device must be one of a100, .*; got 'abacus'"),
+        (
+            {"device": "tpu-v5e", "workers": 64},
+            "not on TPUs; got device 'tpu-v5e'. .* by sample_dataset .* processes; for",
+        ),
+        ({"device": "TPU", "rate": 1e6}, "Ray workers draw catalogs on CPUs and GPUs, not on TPUs"),
         ({"observations": 0.5}, "observations must be a positive whole number"),
         ({"workers": 0}, "workers must be a positive whole number"),
         ({"rate": -1.0}, "rate must be draws per second"),
