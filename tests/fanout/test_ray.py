@@ -68,6 +68,7 @@ def test_a_killed_worker_is_replaced(make_catalog, tmp_path, when):
     assert draws_hash(tmp_path / "out") == draws_hash(tmp_path / "calm")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_replacement_that_does_not_start_is_tried_again(make_catalog, tmp_path):
     catalog = make_catalog(switches={10: KILL_ONCE})
@@ -129,6 +130,7 @@ def test_a_shard_whose_device_always_fails_is_given_up_at_the_end(run, make_cata
     assert (status.shards_done, status.left, status.counts["ok"]) == (13, 3, 37)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_hanging_shard_is_killed_after_its_time(run, make_catalog, tmp_path):
     catalog = make_catalog(switches={7: SLEEP_ONCE})

@@ -632,6 +632,7 @@ class TestRay:
         np.testing.assert_array_equal(result.read().x, read_pairs(calm).x[keep])
         assert simulate(simulator, tmp_path / "out", workers=2).shards_now == 0
 
+    @pytest.mark.slow
     def test_a_batch_that_kills_is_quarantined_as_one(self, tmp_path):
         simulator = marked(theta_of(40), {17: "abort"})
         result = simulate(simulator, tmp_path / "out", workers=1, max_failures=1, batch_size=4, shard_size=20)

@@ -45,6 +45,7 @@ def test_two_steps_come_near_many(pipeline, student):
     assert 0 < distance["sliced"] < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["consistency", "mean_flow"])
 def test_the_other_objectives_come_near_too(pipeline, objective, monkeypatch):
     """Nearer than half of what the teacher's own two Euler steps leave."""
@@ -72,6 +73,7 @@ def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
             call()
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_distilled_in_float32():
     """As the same weights kept in float32 are, and rounded once, at the end."""
     config = DistillConfig(1, nsteps=50, batch_size=16, teacher_steps=2, max_lr=1e-2, show_progress=False)
@@ -87,6 +89,7 @@ def test_bfloat16_weights_are_distilled_in_float32():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
     monkeypatch.setattr("distsbi.pipelines.base.distance", lambda *a: {})
     options = {"nsteps": 20, "batch_size": 64, "show_progress": False}

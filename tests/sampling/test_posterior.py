@@ -65,7 +65,7 @@ def test_more_draws_extend_fewer_and_rows_equal_single_observations():
 
 
 @pytest.mark.cpus
-@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 8])
 def test_device_count_does_not_matter(devices):
     xs = np.random.default_rng(2).normal(size=(5, 3, 1)).astype("f4")
     one, many = (random_mlp_posterior(mesh={"data": n}, tile=Tile(4, 16)) for n in (2, devices))
