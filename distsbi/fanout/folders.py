@@ -36,7 +36,7 @@ class FolderVerdict:
 def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     """Reads every file: the checksums of its pages, and of simulations those of whole files too, and whether every row is a pair or a recorded failure.
 
-    Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog, and for shards without run.json.
+    Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog, and for shards or parts of draws without what says what they are.
     """
     run = record.read_run(path)
     if run is None:
@@ -67,6 +67,11 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith((".", "_")))
     if run is not None or not files:
         raise ValueError(f"{folder} holds neither pairs nor draws of one observation; give a folder that does.")
+    if any(dataset.is_part(file) for file in files):
+        raise ValueError(
+            f"{folder} holds parts of draws, but no {dataset.DEFINITION}, which says what they are draws of. Copy that file too, from where "
+            "these were copied."
+        )
     checked = (_wrong(file) for file in files)
     return _verdict("pairs", complete, checked, "remove the folder, and make the pairs again")
 

@@ -174,6 +174,14 @@ def _wrong(part: Path, digest: bytes) -> str | None:
         return f"{part} is damaged ({error.__cause__})."  # the advice is for whoever reads this part alone
 
 
+def is_part(file: Path) -> bool:
+    """Whether a Parquet file says that it is a part of draws; no file that cannot be read does."""
+    try:
+        return DIGEST in (pq.read_schema(file).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def part_file(folder: Path, number: int, parts: int) -> Path:
     """Of so many parts: names are as wide as the last one's, so that their order is that of the draws.
 

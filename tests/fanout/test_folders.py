@@ -217,6 +217,7 @@ def test_files_that_are_no_shards_are_not_said_to_be(tmp_path):
         assert verify_folder(tmp_path / make.__name__).good
     bare = copy(tmp_path / "draw", tmp_path / "bare")
     assert "holds shards of" not in said("status", bare)
+    assert f"{bare} holds parts of draws, but no _distsbi.json" in said("verify", bare)
 
 
 def test_what_is_neither(tmp_path):
