@@ -211,7 +211,7 @@ def rates(pipeline: Any, x_o: np.ndarray, key: Any) -> dict[str, float]:
         pipeline.save(f"{folder}/run")
         posteriors = {n: distsbi.load(f"{folder}/run", mesh={"data": n}) for n in devices()}
         best = dict.fromkeys(posteriors, 0.0)
-        nsamples = 10_000
+        nsamples = 1_000
         for posterior in posteriors.values():
             posterior.sample(key, x_o, nsamples)
         start = time.perf_counter()

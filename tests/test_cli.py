@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,22 +81,18 @@ def test_version(distsbi: Cli) -> None:
     assert distsbi("--version")[1] == "distsbi, version 0.1.0\n"
 
 
-def test_help_is_quick_and_loads_no_jax() -> None:
+def test_help_loads_no_jax() -> None:
+    """Nor anything else that takes long to import."""
     code = """
 import sys
 from distsbi.cli import main
 try:
     main(["train", "--help"])
 except SystemExit:
-    print([m for m in ("jax", "ray", "pydantic", "numpy") if m in sys.modules])
+    print([m for m in ("jax", "ray", "pydantic", "numpy", "pyarrow") if m in sys.modules])
 """
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
-        assert result.stdout.splitlines()[-1] == "[]"
-    assert min(seconds) < 0.5
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 # What the commands do
