@@ -96,6 +96,7 @@ def status(out: str, as_json: bool) -> None:
         ("rows", ", ".join(f"{count:,} {name}" for name, count in found.counts.items() if count or name == "ok")),
         ("left", f"{found.left:,} rows"),
         ("failed", f"{found.failures} attempts at shards" + _shards(", given up", found.given_up) + _shards(", searched", found.searched)),
+        *([("reason", found.last_failure)] if found.last_failure else []),
         ("rate", rate),
         ("to go", "nothing" if found.complete else "not known yet" if found.to_go is None else duration(found.to_go)),
         ("writer", found.writer or "none"),
@@ -234,7 +235,11 @@ def duration(seconds: float) -> str:
 @RUN
 @click.option("--observations", type=float, required=True, help="Rows of the catalog, such as 1e7.")
 @click.option("-n", "--nsamples", type=float, default=1_000, show_default=True, help="Draws for each observation.")
-@click.option("--workers", type=int, help="Workers of the run. Default: as many as this machine has room for.")
+@click.option(
+    "--workers",
+    type=int,
+    help="Workers of the run. Default: as many as this machine has room for; with --device or --rate one.",
+)
 @click.option(
     "--device",
     help="Estimate another kind of GPU (h100, h200, a100, l4, ...). Default: rehearse on this machine.",

@@ -146,7 +146,15 @@ def sample_catalog(
         Worker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
         most=n_rows, unlike=functools.partial(unlike, run=job.run), check=_check_posterior(job.run),
     )  # fmt: skip
-    with begun(folder, crew) as session:
+    asked = {
+        "nsamples": nsamples,
+        "n_rows": n_rows,
+        "catalog": {"content": digest, "id_column": spec.id_column, "x": list(spec.columns)},
+        "output": {"draws": draws, "thin": thin if draws else 1, "quantiles": list(job.output.quantiles)},
+    }
+    words = [job.seed >> 32, job.seed & 0xFFFFFFFF] if isinstance(job.seed, int) else list(job.seed)
+    known = {**asked, "seed": words, **({} if rows_per_shard is None else {"rows_per_shard": rows_per_shard})}
+    with begun(folder, crew, known) as session:
         told = session.told
         if rows_per_shard is None:
             rows_per_shard = session.there.get("rows_per_shard")
@@ -154,11 +162,8 @@ def sample_catalog(
             rows_per_shard = choose_rows_per_shard(n_rows, nsamples, math.prod(told["sizes"]), session.room())
         definition = {
             **told["definition"],
-            "nsamples": nsamples,
-            "n_rows": n_rows,
+            **asked,
             "rows_per_shard": rows_per_shard,
-            "catalog": {"content": digest, "id_column": spec.id_column, "x": list(spec.columns)},
-            "output": {"draws": draws, "thin": thin if draws else 1, "quantiles": list(job.output.quantiles)},
         }
         shards = session.claim(definition, provenance.about(job, told))
         counts, shards_now, rows_now = session.work(shards, shards, "catalog", nsamples, show_progress)

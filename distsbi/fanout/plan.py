@@ -109,8 +109,8 @@ def plan(
 
     Args:
         run: the run directory.
-        workers: processes of the run; None: as many as this machine has room for. More than that are taken to be as fast
-            as those here.
+        workers: processes of the run; None: as many as this machine has room for, of a stated device or rate one. More than this machine
+            has room for are taken to be as fast as those here.
         device: None: this machine, rehearsed. Else a name of `DEVICES`, whose rate is estimated.
         rate: draws/s of one worker, if it is known; with it nothing is rehearsed.
         rows_per_shard, draws, thin, cpus_per_worker, num_gpus_per_worker, network: as for `sample_catalog`.
@@ -122,7 +122,9 @@ def plan(
     n_rows, n = _whole("observations", observations), _whole("nsamples", nsamples)
     check_gpus(num_gpus_per_worker)
     here = _room(cpus_per_worker, num_gpus_per_worker if rate is None and device is None else 0)
-    count = here if workers is None else _whole("workers", workers)
+    if workers is None:  # how many of another kind there are nobody knows
+        workers = here if device is None and rate is None else 1
+    count = _whole("workers", workers)
     kept = Output(draws=draws, thin=thin).kept(n)
     if device is not None and device.lower().startswith("tpu"):
         raise ValueError(

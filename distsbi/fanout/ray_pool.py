@@ -71,7 +71,10 @@ class RayPool:
             outcomes += self._collect(member)
         if self._time_limit is not None:
             for member in [m for m in self._staff.members if m.queue and self._clock.now - m.since > self._time_limit]:
-                late = TimeoutError(f"it took longer than the time limit of {self._time_limit:g} s")
+                late = TimeoutError(
+                    f"it took longer than the time limit of {self._time_limit:g} s, which is for a whole shard: if no row hangs, raise it or make "
+                    "smaller shards"
+                )
                 outcomes += self._bury(member, late)
         for member in self._staff.sick():
             outcomes += self._bury(member, None)

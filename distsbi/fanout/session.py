@@ -125,13 +125,18 @@ class Session:
 
 
 @contextlib.contextmanager
-def begun(folder: Place, crew: Crew) -> Iterator[Session]:
-    """Holds the folder, and has the crew at hand, for the time of the block. Raises Terminated after SIGTERM, here or in the block."""
+def begun(folder: Place, crew: Crew, asked: Mapping[str, Any]) -> Iterator[Session]:
+    """Holds the folder, and has the crew at hand, for the time of the block. `asked`: what is known of the definition before a worker is up.
+
+    Raises ValueError if the folder holds a run of which something of that differs; Terminated after SIGTERM, here or in the block.
+    """
     with says_how_far(folder), told_to_stop() as stop, contextlib.ExitStack() as stack:
         (folder / layout.HIDDEN).make_folder()
         writer = stack.enter_context(one_writer(folder))
         found = record.read_run(folder)
         there = {} if found is None else found["definition"]
+        if found is not None:
+            record.check_same(folder, asked, {name: there.get(name) for name in asked}, found["about"])
         pool = stack.enter_context(_pool(stack, crew, found, folder))
         yield Session(folder, crew, pool, writer, stop, pool.start(stop), there)
 

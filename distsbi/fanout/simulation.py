@@ -148,7 +148,8 @@ def simulate(
         SimulationWorker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
         most=-(-n // step), unlike=unlike,
     )  # fmt: skip
-    with begun(folder, crew) as session:
+    known = {"n_rows": n, "seed": list(job.seed), **({} if shard_size is None else {"rows_per_shard": shard_size})}
+    with begun(folder, crew, known) as session:
         told, there = session.told, session.there
         shape, seconds = tuple(there.get("x", ())), 0.0
         if "x" not in there or "rows_per_shard" not in there:

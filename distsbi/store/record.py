@@ -114,7 +114,7 @@ def check_same(
         devices = " and ".join((about or {}).get("devices", ())) or "other devices"
         named = "; ".join(
             DIFFERS.get(name, "{name}: given {given}, found {found}").format(
-                name=name, given=_short(given.get(name)), found=_short(there.get(name)), devices=devices
+                name=name, given=_short(name, given.get(name)), found=_short(name, there.get(name)), devices=devices
             )
             for name in differing
         )
@@ -147,6 +147,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(value: Any) -> str:
+def _short(name: str, value: Any) -> str:
+    if name == "seed" and isinstance(value, list):  # the words of the key; see keys.seed_of, which is jax's
+        value = value[0] << 32 | value[1]
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:50]}... ({fingerprint({'value': value})[:8]})"

@@ -31,8 +31,8 @@ class Status:
     """How far a catalog is.
 
     `counts`: rows by status ("ok", "invalid", "failed", "quarantined"); `left`: rows of shards not done; `reasons`: bad rows, and good ones
-    far outside the simulations, by message, the most frequent first; `failures`: attempts at shards that failed; `given_up`: shards that the last call gave up;
-    `searched`: shards in which the row that kills or hangs its worker is being sought; `damaged`: shards that are there but cannot be read, which count
+    far outside the simulations, by message, the most frequent first; `failures`: attempts at shards that failed; `last_failure`: why the last
+    of them did; `given_up`: shards that the last call gave up; `searched`: shards in which the row that kills or hangs its worker is being sought; `damaged`: shards that are there but cannot be read, which count
     as not done. `rate`: rows/s of the last call's latest shards, `to_go`:
     seconds at that rate, None where they are not known; `writer`: who is writing now, None: nobody; `age`: seconds since the
     last shard.
@@ -45,6 +45,7 @@ class Status:
     counts: dict[str, int]
     reasons: dict[str, int]
     failures: int
+    last_failure: str | None
     given_up: tuple[int, ...]
     searched: tuple[int, ...]
     damaged: tuple[int, ...]
@@ -88,9 +89,11 @@ def read_status(
     done = [e for e in last if e["event"] == "done"]
     sign = writer.last_sign(out)
     rate, left = _rate(last), n_rows - counts.total()
+    failed = [e["error"] for e in journal if e["event"] == "failed"]
     return Status(
         *(shards, len(sizes) - len(damaged), n_rows, left, dict(counts), dict(reasons.most_common())),
-        failures=sum(e["event"] == "failed" for e in journal),
+        failures=len(failed),
+        last_failure=failed[-1] if failed else None,
         given_up=tuple(sorted(given_up)),
         searched=tuple(sorted(searched)),
         damaged=tuple(damaged),

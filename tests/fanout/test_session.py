@@ -40,7 +40,7 @@ def staff_of(monkeypatch, tmp_path):
 
     def staff_of(check=lambda told: None):
         crew = Crew(object, "job", 2, None, 1, 0, 3, None, 9, lambda first, told: "", check)
-        with begun(as_place(tmp_path / "out"), crew) as session:
+        with begun(as_place(tmp_path / "out"), crew, {}) as session:
             return session.pool._staff
 
     return staff_of
