@@ -84,6 +84,8 @@ def devices() -> tuple[int, ...]:
 def train(arguments: argparse.Namespace) -> None:
     # Two virtual devices to measure on, where there are two cores; training uses both.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={MOST_DEVICES}"
+    if not arguments.fit:  # before anything is trained that could not be drawn then
+        observations = reference(arguments.task)["observations"][: arguments.observations]
     for name, seed in itertools.product(arguments.pipelines, arguments.seeds):
         cell = {"task": arguments.task, "pipeline": name, "nsims": arguments.nsims, "seed": seed}
         cell["label"] = arguments.label
@@ -93,18 +95,18 @@ def train(arguments: argparse.Namespace) -> None:
         if there:
             print(f"{run if arguments.fit else path} is there already", flush=True)
             continue
-        kept = configuration(name, arguments.label)
-        pipeline = pipeline_of(
-            cell,
-            *(kept.get(part, {}) | json.loads(getattr(arguments, part)) for part in ("training", "model", "options")),
-        )
         if arguments.trained and not run.exists():
             sys.exit(f"{run} is missing; put there what `train --fit` made of this cell.")
-        facts = {**cell, **(taken(pipeline, run) if arguments.trained else trained(pipeline, seed, not arguments.fit))}
+        kept = configuration(name, arguments.label)
+        given = {
+            part: kept.get(part, {}) | json.loads(getattr(arguments, part)) for part in ("training", "model", "options")
+        }
+        pipeline = pipeline_of(cell, **given)
+        made = taken(pipeline, run) if arguments.trained else trained(pipeline, seed, not arguments.fit)
+        facts = {**cell, **given, **made}
         if arguments.keep or arguments.fit:
             pipeline.save(str(run))
         if not arguments.fit:
-            observations = reference(arguments.task)["observations"][: arguments.observations]
             draws, measured = drawn(pipeline, seed, observations)
             facts |= measured
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,12 +145,10 @@ def pipeline_of(cell: dict[str, Any], training: dict[str, Any], model: dict[str,
     name, of_method = cell["pipeline"], {}
     if name.endswith("VE"):
         name, of_method = f"{name.removesuffix('VE')}SM", {"sde_type": "VE"}
-    pipeline = PIPELINES[name if name in PIPELINES else f"{name}Flow"](
+    return PIPELINES[name if name in PIPELINES else f"{name}Flow"](
         pairs, None, task.dim_theta, task.dim_x, training_config=training, mesh={"data": devices()[-1]}, prior=task.prior,
         **({"params": model} if model else {}), **of_method, **options,
     )  # fmt: skip
-    cell |= {"training": training, "model": model, "options": options}
-    return pipeline
 
 
 def trained(pipeline: Any, seed: int, calibrate: bool) -> dict[str, Any]:
@@ -159,9 +159,8 @@ def trained(pipeline: Any, seed: int, calibrate: bool) -> dict[str, Any]:
     losses, val_losses = pipeline.train(nnx.Rngs(seed), calibrate=calibrate)
     return {
         "updates": pipeline.posterior.facts["training"]["steps"],
-        "seconds_training": round(
-            time.perf_counter() - start, 1
-        ),  # with compilation and, where made, the choice of the grid
+        # with compilation and, where made, the choice of the grid
+        "seconds_training": round(time.perf_counter() - start, 1),
         "cpu_seconds_training": round(time.process_time() - cpu, 1),
         "busy_before": busy_before,
         "loss": losses[-1],

@@ -51,10 +51,7 @@ def as_key(rng: object) -> Key[Array, ""]:
     Raises ValueError if `rng` is none of these, holds more than one key, or is a seed outside 0 to 2**64 - 1.
     """
     if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
-        seed = int(rng)
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"an integer seed is expected to lie from 0 to 2**64 - 1; got {seed}.")
-        return from_words((seed >> 32, seed & 0xFFFFFFFF))
+        return from_words(words_of(int(rng)))
     dtype = getattr(rng, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if rng.shape != ():  # type: ignore[attr-defined]
@@ -82,6 +79,13 @@ def key_words(key: object) -> tuple[int, int]:
 def from_words(words: Sequence[int]) -> Key[Array, ""]:
     """The key whose `key_words` are `words`."""
     return jax.random.wrap_key_data(jnp.asarray(np.asarray(words, np.uint32)), impl=IMPL)
+
+
+def words_of(seed: int) -> tuple[int, int]:
+    """The words of an integer seed's key, without jax. Raises ValueError outside 0 to 2**64 - 1."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"an integer seed is expected to lie from 0 to 2**64 - 1; got {seed}.")
+    return seed >> 32, seed & 0xFFFFFFFF
 
 
 def seed_of(words: Sequence[int]) -> int:

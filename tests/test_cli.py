@@ -521,7 +521,6 @@ def test_a_full_disk_leaves_nothing_half_written(distsbi: Cli, untrained: Path, 
         assert list(small_disk.path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_while_training_is_told_in_one_sentence(small_disk: Any) -> None:
     """In a process of its own, for the tracebacks of orbax's threads go past what a test captures."""
     command = [sys.executable, "-m", "distsbi.cli", "train", "--task", "two_moons", "--nsteps", "2"]
@@ -534,7 +533,6 @@ def test_a_disk_that_fills_while_training_is_told_in_one_sentence(small_disk: An
     assert len([line for line in done.stderr.splitlines() if line.strip() and " INFO " not in line]) == 1
 
 
-@pytest.mark.slow
 def test_virtual_devices_come_before_a_prior_that_starts_jax(tmp_path: Path) -> None:
     """A HalfNormal holds arrays, so making it starts JAX; in a process of its own, which has one device unless told."""
     theta = np.abs(np.random.default_rng(0).normal(size=(40, 1)))

@@ -81,7 +81,6 @@ def test_the_inference_guide():
     np.testing.assert_array_equal(sampler_fn(key, nsamples=300), samples[:300])
 
 
-@pytest.mark.slow
 def test_a_saved_run_is_taken_up_to_sample_and_to_go_on_with_more_simulations(tmp_path):
     first = make(checkpoint_dir=str(tmp_path / "first"))
     first.train(nnx.Rngs(0))

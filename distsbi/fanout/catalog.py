@@ -20,6 +20,7 @@ from distsbi.fanout.arguments import check_folder, check_resources, check_whole,
 from distsbi.fanout.cluster import cluster_address
 from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.worker import Job, Worker, unlike
+from distsbi.keys import words_of
 from distsbi.sampling.run import SPEC, instruments, read_spec
 from distsbi.store import Catalog, Output, SourceSpec, open_catalog, open_source, schema, source
 from distsbi.store.place import Place, as_place
@@ -152,8 +153,8 @@ def sample_catalog(
         "catalog": {"content": digest, "id_column": spec.id_column, "x": list(spec.columns)},
         "output": {"draws": draws, "thin": thin if draws else 1, "quantiles": list(job.output.quantiles)},
     }
-    words = [job.seed >> 32, job.seed & 0xFFFFFFFF] if isinstance(job.seed, int) else list(job.seed)
-    known = {**asked, "seed": words, **({} if rows_per_shard is None else {"rows_per_shard": rows_per_shard})}
+    words = words_of(job.seed) if isinstance(job.seed, int) else job.seed
+    known = {**asked, "seed": list(words), **({} if rows_per_shard is None else {"rows_per_shard": rows_per_shard})}
     with begun(folder, crew, known) as session:
         told = session.told
         if rows_per_shard is None:

@@ -157,7 +157,6 @@ def test_what_becomes_of_failures(fake_ray, tmp_path):
     assert not attempts
 
 
-@pytest.mark.slow
 def test_two_workers_one_of_which_is_killed(local_ray, tmp_path):
     """Both are started again."""
     told = launch("tests.fanout.launched:add", {"out": str(tmp_path)}, tmp_path, 2)

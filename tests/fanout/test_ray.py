@@ -130,7 +130,6 @@ def test_a_shard_whose_device_always_fails_is_given_up_at_the_end(run, make_cata
     assert (status.shards_done, status.left, status.counts["ok"]) == (13, 3, 37)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_hanging_shard_is_killed_after_its_time(run, make_catalog, tmp_path):
     catalog = make_catalog(switches={7: SLEEP_ONCE})

@@ -242,7 +242,6 @@ def test_two_processes_draw_what_one_device_draws(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(values(out), np.load(tmp_path / "one.npy")[..., 0])
 
 
-@pytest.mark.slow
 @pytest.mark.cpus
 @pytest.mark.timeout(600)
 def test_processes_that_ask_for_different_draws(run, tmp_path):

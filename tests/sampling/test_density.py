@@ -136,7 +136,6 @@ def test_batches_meshes_and_tiles_do_not_matter():
     assert posterior.log_prob_batched(theta[:0], xs).shape == (0, 3)
 
 
-@pytest.mark.slow
 def test_hutchinson_is_unbiased():
     """The mean over 100 single-probe estimates, with its own standard error: within four of them of the exact one (a false alarm in
     16,000 for each of 5 points)."""
@@ -207,7 +206,6 @@ def test_errors(options, says):
             posterior.sample_and_log_prob(0, X, 5, **options)
 
 
-@pytest.mark.slow
 def test_trajectories_and_the_check_at_run_time():
     posterior = random_mlp_posterior()
     xs = np.random.default_rng(0).normal(size=(2, 3, 1)).astype("f4")

@@ -73,7 +73,6 @@ def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
             call()
 
 
-@pytest.mark.slow
 def test_bfloat16_weights_are_distilled_in_float32():
     """As the same weights kept in float32 are, and rounded once, at the end."""
     config = DistillConfig(1, nsteps=50, batch_size=16, teacher_steps=2, max_lr=1e-2, show_progress=False)
@@ -89,7 +88,6 @@ def test_bfloat16_weights_are_distilled_in_float32():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
     monkeypatch.setattr("distsbi.pipelines.base.distance", lambda *a: {})
     options = {"nsteps": 20, "batch_size": 64, "show_progress": False}

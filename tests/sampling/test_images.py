@@ -211,7 +211,6 @@ def test_a_users_own_network_sees_the_instruments(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "run", network=OwnNetwork).sample(KEY, x, 10, steps=2), expected)
 
 
-@pytest.mark.slow
 def test_augment_sees_images_and_parquet_folders_hold_them(tmp_path):
     theta, image, _ = simulate(200)
     folder = write_pairs(tmp_path / "pairs", theta, image, rows_per_file=100)

@@ -12,7 +12,6 @@ from tests.sampling.wide import numbers
 pytestmark = pytest.mark.lightly_compiled
 
 
-@pytest.mark.slow
 def test_64_bit_numbers_change_nothing(tmp_path):
     command = [sys.executable, "-W", "error::FutureWarning", "-m", "tests.sampling.wide", str(tmp_path / "wide.npz")]
     env = {**os.environ, "JAX_ENABLE_X64": "1"}

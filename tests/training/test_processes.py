@@ -93,7 +93,6 @@ def _killed(path, victim: int) -> None:
     assert max(steps) < 120, "it was killed too late"
 
 
-@pytest.mark.slow
 def test_killed_and_started_again(two, tmp_path):
     """To the same bits on two processes, to rounding on one process of one device."""
     path = tmp_path / "run"

@@ -142,7 +142,6 @@ def _batches(data, size=32):
     return [(data[0][i : i + size], data[1][i : i + size]) for i in range(0, len(data[0]), size)]
 
 
-@pytest.mark.slow
 def test_every_form_of_data(tmp_path):
     data = _pairs()
     write_pairs(tmp_path / "pairs", *data)
