@@ -111,13 +111,20 @@ class Place:
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(*error.args) from error
 
-    def write(self, content: Any) -> None:
-        """Writes the file whole or not at all. `content`: bytes, or a pyarrow Buffer."""
+    def write(self, content: Any, *, alone: bool = True) -> None:
+        """Writes the file whole or not at all. `content`: bytes, or a pyarrow Buffer.
+
+        `alone`: nobody else writes this file now, so a store is asked afterwards how long it is.
+
+        Raises OSError, or what fsspec's stores raise; OSError too if the store kept another number of bytes than it was sent.
+        """
         if self.local:
             write_whole(Path(self.path), lambda file: file.write(content))
             return
         with self.fs.open_output_stream(self.path) as file:
             file.write(content)  # at once: closing a stream that was cut off would complete the object
+        if alone and (kept := self.info().size) != (sent := memoryview(content).nbytes):
+            raise OSError(f"{self} was sent {sent:,} bytes, and the store kept {kept or 0:,}")
 
     def remove(self) -> None:
         """Removes the file; nothing happens if there is none."""

@@ -164,7 +164,7 @@ def _leased(out: Place, clock: Clock) -> Iterator[str]:
 
 def _put_lease(out: Place, token: str, clock: Clock = CLOCK) -> None:
     lease = {"token": token, "time": clock.date(), "who": _me(), "host": socket.gethostname(), "pid": os.getpid()}
-    (out / HIDDEN / "lease.json").write(json.dumps(lease).encode())
+    (out / HIDDEN / "lease.json").write(json.dumps(lease).encode(), alone=False)
 
 
 def _fresh(lease: dict[str, Any], now: float) -> bool:

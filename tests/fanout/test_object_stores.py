@@ -16,10 +16,13 @@ QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": Fals
 
 
 def as_on_disk(out, folder):
-    """A copy of the shards on a disk."""
+    """A copy of the shards on a disk, as long as the store says they are."""
     folder.mkdir()
     for file in as_place(out).files():
         (folder / file.name).write_bytes((as_place(out) / file.name).read())
+    assert {file.name: file.size for file in as_place(folder).files()} == {
+        f.name: f.size for f in as_place(out).files()
+    }
     return folder
 
 

@@ -1,8 +1,11 @@
 """Catalogs that come from an object store and go there: an S3 server on this machine, and fsspec's memory."""
 
+import contextlib
+import dataclasses
 import threading
 import time
 import traceback
+import types
 import uuid
 
 import numpy as np
@@ -48,6 +51,29 @@ def test_files_are_whole_and_listed(root):
     assert again.is_file()
     again.remove()
     assert not again.exists()
+
+
+class LosesTheEnd:
+    """A store that keeps half of what it is sent and says nothing."""
+
+    def __init__(self, fs):
+        self.fs = fs
+
+    def open_output_stream(self, path):
+        file = self.fs.open_output_stream(path)
+        return contextlib.closing(
+            types.SimpleNamespace(write=lambda content: file.write(content[: len(content) // 2]), close=file.close)
+        )
+
+    def get_file_info(self, path):
+        return self.fs.get_file_info(path)
+
+
+def test_what_a_store_did_not_keep_is_no_file_that_was_written(bucket):
+    file = dataclasses.replace(bucket / "a", fs=LosesTheEnd(bucket.fs))
+    with pytest.raises(OSError, match=r"memory://.*/a was sent 1,000 bytes, and the store kept 500"):
+        file.write(bytes(1000))
+    file.write(bytes(1000), alone=False)
 
 
 def test_names_without_secrets():
@@ -258,9 +284,9 @@ def bucket(monkeypatch) -> Place:
     one = threading.Lock()
 
     def alone(call):
-        def called(*given):
+        def called(*given, **options):
             with one:
-                return call(*given)
+                return call(*given, **options)
 
         return called
 
@@ -296,7 +322,7 @@ def test_of_two_that_take_a_lease_the_last_has_it(bucket):
 def test_a_lease_that_cannot_be_renewed_runs_out(bucket, monkeypatch, error):
     clock, write, calls = FakeClock(), Place.write, []
 
-    def fails(place, content):
+    def fails(place, content, **options):
         calls.append(place)
         raise error
 
