@@ -52,14 +52,18 @@ class Task:
         rows: (start, stop), to be sampled without writing anything; None: the whole shard, written.
         skip: rows in quarantine, each with the reason: they are not sampled.
         blame_rows: what could be the machine's fault is taken for the row's, for it gave the shard up in an earlier call, and this is the last
-            attempt of this one: else a theta that needs more memory than any machine has would keep back its shard for ever. (Of a catalog
-            only what kills its worker; what a posterior raises of that kind is the machine's.)
+            attempt of this one, or a probe: else a theta that needs more memory than any machine has would keep back its shard for ever. (Of a
+            catalog only what kills its worker; what a posterior raises of that kind is the machine's.)
     """
 
     shard: int
     rows: tuple[int, int] | None = None
     skip: tuple[tuple[int, str], ...] = ()
     blame_rows: bool = False
+
+
+class MachinesFault(RuntimeError):
+    """In place of what a row raised that came of memory, a disk or a device (blame.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,13 @@ class Agenda:
         self._failures: Counter[int] = Counter()
         self._quarantine: dict[int, dict[int, str]] = {}
         self._searches: dict[int, _Search] = {}
+        self._again: set[int] = set()  # shards that want of memory, a disk or a device gave up in an earlier call
         for event in journal:
             self._apply(event)
-        self._again = set(self.given_up)
+            if event["event"] == "given_up" and event.get("machines"):
+                self._again.add(event["shard"])
+            elif event["event"] in ("done", "found", "removed"):
+                self._again.discard(event.get("shard", -1))
         self.given_up.clear()  # each call tries again
         self._todo: deque[Task] = deque()
         for shard in range(shards.count):
@@ -118,7 +126,7 @@ class Agenda:
         while self._todo:
             task = self._todo.popleft()
             if task.shard not in self.given_up:
-                last = self._failures[task.shard] + 1 >= self.max_failures
+                last = task.rows is not None or self._failures[task.shard] + 1 >= self.max_failures
                 return dataclasses.replace(task, blame_rows=last and task.shard in self._again)
         return None
 
@@ -160,7 +168,8 @@ class Agenda:
         if attempt < self.max_failures:
             return events
         if not died:
-            return [*events, self._event("given_up", task, error=error)]
+            machines = isinstance(outcome.error, (MemoryError, MachinesFault))
+            return [*events, self._event("given_up", task, error=error, **({"machines": True} if machines else {}))]
         if task.rows is None:  # also of a single row, whose death may have come of what only a whole shard does
             return [*events, self._event("halved", task, piece=[first, stop])]
         more = {"stop": stop} if self.shards.step > 1 else {}

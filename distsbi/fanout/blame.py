@@ -16,7 +16,7 @@ EXHAUSTED = {
 
 
 def machines_fault(error: BaseException) -> str | None:
-    """What to raise as a RuntimeError in place of an error that came of memory, a disk or a device; None: it is the row's.
+    """What to raise as a MachinesFault in place of an error that came of memory, a disk or a device; None: it is the row's.
 
     In its place, for an OSError of a disk that is full would be taken for the output folder's. What a callback raised JAX tells as it tells a
     device's trouble, also that a solver did not converge (equinox's `error_if`): that is the row's.

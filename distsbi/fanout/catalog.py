@@ -144,7 +144,7 @@ def sample_catalog(
     n_rows, digest = opened.n_rows, source.fingerprint(spec)
     del opened
     crew = Crew(
-        Worker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
+        "catalog", Worker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
         most=n_rows, unlike=functools.partial(unlike, run=job.run), check=_check_posterior(job.run),
     )  # fmt: skip
     asked = {
@@ -167,7 +167,7 @@ def sample_catalog(
             "rows_per_shard": rows_per_shard,
         }
         shards = session.claim(definition, provenance.about(job, told))
-        counts, shards_now, rows_now = session.work(shards, shards, "catalog", nsamples, show_progress)
+        counts, shards_now, rows_now = session.work(shards, shards, nsamples, show_progress)
         n_ok, seconds = counts[schema.OK], time.monotonic() - began
         return CatalogResult(
             *(

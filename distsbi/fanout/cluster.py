@@ -163,7 +163,7 @@ def _start(workers: int | None, cpus: int, gpus: float | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for attempt in (1, 2):
         try:
-            with _loopback(), warnings.catch_warnings():
+            with _loopback(), _gpus_for_workers(gpus), warnings.catch_warnings():
                 # Ray starts its processes with fork and exec, which JAX, if it runs here, warns of; they exec at once, so nothing can lock.
                 warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
                 ray.init(
@@ -189,6 +189,20 @@ def _start(workers: int | None, cpus: int, gpus: float | None) -> None:
             f"each worker asks for {gpus:g} GPUs and Ray finds {found:g} on this machine; lower num_gpus_per_worker (0: "
             "CPUs), or give the address of a cluster that has them."
         )
+
+
+@contextlib.contextmanager
+def _gpus_for_workers(gpus: float | None) -> Iterator[None]:
+    """A Ray that is started in this block for workers with GPUs does not hand them this process's JAX_PLATFORMS=cpu, which keeps the driver off
+    the GPUs."""
+    own = os.environ.get("JAX_PLATFORMS")
+    if gpus and own == "cpu":
+        del os.environ["JAX_PLATFORMS"]
+    try:
+        yield
+    finally:
+        if own is not None:
+            os.environ["JAX_PLATFORMS"] = own
 
 
 @contextlib.contextmanager

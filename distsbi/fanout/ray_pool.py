@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any, Self
 
-from distsbi.fanout.agenda import Outcome
+from distsbi.fanout.agenda import Outcome, Task
 from distsbi.fanout.staff import Member, Staff
 from distsbi.fanout.stopping import Stop
 
@@ -71,11 +71,7 @@ class RayPool:
             outcomes += self._collect(member)
         if self._time_limit is not None:
             for member in [m for m in self._staff.members if m.queue and self._clock.now - m.since > self._time_limit]:
-                late = TimeoutError(
-                    f"it took longer than the time limit of {self._time_limit:g} s, which is for a whole shard: if no row hangs, raise it or make "
-                    "smaller shards"
-                )
-                outcomes += self._bury(member, late)
+                outcomes += self._bury(member, self._late(member.queue[0][0]))
         for member in self._staff.sick():
             outcomes += self._bury(member, None)
         return outcomes
@@ -106,6 +102,11 @@ class RayPool:
             if not self._staff.stays(member):
                 return outcomes + self._bury(member, None)
         return outcomes
+
+    def _late(self, task: Hashable) -> TimeoutError:
+        whole = isinstance(task, Task) and task.rows is None
+        advice = ", which is for a whole shard: if no row hangs, raise it or make smaller shards" if whole else ""
+        return TimeoutError(f"it took longer than the time limit of {self._time_limit:g} s{advice}")
 
     def _bury(self, member: Member, reason: BaseException | None) -> list[Outcome]:
         """Ends a worker that is gone or is to go. Its first unfinished task is blamed for `reason`, those that waited

@@ -30,6 +30,7 @@ class Crew:
     """Who is to do the work.
 
     Args:
+        of: what the folder is to hold: "catalog" or "simulation".
         worker: the class (see pool.py).
         job: what each is made with.
         workers, address, cpus, gpus, max_failures, time_limit: as for `sample_catalog`.
@@ -38,6 +39,7 @@ class Crew:
         check: raises ValueError for what a worker tells that makes another run than the one that was asked for.
     """
 
+    of: str
     worker: type
     job: Any
     workers: int | None
@@ -113,12 +115,12 @@ class Session:
         return Shards(definition["n_rows"], definition["rows_per_shard"], record.fingerprint(definition), step)
 
     def work(
-        self, shards: Shards, plan: Any, of: str, nsamples: int, show_progress: bool, **more: Any
+        self, shards: Shards, plan: Any, nsamples: int, show_progress: bool, **more: Any
     ) -> tuple[Counter[str], int, int]:
-        """Does what is left of `shards`; returns and raises as `loop.work`, which takes `more`. `plan`: what workers are told before; `of`,
+        """Does what is left of `shards`; returns and raises as `loop.work`, which takes `more`. `plan`: what workers are told before;
         `nsamples`: as for `Metrics`."""
         self.pool.begin(plan)
-        metrics = Metrics(str(self.folder), nsamples, ray=self.crew.workers != 0, of=of)
+        metrics = Metrics(str(self.folder), nsamples, ray=self.crew.workers != 0, of=self.crew.of)
         return work(
             self.pool, shards, self.folder, self.writer, self.stop, self.crew.max_failures, show_progress, metrics, **more
         )  # fmt: skip
@@ -128,15 +130,18 @@ class Session:
 def begun(folder: Place, crew: Crew, asked: Mapping[str, Any]) -> Iterator[Session]:
     """Holds the folder, and has the crew at hand, for the time of the block. `asked`: what is known of the definition before a worker is up.
 
-    Raises ValueError if the folder holds a run of which something of that differs; Terminated after SIGTERM, here or in the block.
+    Raises ValueError if the folder holds a run of which something of that differs, something of another kind, or shards alone; Terminated after
+    SIGTERM, here or in the block.
     """
     with says_how_far(folder), told_to_stop() as stop, contextlib.ExitStack() as stack:
+        if record.read_run(folder) is None:
+            record.refuse_bare_shards(folder)
         (folder / layout.HIDDEN).make_folder()
         writer = stack.enter_context(one_writer(folder))
         found = record.read_run(folder)
         there = {} if found is None else found["definition"]
         if found is not None:
-            record.check_same(folder, asked, {name: there.get(name) for name in asked}, found["about"])
+            record.check_part(folder, asked, found, crew.of)
         pool = stack.enter_context(_pool(stack, crew, found, folder))
         yield Session(folder, crew, pool, writer, stop, pool.start(stop), there)
 
@@ -148,8 +153,7 @@ def _pool(stack: contextlib.ExitStack, crew: Crew, found: Mapping[str, Any] | No
     def check(told: Mapping[str, Any]) -> None:
         crew.check(told)
         if found is not None:
-            there = {name: found["definition"].get(name) for name in told["definition"]}
-            record.check_same(folder, told["definition"], there, found["about"])
+            record.check_part(folder, told["definition"], found, crew.of)
 
     stack.enter_context(cluster.connected(crew.address, crew.workers, crew.cpus, crew.gpus))
     environment = cluster.worker_environment(crew.cpus, crew.gpus)

@@ -145,7 +145,7 @@ def simulate(
     if workers != 0:
         _check_travels(simulator=job.simulator, prior=job.prior)
     crew = Crew(
-        SimulationWorker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
+        "simulation", SimulationWorker, job, workers, address, cpus_per_worker, num_gpus_per_worker, max_failures, time_limit,
         most=-(-n // step), unlike=unlike,
     )  # fmt: skip
     known = {"n_rows": n, "seed": list(job.seed), **({} if shard_size is None else {"rows_per_shard": shard_size})}
@@ -163,7 +163,7 @@ def simulate(
         plan = Plan(shards, shape, tuple(told["parameter_names"]), source)
         mark_unfinished(Path(folder.path), n)
         counts, shards_now, rows_now = session.work(
-            shards, plan, "simulation", 1, show_progress, what="simulations", read_manifest=read_manifest
+            shards, plan, 1, show_progress, what="simulations", read_manifest=read_manifest
         )
         mark_finished(Path(folder.path))
         n_ok, taken = counts[schema.OK], time.monotonic() - began
@@ -207,7 +207,8 @@ def _look(
 ) -> tuple[tuple[int, ...], float]:
     """The shape of one x and the seconds of a row, from the first row (or batch) that can be simulated.
 
-    Raises ValueError if the first LOOKS cannot, or if `max_failures` of them kill or hang their worker; Terminated if `stop` is told.
+    Raises ValueError if the first LOOKS cannot, or if `max_failures` of them kill or hang their worker; RuntimeError if the memory of its machine
+    gave out so often; Terminated if `stop` is told.
     """
     step, reason, deaths, looked = batch or 1, "", 0, 0
     for row in range(0, min(n, LOOKS * step), step):
@@ -229,6 +230,8 @@ def _look(
         if "shape" in manifest:
             return tuple(manifest["shape"]), manifest["seconds"]
         reason, looked = manifest["error"], row + step
+        if deaths >= max_failures and isinstance(outcome.error, MemoryError):
+            raise RuntimeError(f"no row could be simulated, the last for {one_line(outcome.error)}")
         if deaths >= max_failures:
             break
     what = "kills or hangs its worker" if deaths >= max_failures else "fails"

@@ -127,7 +127,7 @@ class SimulationWorker:
         """Simulates the rows of a shard, writes its files and returns its manifest row; or simulates the rows of a probe and forgets
         them: whether that kills or hangs this process is the answer.
 
-        Raises OSError if a file cannot be written, RuntimeError for what is the machine's fault (blame.py), unless the task says to blame the rows.
+        Raises OSError if a file cannot be written, MachinesFault for what is the machine's (blame.py), unless the task says to blame the rows.
         """
         if isinstance(task, Look):
             return self._look(task)

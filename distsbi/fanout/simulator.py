@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from distsbi.fanout.agenda import one_line
+from distsbi.fanout.agenda import MachinesFault, one_line
 from distsbi.fanout.blame import machines_fault
 from distsbi.store.schema import FAILED, INVALID, QUARANTINED
 
@@ -96,7 +96,7 @@ class Simulator:
         """Simulates rows `start` to `stop - 1`, those in `skip` aside. `shape`: of one x, as `look` tells it. In batches `start` must be a
         multiple of the batch size, and `stop` too, or the end of all.
 
-        Raises RuntimeError where the simulator raises what is the machine's fault (blame.py); `blame_rows`: that is the row's, too.
+        Raises MachinesFault where the simulator raises what is the machine's fault (blame.py); `blame_rows`: that is the row's, too.
         """
         rows, step = stop - start, self.batch or 1
         units = -(-rows // step)
@@ -120,7 +120,7 @@ class Simulator:
             except (Exception, SystemExit) as error:
                 if not blame_rows and (fault := machines_fault(error)) is not None:
                     again = "if another call ends so too, the row is recorded as failed"
-                    raise RuntimeError(f"row {start + unit * step}: {fault}; {again}") from error
+                    raise MachinesFault(f"row {start + unit * step}: {fault}; {again}") from error
                 alone = "" if self.batch is None else "its batch raised (return NaN for a bad row): "
                 bad[unit] = FAILED, alone + one_line(error)
                 continue

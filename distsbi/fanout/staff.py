@@ -4,8 +4,8 @@ Machines come and go. A number of workers that was asked for is kept up (those w
 autoscaler sees); without a number, workers are added wherever room appears. A worker on a machine that Ray is draining
 finishes the task it is at, and its next one goes to others. A machine on which workers do not start, tell of another run, or come up
 and only raise, is left alone for a while (patience.py), and the others go on, from the very start: only where nobody is left does that
-end the run. Where all who are up raise, what they share may be away for a minute (a mount, a store): they rest for a while before the
-tasks are blamed.
+end the run. Where all who are up raise and nobody does a task in between, what they share may be away for a minute (a mount, a store): they
+rest for a while, up to two minutes in all, before the tasks are blamed.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from distsbi.fanout.patience import Backoff, Clock
 from distsbi.fanout.stopping import Stop
 
 PATIENCE = 60.0  # seconds without a worker before saying so, and without a machine for one before giving up
-SICK = 3  # tasks in a row at which a worker raises before it gets no more while others do better
+SICK = 3  # tasks in a row at which a worker raises before it gets no more while others do better, and at which all do before they rest
 LONGEST_REST = 64.0  # seconds; rests double up to it, two minutes in all
 START_SECONDS = 900.0  # for a worker that has its machine to come up; up to twice that
 LOOK_SECONDS = 2.0  # between looks at what machines there are
@@ -98,6 +98,7 @@ class Staff:
         self._deaths = 0  # of workers that were starting while none was up,
         self._reason: BaseException | None = None  # and what the first of them raised
         self._dismissed = 0  # workers that were dismissed as sick since any did a task, and nobody did better
+        self._raised = 0  # tasks in a row at which anybody raised
         self._rest = self._rest_until = 0.0  # the last rest of all, since any did a task
         self._backoff, self.clock = Backoff(), Clock()
         self._looked = -LOOK_SECONDS
@@ -169,26 +170,29 @@ class Staff:
             # what it does later says nothing of others on its machine, such as of one whose GPU is full
             self._backoff.well(member.node)
         member.useful, member.outdone, self._dismissed = True, False, 0
+        self._raised = 0
         self._rest = self._rest_until = 0.0
         member.raised.clear()
         for other in self.members:
             other.outdone = other.outdone or bool(other.raised)
 
     def raised(self, member: Member, error: BaseException) -> bool:
-        """Notes that it raised at a task. Returns whether that is held against the task: if the worker did the one before, or if there
-        is nobody else who may do better.
+        """Notes that it raised at a task. Returns whether that is held against the task: if tasks were done up to now, by this worker too, or
+        if all have rested and there is nobody who may do better.
 
-        Tasks at which everybody raises come to an end by that: what is not held against them are at most a few raises of each worker,
-        until all that are up are doubtful. Workers that come in the place of others are as few: see `sick`.
+        Tasks at which everybody raises come to an end by that: what is not held against them are at most a few raises of each worker, until all
+        that are up are doubtful, and those between the rests. Workers that come in the place of others are as few: see `sick`.
         """
-        sound = member.useful and not member.raised
+        sound = member.useful and not self._raised
         member.raised.append(error)
-        held = sound or not any(m is not member and not m.doubtful for m in self.takers)
+        self._raised += 1
+        rested = self._rest >= LONGEST_REST and not self.resting
+        held = sound or (rested and not any(m is not member and not m.doubtful for m in self.takers))
         if not held:
             log.info(
                 "a worker on machine %s raised; another tries what it was at: %s", member.node[:8], one_line(error)
             )
-        alike = self._rest < LONGEST_REST and not self.resting and all(m.doubtful for m in self.takers)
+        alike = not self.resting and not rested and self._raised >= SICK and all(m.raised for m in self.takers)
         if alike and not self._hope(self._dismissed):  # else another comes in the place of one: see `sick`
             self._rest = max(2.0, 2 * self._rest)
             self._rest_until = self.clock.now + self._rest

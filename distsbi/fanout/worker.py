@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from distsbi.environment import bit_versions, cpu_lines, device_name
-from distsbi.fanout.agenda import Shards, Task
+from distsbi.fanout.agenda import MachinesFault, Shards, Task
 from distsbi.fanout.blame import machines_fault
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
 from distsbi.store.place import as_place
@@ -214,7 +214,7 @@ class Worker:
                     half = len(some) // 2
                     return draw(some[:half]) + draw(some[half:])
                 if (fault := machines_fault(error)) is not None:
-                    raise RuntimeError(fault) from error
+                    raise MachinesFault(fault) from error
                 status[some[0]], message[some[0]] = schema.FAILED, f"{type(error).__name__}: {error}"[:1000]
                 return []
 
@@ -273,7 +273,7 @@ def own_jax() -> None:
 
 def check_gpus() -> None:
     """Raises ValueError if Ray gave this process GPUs and jax finds none: it would hold them, and draw in a CPU's tiles. JAX_PLATFORMS=cpu in
-    the environment of a machine says that it is to."""
+    the environment of a machine of the cluster says that it is to; that of a driver does not come here."""
     import jax
 
     if _gpus() and os.environ.get("JAX_PLATFORMS") != "cpu" and jax.default_backend() == "cpu":

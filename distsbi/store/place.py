@@ -22,6 +22,7 @@ from pyarrow import fs as filesystems
 
 from distsbi.files import write_whole
 
+SENDS = 3  # of a file that a store does not keep whole
 NATIVE = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
@@ -114,17 +115,21 @@ class Place:
     def write(self, content: Any, *, alone: bool = True) -> None:
         """Writes the file whole or not at all. `content`: bytes, or a pyarrow Buffer.
 
-        `alone`: nobody else writes this file now, so a store is asked afterwards how long it is.
+        `alone`: nobody else writes this file now, so a store is asked afterwards how long it is; of a file that it did not keep whole nothing is
+        left.
 
-        Raises OSError, or what fsspec's stores raise; OSError too if the store kept another number of bytes than it was sent.
+        Raises OSError, or what fsspec's stores raise; OSError too if the store did not keep it whole SENDS times.
         """
         if self.local:
             write_whole(Path(self.path), lambda file: file.write(content))
             return
-        with self.fs.open_output_stream(self.path) as file:
-            file.write(content)  # at once: closing a stream that was cut off would complete the object
-        if alone and (kept := self.info().size) != (sent := memoryview(content).nbytes):
-            raise OSError(f"{self} was sent {sent:,} bytes, and the store kept {kept or 0:,}")
+        for _ in range(SENDS):
+            with self.fs.open_output_stream(self.path) as file:
+                file.write(content)  # at once: closing a stream that was cut off would complete the object
+            if not alone or (kept := self.info().size) == (sent := memoryview(content).nbytes):
+                return
+        self.remove()
+        raise OSError(f"{self} was sent {sent:,} bytes {SENDS} times, and the store kept {kept or 0:,}")
 
     def remove(self) -> None:
         """Removes the file; nothing happens if there is none."""

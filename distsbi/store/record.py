@@ -17,9 +17,13 @@ DIFFERS = {
     # of what a digest says no more than that it differs
     "catalog.content": "the rows of the catalog are others, or have changed",
     # which no option gives: it follows from the devices
-    "tile": "tile: given {given}, found {found}, for it was drawn on {devices} (give the same --gpus-per-worker as then, which distsbi status "
-    "prints)",
+    "tile": "tile: given {given}, found {found}, for it was drawn on {devices} ({as_then})",
 }
+AS_THEN = {
+    "cpu": "give no --gpus-per-worker; with workers=0 set JAX_PLATFORMS=cpu",
+    "other": "give the same --gpus-per-worker as then, which distsbi status prints",
+}
+KINDS = {"catalog": "a catalog", "simulation": "simulations"}  # of folders
 OF_WHAT = ("posterior", "catalog.content", "simulator", "prior")  # where none of them differs nothing is to be deleted
 
 
@@ -102,6 +106,16 @@ def begin(
         _write(place, {**found, "about": told})
 
 
+def check_part(out: Where, part: Mapping[str, Any], found: Mapping[str, Any], of: str) -> None:
+    """Raises ValueError if what was found in a folder (`read_run`) is of another kind than `of` (one of KINDS), or naming what differs between some
+    entries of a definition and those that were found."""
+    definition = found["definition"]
+    there = "simulation" if "simulator" in definition else "catalog"
+    if there != of:
+        raise ValueError(f"{out} holds {KINDS[there]}; give another folder for {KINDS[of]}.")
+    check_same(out, part, {name: definition.get(name) for name in part}, found["about"])
+
+
 def check_same(
     out: Where, definition: Mapping[str, Any], found: Mapping[str, Any], about: Mapping[str, Any] | None = None
 ) -> None:
@@ -111,10 +125,16 @@ def check_same(
     # in the order of the definition, which names what was asked for before what follows from it
     differing = [name for name in dict.fromkeys([*given, *there]) if given.get(name) != there.get(name)]
     if differing:
-        devices = " and ".join((about or {}).get("devices", ())) or "other devices"
+        kinds = (about or {}).get("devices", ())
+        devices = " and ".join(kinds) or "other devices"
+        as_then = AS_THEN["cpu" if kinds and all(kind.startswith("cpu") for kind in kinds) else "other"]
         named = "; ".join(
             DIFFERS.get(name, "{name}: given {given}, found {found}").format(
-                name=name, given=_short(name, given.get(name)), found=_short(name, there.get(name)), devices=devices
+                name=name,
+                given=_short(name, given.get(name)),
+                found=_short(name, there.get(name)),
+                devices=devices,
+                as_then=as_then,
             )
             for name in differing
         )

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from distsbi.fanout.agenda import Agenda, Outcome, Shards, one_line
+from distsbi.fanout.agenda import Agenda, MachinesFault, Outcome, Shards, one_line
 
 SHARDS = Shards(60, 20, "f")
 DIED = ConnectionError("the process is gone")
@@ -132,7 +132,7 @@ def test_rows_are_blamed_for_the_machine_only_at_the_last_attempt_of_a_second_ca
             tries[task.shard].append(task.blame_rows)
             well = task.shard == 0 and len(tries[0]) == 2
             events += agenda.take(
-                Outcome(task, {"shard": 0}) if well else Outcome(task, error=RuntimeError("no memory"))
+                Outcome(task, {"shard": 0}) if well else Outcome(task, error=MachinesFault("no memory"))
             )
     assert tries == {0: [False] * 2, 1: [False] * 5 + [True], 2: [False] * 3}
 
@@ -151,6 +151,40 @@ def test_a_worker_that_is_killed_for_want_of_memory_is_no_rows_fault_until_the_e
         events += agenda.take(needs_more if 7 in rows else Outcome(task, {"shard": 0}))
     assert [event["row"] for event in events if event["event"] == "quarantined"] == [7]
     assert agenda.given_up == {}
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 8])
+@pytest.mark.parametrize("guilty", [[5], [5, 40], [5, 6, 40], list(range(0, 64, 7))])
+def test_rows_that_need_more_memory_than_there_is_are_found_by_the_second_call(guilty, in_flight):
+    """However many of them are tried at a time."""
+    no_memory, events, shards = MemoryError("the memory of machine a gave out"), [], Shards(64, 64, "f")
+    for _ in range(2):
+        agenda, tasks = Agenda(shards, [], 3, events), []
+        while True:
+            while len(tasks) < in_flight and (task := agenda.next()):
+                tasks.append(task)
+            if not tasks:
+                break
+            task = tasks.pop(0)
+            rows = set(range(*task.rows or (0, 64))) - set(dict(task.skip))
+            needs_more = Outcome(task, error=no_memory, died=True)
+            events += agenda.take(needs_more if rows & set(guilty) else Outcome(task, {"shard": 0}))
+    assert [event["row"] for event in events if event["event"] == "quarantined"] == sorted(guilty)
+    assert (events[-1]["event"], agenda.given_up) == ("done", {})
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [{"event": "given_up", "shard": 0, "error": "the disk is away"}],
+        [{"event": "given_up", "shard": 0, "error": "no memory", "machines": True}, {"event": "done", "shard": 0}],
+        [{"event": "given_up", "shard": 0, "error": "no memory", "machines": True}, {"event": "removed", "shard": 0}],
+    ],
+    ids=["of another reason", "done since", "removed since"],
+)
+def test_rows_are_not_blamed_for_what_ended_in_another_way(before):
+    agenda = Agenda(SHARDS, [1, 2], 1, before)
+    assert not agenda.next().blame_rows
 
 
 def test_who_was_not_at_work_is_not_blamed():

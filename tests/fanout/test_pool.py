@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from distsbi.fanout import patience, ray_pool as pools, staff as staffs
-from distsbi.fanout.agenda import Agenda, Shards
+from distsbi.fanout.agenda import Agenda, Shards, Task
 from distsbi.fanout.ray_pool import RayPool
 from distsbi.fanout.staff import Staff
 from distsbi.fanout.stopping import Stop, Terminated
@@ -420,6 +420,19 @@ def test_a_task_that_takes_too_long_is_blamed_and_the_one_behind_it_is_not(two):
     assert [(o.task, o.blamed) for o in outcomes] == [("a1", True)]
 
 
+def test_what_a_time_limit_is_for_is_said_of_whole_shards_alone(make):
+    pool, ray = make(2, time_limit=6.0, a=1, b=1)
+    with pool:
+        come_up(ray)
+        pool.start(Stop())
+        pool.submit(Task(0)), pool.submit(Task(1, (4, 5)))
+        shard, probe = sorted(until(pool, ray, ray.seconds + 8), key=lambda o: o.task.shard)
+    assert str(shard.error).endswith(
+        "of 6 s, which is for a whole shard: if no row hangs, raise it or make smaller shards"
+    )
+    assert str(probe.error) == "it took longer than the time limit of 6 s"
+
+
 def test_nobody_is_blamed_for_the_time_in_which_the_driver_stood_still(two):
     """Both workers finish their first task meanwhile, and have begun the second."""
     pool, ray, actors = two
@@ -628,12 +641,16 @@ def test_what_raises_everywhere_is_given_up(make, workers, most):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_an_outage_of_what_all_share_costs_no_shard(make, caplog, workers):
-    """A mount is away for a minute: whatever is tried meanwhile raises at once."""
+@pytest.mark.parametrize("shards", [1, 2, 3, 8, 16, 100])
+@pytest.mark.parametrize("seconds", [3, 20, 60])
+@pytest.mark.parametrize("begins", [5, 15])
+def test_an_outage_of_what_all_share_costs_no_shard(make, caplog, workers, shards, seconds, begins):
+    """A mount is away for so long: whatever is tried meanwhile raises at once. Also where that is at the end, when few shards are left."""
     pool, ray = make(workers, a=4, b=4)
-    agenda = Agenda(Shards(400, 1, "f"), [], 3)
-    away = lambda machine, shard: 100 < ray.seconds < 160  # noqa: E731
+    agenda = Agenda(Shards(shards, 1, "f"), [], 3)
+    away = lambda machine, shard: begins < ray.seconds < begins + seconds  # noqa: E731
     events, _ = play(pool, ray, agenda, away)
-    assert (count(events, "done"), agenda.given_up) == (400, {})
-    assert count(events, "failed") < 100
-    assert "all workers raise, and rest for 32 s" in caplog.text
+    assert (count(events, "done"), agenda.given_up) == (shards, {})
+    assert count(events, "failed") < 20
+    if seconds == 60 and shards > 2 * workers:
+        assert "all workers raise, and rest for 32 s" in caplog.text

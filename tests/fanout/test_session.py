@@ -11,7 +11,7 @@ import time
 import pytest
 from fake_simulators import PRIOR
 
-from distsbi.fanout import Terminated, catalog as catalogs, session as sessions, worker as workers
+from distsbi.fanout import Terminated, catalog as catalogs, cluster, session as sessions, worker as workers
 from distsbi.fanout.session import Crew, begun
 from distsbi.fanout.stopping import says_how_far, told_to_stop
 from distsbi.sampling import run as runs
@@ -38,8 +38,8 @@ def staff_of(monkeypatch, tmp_path):
     monkeypatch.setattr(sessions, "Staff", FakeStaff)
     monkeypatch.setattr(sessions.cluster, "connected", lambda *_: contextlib.nullcontext())
 
-    def staff_of(check=lambda told: None):
-        crew = Crew(object, "job", 2, None, 1, 0, 3, None, 9, lambda first, told: "", check)
+    def staff_of(check=lambda told: None, of="catalog"):
+        crew = Crew(of, object, "job", 2, None, 1, 0, 3, None, 9, lambda first, told: "", check)
         with begun(as_place(tmp_path / "out"), crew, {}) as session:
             return session.pool._staff
 
@@ -72,6 +72,51 @@ def test_workers_on_other_devices_are_told_what_to_give(staff_of, tmp_path):
         assert "delete" not in str(error.value)
     with pytest.raises(ValueError, match="or delete .*out.$"):
         staff_of().check(told(posterior="beef", tile=[8, 256]))
+    record.note_device(tmp_path / "out", "rocm: M1")
+    with pytest.raises(ValueError, match=r"for it was drawn on cuda: H1 and rocm: M1 .give the same --gpus"):
+        staff_of().check(told(posterior="f00d", tile=[8, 256]))
+
+
+def test_workers_on_gpus_are_told_what_goes_on_with_draws_of_cpus(staff_of, tmp_path):
+    staff_of()
+    record.begin(tmp_path / "out", {"posterior": "f00d", "tile": [8, 256], "n_rows": 8}, {"devices": ["cpu: Epyc"]})
+    with pytest.raises(
+        ValueError, match=r"drawn on cpu: Epyc .give no --gpus-per-worker; with workers=0 set JAX_PLATF"
+    ):
+        staff_of().check(told(posterior="f00d", tile=[128, 512]))
+
+
+@pytest.mark.parametrize(
+    ("of", "definition", "says"),
+    [
+        ("catalog", {"simulator": {"name": "m:f"}, "n_rows": 8}, "out holds simulations; give another folder for a catalog.$"),
+        ("simulation", {"posterior": "f00d", "n_rows": 8}, "out holds a catalog; give another folder for simulations.$"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_another_kind_is_refused_before_ray_starts(staff_of, tmp_path, monkeypatch, of, definition, says):
+    staff_of()
+    record.begin(tmp_path / "out", definition, {})
+    monkeypatch.setattr(sessions.cluster, "connected", lambda *_: pytest.fail("Ray starts"))
+    with pytest.raises(ValueError, match=says):
+        staff_of(of=of)
+
+
+def test_shards_alone_are_refused_before_ray_starts_and_nothing_is_written(staff_of, tmp_path, monkeypatch):
+    shard = layout.shard_file(tmp_path / "out", 0, 3)
+    shard.parent.mkdir()
+    shard.write_bytes(b"a copy")
+    monkeypatch.setattr(sessions.cluster, "connected", lambda *_: pytest.fail("Ray starts"))
+    with pytest.raises(ValueError, match="but no _distsbi/run.json"):
+        staff_of()
+    assert [path.name for path in shard.parent.iterdir()] == [shard.name]
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(1, None), (0, "cpu"), (None, "cpu")])
+def test_a_local_ray_of_gpus_does_not_hand_on_what_keeps_the_driver_off_them(monkeypatch, gpus, seen):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with cluster._gpus_for_workers(gpus):
+        assert os.environ.get("JAX_PLATFORMS") == seen
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
 def test_a_worker_with_another_copy_of_the_run_is_told_apart(staff_of, tmp_path):

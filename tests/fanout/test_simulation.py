@@ -24,6 +24,7 @@ import distsbi
 from distsbi.cli import cli
 from distsbi.data import Prior, open_pairs, read_pairs
 from distsbi.data.prior import describe, parse_prior
+from distsbi.fanout.agenda import Outcome
 from distsbi.fanout.blame import machines_fault
 from distsbi.fanout.cluster import connected
 from distsbi.fanout.pool import InProcess
@@ -488,6 +489,23 @@ class TestRefusals:
         stop = Stop()
         with pytest.raises(Terminated):
             _look(Silent(), 40, None, (), 3, stop)
+
+    def test_a_first_look_that_takes_too_much_memory_does_not_blame_the_simulator(self):
+        class Starving:
+            busy, room = [], lambda self: True
+
+            def submit(self, look):
+                self.busy.append(look)
+
+            def wait(self):
+                return [
+                    Outcome(self.busy.pop(), error=MemoryError("Ray killed its worker: give fewer workers"), died=True)
+                ]
+
+        with pytest.raises(
+            RuntimeError, match="^no row could be simulated, the last for MemoryError: .* fewer workers$"
+        ):
+            _look(Starving(), 40, None, (), 3, Stop())
 
 
 class TestResume:
