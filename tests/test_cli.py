@@ -446,6 +446,8 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
         ),
         (["train", "--data", "{tmp}/a", "--data", "{tmp}/b", "--out", "{tmp}/r"], "--data is given twice; keep one"),
         (["verify", "{tmp}/none"], "does not exist"),
+        (["verify", "{tmp}/there.npy"], "there.npy is a file; give the folder"),
+        (["verify", "{run}"], "is a run directory, whose weights are checked whenever it is loaded"),
         (["demo", "--out", "{tmp}"], "not only an earlier demo; give another --out"),
         (["info", "{tmp}/none"], "no such folder"),
         (["info", "{tmp}/damaged"], "spec.json is damaged: it has no network; restore it from a copy"),

@@ -52,7 +52,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
     click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s, {rate}")
     if reasons := most_frequent(done.open().status().reasons, 9):
         for reason, count in reasons.items():
-            click.echo(f"{count:,} rows {reason}", err=True)
+            click.echo(f"{count:,} {'row' if count == 1 else 'rows'} {reason}", err=True)
         click.echo("each row's reason is in the column `message`", err=True)
     if not done.n_ok:  # nothing to go on with for whoever waits for this command
         raise click.exceptions.Exit(1)
@@ -111,7 +111,9 @@ def status(out: str, as_json: bool) -> None:
             f"{told}: the same command makes {'them' if count > 1 else 'it'} again; distsbi verify {shown(out)} names what is wrong"
         )
     for reason, count in most_frequent(found.reasons, 9).items():
-        click.echo(f"{'far' if reason.startswith(FAR) else 'bad':<8} {count:,} rows {reason}")
+        click.echo(
+            f"{'far' if reason.startswith(FAR) else 'bad':<8} {count:,} {'row' if count == 1 else 'rows'} {reason}"
+        )
     if not found.complete and not found.writer:
         click.echo(f"go on with: {go_on or 'the same call of distsbi.simulate'}")
 

@@ -92,7 +92,7 @@ def _simulate_own(simulator: str, n: int, seed: int, out: Path, prior: tuple[str
 
         reasons = most_frequent(count_reasons(done.failures()), 5)
         for reason, count in reasons.items():
-            click.echo(f"bad      {count:,} rows {reason}", err=True)
+            click.echo(f"bad      {count:,} {'row' if count == 1 else 'rows'} {reason}", err=True)
         if done.n_bad > done.n_ok:
             click.echo("most rows failed: look at the reasons before you train on the others", err=True)
         if "missing" not in options and any("NaN or infinite" in reason for reason in reasons):

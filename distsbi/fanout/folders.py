@@ -14,6 +14,7 @@ from distsbi.data.pairs import UNFINISHED
 from distsbi.fanout import simulation
 from distsbi.fanout.simulation_worker import checksums, read_counts
 from distsbi.sampling import dataset
+from distsbi.sampling.run import SPEC
 from distsbi.store import layout, record, status
 
 
@@ -43,8 +44,12 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
         record.refuse_bare_shards(path)
     folder = Path(path).absolute()
     if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}; give the folder of a catalog, of pairs, or of draws of one observation.")
+    if (folder / SPEC).is_file():
         raise ValueError(
-            f"{folder} does not exist; give the folder of a catalog, of pairs, or of draws of one observation."
+            f"{folder} is a run directory, whose weights are checked whenever it is loaded; give the folder of a catalog, of pairs, or of draws of "
+            "one observation."
         )
     if (folder / dataset.DEFINITION).exists():
         complete, checked = dataset.check(folder)

@@ -16,6 +16,7 @@ FORMAT = 2  # 2: rows may be quarantined
 DIFFERS = {
     # of what a digest says no more than that it differs
     "catalog.content": "the rows of the catalog are others, or have changed",
+    "simulator.source": "the code of the simulator is another, or has changed",
     # which no option gives: it follows from the devices
     "tile": "tile: given {given}, found {found}, for it was drawn on {devices} ({as_then})",
 }
