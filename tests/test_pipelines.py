@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 import warnings
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 from flax import nnx
 
 from distsbi import (
+    ConditionalPipeline,
     Flux1FlowPipeline,
     MLPDiffusionPipeline,
     MLPFlowPipeline,
     MLPParams,
+    MLPSMPipeline,
     Prior,
     SimformerFlowPipeline,
     UnconditionalPipeline,
@@ -22,9 +25,12 @@ from distsbi import (
     load,
 )
 from distsbi.data import write_pairs
+from distsbi.methods import FlowMatching, ScoreMatchingVP
 from distsbi.networks import MLP
 from distsbi.pipelines import PIPELINES
 from distsbi.sampling import Posterior
+from distsbi.sampling.calibrate import calibrate
+from tests.gaussian import random_mlp_posterior
 
 pytestmark = pytest.mark.lightly_compiled
 
@@ -114,6 +120,83 @@ def test_a_run_of_something_else_is_not_taken_up(tmp_path, kind, params, says):
     with pytest.raises(ValueError, match=says):
         other.restore(tmp_path / "run")
     assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(nnx.state(other.model)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "says"),
+    [
+        (
+            TASK.prior,
+            Prior(a=dist.Uniform(-3.0, 3.0), b=dist.Uniform(-3.0, 3.0)),
+            r"in \(-1, 1\), and the prior .* \(-3, 3\)",
+        ),
+        (None, TASK.prior, r"in \(-inf, inf\), and the prior of this pipeline has it in \(-1, 1\)"),
+    ],
+)
+def test_a_run_of_another_prior_is_not_taken_up(tmp_path, trained, given, says):
+    """Its scales would cut off what lies outside, or draw there."""
+    options = {"params": SMALL, "training_config": {**QUICK, "nsteps": 1, "val_every": 1}, "mesh": {"data": 2}}
+    run = MLPFlowPipeline(pairs(), None, 2, 2, prior=trained, **options)
+    run.train(nnx.Rngs(params=0))
+    run.save(tmp_path / "run")
+    with pytest.raises(ValueError, match=says):
+        MLPFlowPipeline(None, None, 2, 2, prior=given, **options).restore(tmp_path / "run")
+    MLPFlowPipeline(None, None, 2, 2, **options).restore(tmp_path / "run")
+
+
+def test_a_prior_over_decades_is_learned_over_all_of_them():
+    """rate in (1e-4, 1e4), x = log(rate) + noise of sd 0.1: at both ends and between the median draw is the rate, within a factor of 1.6."""
+    rng = np.random.default_rng(0)
+    log_rate = np.log(1e-4) + rng.uniform(size=(4_000, 1)) * np.log(1e8)
+    data = np.exp(log_rate).astype("f4"), (log_rate + 0.1 * rng.normal(size=log_rate.shape)).astype("f4")
+    pipeline = MLPFlowPipeline(
+        data, None, 1, 1, params={"width": 32, "depth": 1}, prior=Prior(rate=dist.LogUniform(1e-4, 1e4)),
+        training_config={**QUICK, "nsteps": 150, "batch_size": 256, "val_every": 150}, mesh={"data": 2},
+    )  # fmt: skip
+    pipeline.train(nnx.Rngs(0))
+    for rate in (1e-3, 1.0, 1e3):
+        drawn = pipeline.sample(rng=0, x_o=np.full((1, 1, 1), np.log(rate)), nsamples=500)
+        assert abs(np.log(np.median(drawn) / rate)) < np.log(1.6)
+        assert 0.03 < np.log(drawn).std() < 1
+
+
+class Flat(nnx.Module):
+    """Predicts a number for each parameter, without channels or without the draws, as `shape` has it."""
+
+    def __init__(self, shape):
+        self.bias, self.shape = nnx.Param(np.zeros(2, np.float32)), shape
+
+    def encode(self, x):
+        return x
+
+    def __call__(self, t, theta_t, context):
+        return theta_t[self.shape] + 0 * self.bias[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "gives"), [((..., 0), [2, 3, 2]), ((..., slice(1)), [2, 3, 2, 1]), ((slice(None), 0), [2, 2, 3])]
+)
+def test_a_network_that_predicts_another_shape_is_refused(shape, gives):
+    with pytest.raises(
+        ValueError, match=re.escape(f"[2, 3, 2, 3] for theta_t of that shape and t of [2, 3]; it gives {gives}.")
+    ):
+        ConditionalPipeline(Flat(shape), None, None, 2, 2, ch_obs=3)
+
+
+def test_one_word_for_what_is_learned():
+    with pytest.raises(ValueError, match="sde_type and method both say"):
+        MLPSMPipeline(None, None, 2, 2, sde_type="VE", method=ScoreMatchingVP())
+    with pytest.raises(ValueError, match=r"rngs holds no random numbers; give nnx.Rngs\(0\)"):
+        make().train(nnx.Rngs(dropout=0))
+
+
+def test_a_method_of_a_large_power_gets_the_grids_that_float32_has(monkeypatch):
+    monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("multistep", 32), ("rk4", 2)))
+    monkeypatch.setattr("distsbi.sampling.calibrate.REFERENCE_STEPS", 4)
+    posterior = random_mlp_posterior(dim_x=3)
+    posterior.method = FlowMatching(power=8.0)
+    _, certificate = calibrate(posterior, np.zeros((2, 3, 1), np.float32))
+    assert [row["solver"] for row in certificate["candidates"]] == ["rk4"]
 
 
 def test_what_was_learned_outlives_a_failure_to_choose_a_grid(tmp_path, monkeypatch):

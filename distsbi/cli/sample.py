@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @cli.command()
 @RUN
-@click.option("--x", "x_o", required=True, help="The observation: a .npy file, or its numbers as 0.1,0.2.")
+@click.option(
+    "--x", "x_o", help="The observation: a .npy file, or its numbers as 0.1,0.2. Not of a density without conditions."
+)
 @click.option("-n", "--nsamples", type=int, default=10_000, show_default=True, help="Draws.")
 @SEED
 @click.option(
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 @several_processes
 def sample(
     run: Path,
-    x_o: str,
+    x_o: str | None,
     nsamples: int,
     seed: int,
     out: Path,
@@ -70,9 +72,12 @@ def sample(
 
         join(rank)
     from distsbi.sampling import load
+    from distsbi.sampling.run import read_spec
 
+    if x_o is None and not read_spec(run)["facts"].get("unconditional"):
+        raise click.UsageError("give --x, the observation: a .npy file, or its numbers as 0.1,0.2.")
     posterior = load(run, mesh=axes, network=network)
-    x = _observation(x_o, posterior)
+    x = None if x_o is None else _observation(x_o, posterior)
     solver = {name: value for name, value in solver.items() if value is not None}
     start = time.perf_counter()
     if not out.suffix:

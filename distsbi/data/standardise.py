@@ -3,13 +3,15 @@
 Parameters go through an elementwise bijection of the prior's support to the real line, then z-scoring:
 
     interval (low, high)    u = probit((theta - low) / (high - low))
+    the same, over decades  u = probit(log(theta / low) / log(high / low))
     theta > low             u = log(max(theta - low, floor))
     theta < high            u = -log(max(high - theta, floor))
     real                    u = theta
 
 so that no draw leaves the prior or lies on a bound of it, and log|du/dtheta| enters the log-density. The floor, a small part of the
-median distance, keeps a theta that is the bound from setting the scale of all. Under the probit a uniform prior is a standard
-normal, the very distribution that the path starts from. What x says linearly is then taken out in closed form,
+median distance, keeps a theta that is the bound from setting the scale of all; so do the probabilities at which the probit is cut off. Under
+the probit a uniform prior is a standard normal, the very distribution that the path starts from, and under the logarithm one that is uniform
+in it. What x says linearly is then taken out in closed form,
 
     y = S^(-1/2) (u - A x),    A: least squares of u on x,    S: covariance of what is left
 
@@ -27,8 +29,9 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
-REAL, INTERVAL, ABOVE, BELOW = "real", "interval", "above", "below"
-_EDGE = 1e-6  # probabilities are clipped to [_EDGE, 1 - _EDGE]: float32 uniforms at an edge stay finite
+REAL, INTERVAL, DECADES, ABOVE, BELOW = "real", "interval", "decades", "above", "below"
+_EDGE = 1e-6  # from where on probabilities are cut off at either end, or less: float32 uniforms at an edge stay finite
+_DECADES = 10.0  # high / low from which on an interval may be one of decades
 _LOG_RANGE = 80.0  # exp stays inside float32
 _ROWS_PER_COLUMN = 10  # pairs for each column of x below which least squares would fit noise
 _MOST_COLUMNS = 2_048
@@ -79,6 +82,9 @@ class Standardizer:
     # the smallest distance from the bound of a half line; None, in runs of before: the smallest float
     floor: Float[Array, "dim_theta 1"] | None = None
     x_floor: Float[Array, "dim_x 1"] | None = None
+    # of an interval, the smallest distance from low and from high, in parts of its width (or of that of its logarithm); None: _EDGE
+    edges: Float[Array, "dim_theta 2"] | None = None
+    x_edges: Float[Array, "dim_x 2"] | None = None
 
     @classmethod
     def fit(
@@ -99,9 +105,10 @@ class Standardizer:
             raise ValueError(f"the prior has {len(supports)} parameters, theta has {theta.shape[1]}.")
         low = np.asarray([[s.low if np.isfinite(s.low) else 0.0] for s in supports], np.float32)
         high = np.asarray([[s.high if np.isfinite(s.high) else 0.0] for s in supports], np.float32)
-        kinds = tuple(s.kind for s in supports)
+        theta = np.asarray(theta, np.float32)
+        kinds = tuple(DECADES if _over_decades(theta[:, i], s) else s.kind for i, s in enumerate(supports))
         zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
-        theta, x = np.asarray(theta, np.float32), np.asarray(x)
+        x = np.asarray(x)
         x_mean, x_std = _scales(x)
         if pool is not None:
             x_mean, x_std = pool(x_mean, x_std)
@@ -109,7 +116,8 @@ class Standardizer:
         flat = np.zeros((x_mean.size, zero.size), np.float32)
         fields: Any = (low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)
         floor: Any = _floors(theta, kinds, low, high)
-        bare = cls(kinds, *fields, floor=floor)
+        edges: Any = _edges(theta, kinds, low, high)
+        bare = cls(kinds, *fields, floor=floor, edges=edges)
         u = np.concatenate([bare.unbound(jnp.asarray(theta[part])) for part in _parts(theta)])
         mean, std = _scales(u)
         slope, root, inverse_root = flat, eye, eye
@@ -142,6 +150,7 @@ class Standardizer:
         n_free, n_given = len(f) * channels, len(g) * channels
         part = lambda array, rows: np.asarray(array)[rows]  # noqa: E731
         floors = {} if self.floor is None else {"floor": part(self.floor, f), "x_floor": part(self.floor, g)}
+        floors |= {} if self.edges is None else {"edges": part(self.edges, f), "x_edges": part(self.edges, g)}
         eye = np.eye(n_free, dtype=np.float32)
         return dataclasses.replace(
             self,
@@ -154,7 +163,7 @@ class Standardizer:
 
     def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
         """theta on the real line, before z-scoring."""
-        return _unbound(theta, self.kinds, self.low, self.high, self.floor)
+        return _unbound(theta, self.kinds, self.low, self.high, self.floor, self.edges)
 
     def centre(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_theta ch_theta"]:
         """A x: where least squares puts the z-scored theta of each observation, a missing x (NaN) being at its mean. Once per
@@ -175,8 +184,12 @@ class Standardizer:
         """theta inside its support from what the network sees."""
         u = self._unmixed(y, centre)
         theta = u
-        if INTERVAL in self.kinds:
-            theta = jnp.where(self._is(INTERVAL), self.low + self._width() * ndtr(u), theta)
+        if INTERVAL in self.kinds:  # from the nearer bound, for numbers near 0 are finer than those near 1
+            near_low, near_high = self.low + self._width() * ndtr(u), self.high - self._width() * ndtr(-u)
+            theta = jnp.where(self._is(INTERVAL), jnp.where(u < 0, near_low, near_high), theta)
+        if DECADES in self.kinds:
+            low, ratio = self._decades()
+            theta = jnp.where(self._is(DECADES), low * jnp.exp(ratio * ndtr(u)), theta)
         if ABOVE in self.kinds:
             theta = jnp.where(self._is(ABOVE), self.low + jnp.exp(jnp.clip(u, -_LOG_RANGE, _LOG_RANGE)), theta)
         if BELOW in self.kinds:
@@ -184,8 +197,8 @@ class Standardizer:
         if set(self.kinds) <= {REAL}:
             return theta
         # at least one float inside: rounding ends on bounds, which an open interval has not
-        least = jnp.where(self._is(INTERVAL, ABOVE), _next(self.low, 1.0), -jnp.inf)
-        most = jnp.where(self._is(INTERVAL, BELOW), _next(self.high, -1.0), jnp.inf)
+        least = jnp.where(self._is(INTERVAL, DECADES, ABOVE), _next(self.low, 1.0), -jnp.inf)
+        most = jnp.where(self._is(INTERVAL, DECADES, BELOW), _next(self.high, -1.0), jnp.inf)
         return jnp.clip(theta, least, most)
 
     def spread(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
@@ -201,9 +214,13 @@ class Standardizer:
         """log|dy/dtheta| over all parameters, at the theta that `y` stands for."""
         u = self._unmixed(y, centre)
         per = jnp.zeros_like(u)
+        normal = -0.5 * u**2 - 0.5 * np.log(2 * np.pi)
         if INTERVAL in self.kinds:
-            normal = -0.5 * u**2 - 0.5 * np.log(2 * np.pi)
             per = jnp.where(self._is(INTERVAL), -normal - jnp.log(self._width()), per)
+        if DECADES in self.kinds:
+            low, ratio = self._decades()
+            log_theta = jnp.log(low) + ratio * ndtr(u)
+            per = jnp.where(self._is(DECADES), -normal - log_theta - jnp.log(ratio), per)
         if ABOVE in self.kinds:
             per = jnp.where(self._is(ABOVE), -u, per)
         if BELOW in self.kinds:
@@ -215,14 +232,14 @@ class Standardizer:
 
     def contains(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Array:
         """Whether theta lies inside the support, over all parameters: bool [...]."""
-        below = self._is(INTERVAL, ABOVE) & (theta < self.low)
-        above = self._is(INTERVAL, BELOW) & (theta > self.high)
+        below = self._is(INTERVAL, DECADES, ABOVE) & (theta < self.low)
+        above = self._is(INTERVAL, DECADES, BELOW) & (theta > self.high)
         return ~jnp.any(below | above, axis=(-2, -1))
 
     def forward_x(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_x ch_x"]:
         """x as the network sees it."""
         if self.x_low is not None and self.x_high is not None:
-            x = _unbound(x, self.x_kinds, self.x_low, self.x_high, self.x_floor)
+            x = _unbound(x, self.x_kinds, self.x_low, self.x_high, self.x_floor, self.x_edges)
         return (x - self.x_mean) / self.x_std
 
     def _is(self, *kinds: str) -> np.ndarray:
@@ -230,6 +247,16 @@ class Standardizer:
 
     def _width(self) -> Array:
         return jnp.where(self._is(INTERVAL), self.high - self.low, 1.0)
+
+    def _decades(self) -> tuple[Array, Array]:
+        return _decades(self.kinds, self.low, self.high)
+
+    @property
+    def supports(self) -> list[Support]:
+        """Where the parameters live."""
+        low = np.where(self._is(INTERVAL, DECADES, ABOVE), self.low, -np.inf).ravel().tolist()
+        high = np.where(self._is(INTERVAL, DECADES, BELOW), self.high, np.inf).ravel().tolist()
+        return [Support(*bounds) for bounds in zip(low, high, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists."""
@@ -262,13 +289,30 @@ def _next(bound: Array, direction: float) -> Array:
     return jnp.where(jnp.abs(near) < _TINY, direction * _TINY, near)
 
 
-def _unbound(theta: Array, kinds: tuple[str, ...], low: Array, high: Array, floor: Array | None) -> Array:
+def _decades(kinds: tuple[str, ...], low: Array, high: Array) -> tuple[Array, Array]:
+    """(low, log(high / low)) of the intervals over decades; (1, 1) of others."""
+    which = _is(kinds, DECADES)
+    return jnp.where(which, low, 1.0), jnp.where(which, jnp.log(high) - jnp.log(low), 1.0)
+
+
+def _unbound(
+    theta: Array, kinds: tuple[str, ...], low: Array, high: Array, floor: Array | None, edges: Array | None
+) -> Array:
     """theta on the real line."""
     u = theta
+    first, last = (_EDGE, _EDGE) if edges is None else (edges[:, :1], edges[:, 1:])
+
+    def probit(part: Array, rest: Array) -> Array:
+        """Of a part of an interval and of the rest, either finer than the other near its end."""
+        return jnp.where(part < rest, ndtri(jnp.maximum(part, first)), -ndtri(jnp.maximum(rest, last)))
+
     if INTERVAL in kinds:
         width = jnp.where(_is(kinds, INTERVAL), high - low, 1.0)
-        p = jnp.clip((theta - low) / width, _EDGE, 1 - _EDGE)
-        u = jnp.where(_is(kinds, INTERVAL), ndtri(p), u)
+        u = jnp.where(_is(kinds, INTERVAL), probit((theta - low) / width, (high - theta) / width), u)
+    if DECADES in kinds:
+        start, ratio = _decades(kinds, low, high)
+        part = (jnp.log(jnp.maximum(theta, start)) - jnp.log(start)) / ratio
+        u = jnp.where(_is(kinds, DECADES), probit(part, 1 - part), u)
     least = _TINY if floor is None else floor
     if ABOVE in kinds:
         u = jnp.where(_is(kinds, ABOVE), jnp.log(jnp.maximum(theta - low, least)), u)
@@ -287,20 +331,49 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _over_decades(theta: np.ndarray, support: Support) -> bool:
+    """Whether the logarithm of a parameter in an interval fills its interval more evenly than the parameter does, by their medians."""
+    low, high = np.float32(support.low), np.float32(support.high)
+    if support.kind != INTERVAL or not low >= _TINY or high < _DECADES * low:
+        return False
+    median = np.median(theta, axis=0).clip(low, high).astype(np.float64)
+    linear, decades = (median - low) / (high - low), np.log(median / low) / np.log(high / low)
+    return bool(np.all(abs(decades - 0.5) < abs(linear - 0.5)))
+
+
+def _edges(
+    theta: np.ndarray, kinds: tuple[str, ...], low: np.ndarray, high: np.ndarray
+) -> Float[np.ndarray, "dim_theta 2"]:
+    """The smallest distances from both bounds of each interval, in parts of its width: _EDGE, and less where many lie that near."""
+    edges = np.full((len(kinds), 2), _EDGE, np.float32)
+    for i, kind in enumerate(kinds):
+        if kind == INTERVAL:
+            for side, distance in enumerate((theta[:, i] - low[i], high[i] - theta[:, i])):
+                median, spread = _spread(distance / (high[i] - low[i]))
+                edges[i, side] = _EDGE if spread > _FLOOR else min(_EDGE, max(_TINY, median * spread))
+    return edges
+
+
 def _floors(
     theta: np.ndarray, kinds: tuple[str, ...], low: np.ndarray, high: np.ndarray
 ) -> Float[np.ndarray, "dim_theta 1"]:
-    """The smallest distance from the bound of each half line: a small part of the median, and less where the distances are spread
-    wider than that (about ten standard deviations of their logarithm)."""
+    """The smallest distance from the bound of each half line: a small part of the median, and less where they are spread wider than that."""
     floors = np.full((len(kinds), 1), _TINY, np.float32)
     for i, kind in enumerate(kinds):
         if kind in (ABOVE, BELOW):
-            distance = theta[:, i] - low[i] if kind == ABOVE else high[i] - theta[:, i]
-            away = distance[distance > 0].astype(np.float64)
-            if away.size:
-                quartile, median = np.quantile(away, (0.25, 0.5))
-                floors[i] = max(_TINY, median * min(_FLOOR, (quartile / median) ** 15))
+            median, spread = _spread(theta[:, i] - low[i] if kind == ABOVE else high[i] - theta[:, i])
+            floors[i] = max(_TINY, median * min(_FLOOR, spread))
     return floors
+
+
+def _spread(distance: np.ndarray) -> tuple[float, float]:
+    """(the median distance from a bound, the part of it that is about ten standard deviations of the logarithm below it); (0, 1) where all lie
+    on the bound."""
+    away = distance[distance > 0].astype(np.float64)
+    if not away.size:
+        return 0.0, 1.0
+    quartile, median = np.quantile(away, (0.25, 0.5))
+    return median, (quartile / median) ** 15
 
 
 def _least_squares(

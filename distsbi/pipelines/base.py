@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -28,7 +29,7 @@ from distsbi.networks import Embedded, Layout, Network, Unconditional, network_n
 from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
 from distsbi.pipelines.answers import Answers
-from distsbi.pipelines.given import check_module, check_state, names_of, nets_by_part, on_packed
+from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed
 from distsbi.pipelines.identity import training_identity
 from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
@@ -43,6 +44,14 @@ from distsbi.training.update import Pose, conditional
 UNFINISHED = "training was interrupted before the grid was chosen; give it again, or restore it in its pipeline and call calibrate()"
 EXTENT_ENTRIES = 4_096
 AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside training
+
+
+def _key_of(rngs: nnx.Rngs) -> Array:
+    """A key of the stream that is there; `nnx.Rngs(params=0)` has no default one. Raises ValueError if there is none."""
+    for name in ("default", "params"):
+        if name in rngs:
+            return rngs[name]()
+    raise ValueError("rngs holds no random numbers; give nnx.Rngs(0).")
 
 
 class ConditionalPipeline(Answers):
@@ -117,6 +126,7 @@ class ConditionalPipeline(Answers):
     # What a kind of pipeline decides for itself
 
     pose: Pose = staticmethod(conditional)  # type: ignore[assignment]
+    makes: type[Posterior] = Posterior
 
     def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
         """The model, checked and behind its embedding nets; a user's own gets the sizes that the contract asks for."""
@@ -126,6 +136,7 @@ class ConditionalPipeline(Answers):
             seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
             for name, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), (dim_obs, ch_obs, *seen), strict=True):
                 setattr(model, name, value)
+            check_output(model, lambda network: network.encode(jnp.zeros((2, *seen))), dim_obs, ch_obs)
         for net in (nets or {}).values():
             check_state(net)
         if isinstance(model, Embedded) or (nets is None and self.layout.is_plain):
@@ -172,7 +183,7 @@ class ConditionalPipeline(Answers):
             raise ValueError(
                 "this pipeline was made for inference (train_dataset=None); make one with a training set to train."
             )
-        key = keys.as_key(rngs() if isinstance(rngs, nnx.Rngs) else rngs)
+        key = keys.as_key(_key_of(rngs) if isinstance(rngs, nnx.Rngs) else rngs)
         base = dataclasses.replace(
             TrainingConfig.from_dict({**self.training_config.to_dict(), **overrides}),
             **({} if nsteps is None else {"nsteps": nsteps}),
@@ -287,9 +298,13 @@ class ConditionalPipeline(Answers):
         """Takes up a saved run of the same network and method: its weights, scales and sampling grid, to sample from or to go on training
         from. Returns the pipeline.
 
-        Raises ValueError for a run of another network or method, and as `distsbi.load` does.
+        Raises ValueError for a run of another network, method or prior's support, and as `distsbi.load` does.
         """
         found = load(path, mesh=self.mesh, network=self._own_for(read_spec(path)["network"]))
+        if not isinstance(found, self.makes):
+            raise ValueError(
+                f"{path} holds one conditional of a joint model, or its student; distsbi.load it, or restore the run that it was made of."
+            )
         scales = found.joint_standardizer if isinstance(found, JointPosterior) else found.weights.standardizer
         made = self._make_posterior(nnx.state(self.model, nnx.Param), jax.tree.map(np.asarray, scales), None, {})
         here, there = model_spec(made), model_spec(found)
@@ -299,11 +314,23 @@ class ConditionalPipeline(Answers):
                 f"{path} holds a run of another {' and '.join(differing)} than this pipeline; make the pipeline that it was trained with, or "
                 f"distsbi.load it."
             )
+        self._check_supports(path, scales)
         weights = found.joint if isinstance(found, JointPosterior) else found.network
         nnx.update(self.model, nnx.state(weights, nnx.Param))
         self._standardizer, self._posterior, self._last = jax.tree.map(np.asarray, scales), found, None
         self.parameter_names = found.parameter_names
         return self
+
+    def _check_supports(self, path: str | os.PathLike[str], scales: Standardizer) -> None:
+        """Raises ValueError if this pipeline has a prior of another support than the run was trained with, whose scales cut others off."""
+        if self.prior is None:
+            return
+        for name, here, there in zip(self.parameter_names, self._supports, scales.supports, strict=False):
+            if (np.float32(here.low), np.float32(here.high)) != (there.low, there.high):
+                raise ValueError(
+                    f"{path} was trained with {name} in ({there.low:g}, {there.high:g}), and the prior of this pipeline has it in ({here.low:g}, "
+                    f"{here.high:g}): give the prior that it was trained with, or train anew."
+                )
 
     def _own_for(self, described: dict[str, Any]) -> Any:
         """Of this model what a run so described cannot make by itself: a user's own network, or one behind a user's own embedding nets."""

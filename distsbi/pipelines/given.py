@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -19,6 +21,23 @@ def check_module(model: Any) -> None:
             f"See distsbi.networks.Network."
         )
     check_state(model)
+
+
+def check_output(model: Any, context: Callable[[Any], Any], dim: int, channels: int) -> None:
+    """Raises ValueError if what a user's own network predicts has not the shape of what is drawn. Nothing is computed. `context`: what it encodes,
+    of two observations."""
+
+    def predict(state: Any) -> Array:
+        network = nnx.merge(graphdef, state)
+        return network(jnp.zeros((2, 3)), jnp.zeros(shape), context(network))
+
+    shape, (graphdef, state) = (2, 3, dim, channels), nnx.split(model)
+    found = jax.eval_shape(predict, state)
+    if getattr(found, "shape", None) != shape:
+        raise ValueError(
+            f"{type(model).__name__} must predict [batch, draws, dim, channels], {list(shape)} for theta_t of that shape and t of [2, 3]; it gives "
+            f"{list(found.shape) if hasattr(found, 'shape') else type(found).__name__}. See distsbi.networks.Network."
+        )
 
 
 def check_state(model: Any) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from distsbi.data.standardise import Standardizer, Support
 from distsbi.networks import JointNetwork, Unconditional
 from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline
-from distsbi.pipelines.given import check_module
+from distsbi.pipelines.given import check_module, check_output
 from distsbi.sampling import Dataset, Posterior
 from distsbi.sampling.joint import JointPosterior, X, pattern_key
 from distsbi.solvers import Solver
@@ -34,6 +35,8 @@ class JointPipeline(ConditionalPipeline):
         condition_mask: how masks are drawn, "structured", "bernoulli" or "posterior"; see `ConditionMasks`.
         other arguments: as for `ConditionalPipeline`; parameters and data need the same channels.
     """
+
+    makes = JointPosterior
 
     def __init__(self, *args: Any, condition_mask: str = "structured", **options: Any):
         if condition_mask not in MASK_SHARES:
@@ -54,6 +57,8 @@ class JointPipeline(ConditionalPipeline):
             check_module(model)
             for name, value in {"num_tokens": total, "ch_theta": ch_obs}.items():
                 setattr(model, name, value)
+            blank = jnp.zeros((2, total, ch_obs)), jnp.zeros((2, total), bool)
+            check_output(model, lambda network: network.encode(*blank), total, ch_obs)
         elif (model.num_tokens, model.ch_theta) != (total, ch_obs):
             raise ValueError(
                 f"the model has {model.num_tokens} tokens of {model.ch_theta} channels; dim_obs + dim_cond is {total}, ch_obs {ch_obs}."
@@ -112,6 +117,11 @@ class UnconditionalPipeline(ConditionalPipeline):
             model = Unconditional(model)
         train_dataset, val_dataset = (None if d is None else _with_nothing(d) for d in (train_dataset, val_dataset))
         super().__init__(model, train_dataset, val_dataset, dim_obs, 1, ch_obs, 1, training_config, **options)
+
+    def _make_posterior(
+        self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
+    ) -> Posterior:
+        return super()._make_posterior(params, standardizer, solver, {**facts, "unconditional": True})
 
     def sample(  # type: ignore[override]
         self, key: Any = None, nsamples: int | None = None, *, rng: Any = None, use_ema: bool = True, **options: Any

@@ -79,6 +79,8 @@ class _Named:
                 raise ValueError(
                     f"{type(self).__name__} has no keyword {name!r}.{did_you_mean(name, every)} The keywords are {', '.join(every)}."
                 )
+        if sde_type is not None and options.get("method") is not None:
+            raise ValueError("sde_type and method both say what is learned; give one of them.")
         make: Any = super().__init__  # of the pipeline that this is mixed into
         make_model: Any = self.make_model
         make(

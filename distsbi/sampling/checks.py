@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from distsbi import keys
-from distsbi.data.standardise import ABOVE, BELOW, INTERVAL, REAL, Standardizer
+from distsbi.data.standardise import ABOVE, BELOW, DECADES, INTERVAL, REAL, Standardizer
 from distsbi.sampling import tiles
 
 BLOCK_ROWS = 4_096  # observations that are looked at together
@@ -120,8 +120,8 @@ def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str
         return xs
     low, high = (np.asarray(bound) for bound in (standardizer.x_low, standardizer.x_high))
     kinds = np.asarray(standardizer.x_kinds)[:, None]
-    low = np.where((kinds == INTERVAL) | (kinds == ABOVE), low, -np.inf)
-    high = np.where((kinds == INTERVAL) | (kinds == BELOW), high, np.inf)
+    low = np.where(np.isin(kinds, [INTERVAL, DECADES, ABOVE]), low, -np.inf)
+    high = np.where(np.isin(kinds, [INTERVAL, DECADES, BELOW]), high, np.inf)
     for row, i, ch in np.argwhere((xs < low) | (xs > high))[:1]:
         name = names[i] if names else f"number {i} of what is given"
         raise ValueError(

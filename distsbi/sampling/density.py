@@ -52,7 +52,7 @@ class Densities:
     def log_prob(
         self,
         theta: Float[Array, "n dim_theta ch_theta"],
-        x_o: Float[Array, "1 dim_x ch_x"],
+        x_o: Float[Array, "1 dim_x ch_x"] | None = None,
         *,
         divergence: str = "exact",
         probes: int = 8,
@@ -165,7 +165,7 @@ class Densities:
         return draws[0], density[0]
 
     def map(
-        self, x_o: Any, *, key: Any = 0, nsamples: int = 1_000, starts: int = 8, steps: int = 100
+        self, x_o: Any = None, *, key: Any = 0, nsamples: int = 1_000, starts: int = 8, steps: int = 100
     ) -> tuple[Float[np.ndarray, "dim_theta ch_theta"], float]:
         """(theta, log p) at the maximum a posteriori: the likeliest `starts` of `nsamples` draws, climbed by Adam for `steps` steps.
 

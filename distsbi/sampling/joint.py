@@ -14,6 +14,7 @@ from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.joint import Conditional, JointNetwork
+from distsbi.sampling import tiles
 from distsbi.sampling.checks import one_of
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile, Weights
@@ -113,11 +114,17 @@ class JointPosterior(Posterior):
                 },  # of x, not of what is given here
                 "certificate": known["certificate"] if known else {"met": None, "of": "another pattern"},
             }
+            network, scales = (
+                Conditional(self.joint_network, free, fixed),
+                self.joint_standardizer.restrict(free, fixed),
+            )
+            each = tiles.bytes_per_row(network, scales)  # of which there may be many more tokens than of theta
+            fitting = {kind: tile.within(tiles.KINDS[kind].most_rows(each)) for kind, tile in self.tile_by_kind.items()}
             made = Posterior(
-                Conditional(self.joint_network, free, fixed), self.method, self.joint_standardizer.restrict(free, fixed),
+                network, self.method, scales,
                 names=tuple(self.token_names[i] for i in free),
                 solver=solver_from_dict(known["solver"]) if known else self.default_solver,
-                tile=self.tile_by_kind, mesh=self.mesh, facts=facts,
+                tile=fitting, mesh=self.mesh, facts=facts,
             )  # fmt: skip
             # all patterns share the weights on the devices: the paths are the same
             made.weights = Weights(self.weights.params, made.weights.standardizer)

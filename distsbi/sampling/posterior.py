@@ -36,7 +36,7 @@ from distsbi.sampling.density import Densities
 from distsbi.sampling.fill import fill
 from distsbi.sampling.options import ONE, SampleOptions
 from distsbi.sampling.tiles import Tile, Weights
-from distsbi.solvers import FixedGrid, Solver, make_solver
+from distsbi.solvers import FixedGrid, Solver, check_complete, make_solver
 
 
 class Posterior(Densities):
@@ -75,7 +75,7 @@ class Posterior(Densities):
         self.dim_x, self.ch_x = network.dim_x, network.ch_x
         self.layout: Layout = getattr(network, "layout", None) or Layout(("",), ((self.dim_x, self.ch_x),))
         self.parameter_names = names or tuple(f"theta_{i}" for i in range(self.dim_theta))
-        self.default_solver = solver if solver is not None else make_solver(method)
+        self.default_solver = check_complete(solver) if solver is not None else make_solver(method)
         self.facts = dict(facts or {})
         self.last_check: dict[str, float] | None = None  # of the last draw with `check=`
         # None: not even a network that is trained anew could have it (a joint one is told what is there by `given`)
@@ -167,6 +167,12 @@ class Posterior(Densities):
 
     def _one(self, x_o: Any) -> Float[np.ndarray, "1 dim_x ch_x"]:
         """An observation with its batch axis, packed and checked."""
+        if self.is_unconditional:
+            if x_o is not None and np.any(np.asarray(x_o)):
+                raise ValueError("this run is a density without conditions: leave x_o out.")
+            x_o = np.zeros((1, self.dim_x, self.ch_x), np.float32)
+        if x_o is None:
+            raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
         if self.layout.is_plain:
             x = as_array(x_o, (1, self.dim_x, self.ch_x), "x_o", missing=self.missing)
         else:
@@ -227,6 +233,11 @@ class Posterior(Densities):
         return solver
 
     @property
+    def is_unconditional(self) -> bool:
+        """Whether this is a density without conditions: its x is nothing."""
+        return bool(self.facts.get("unconditional"))
+
+    @property
     def is_student(self) -> bool:
         """Whether this posterior was made by `distill`: it has its own steps and no log_prob."""
         return "student" in self.facts
@@ -239,6 +250,10 @@ class Posterior(Densities):
                 "check compares with the sd of the draws, which one draw has not: draw more, or leave it out."
             )
         if chosen.return_trajectory:
+            if chosen.check:
+                raise ValueError(
+                    "check compares draws, not trajectories: leave out one of check and return_trajectory."
+                )
             if not isinstance(solver, FixedGrid):
                 raise ValueError("return_trajectory needs a fixed grid: give steps, step_size or time_grid.")
             out = np.empty((len(xs), nsamples, len(solver.times), *shape), np.float32)
@@ -273,8 +288,6 @@ class Posterior(Densities):
         """
         chosen = SampleOptions.parse(options, ONE, self.no_given)
         key = one_of("rng", rng, "key", key)
-        if x_o is None:
-            raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
         count = (
             10_000
             if nsamples is None and num_samples is None
@@ -282,7 +295,7 @@ class Posterior(Densities):
         )
         return self._sampler(self._one(x_o), observation_id, chosen)(key, nsamples=count)
 
-    def get_sampler(self, x_o: Any, *, observation_id: int = 0, **options: Any) -> Callable[..., np.ndarray]:
+    def get_sampler(self, x_o: Any = None, *, observation_id: int = 0, **options: Any) -> Callable[..., np.ndarray]:
         """A function `sampler(key, nsamples=10_000)` for one observation, compiled at its first call and reused after."""
         chosen = SampleOptions.parse(options, ("x_o", "observation_id"), self.no_given)
         return self._sampler(self._one(x_o), observation_id, chosen)
@@ -312,6 +325,8 @@ class Posterior(Densities):
     ) -> Dataset:
         """`sample` into a Parquet dataset, a folder of parts; of several processes all call this, and each writes its own parts. See
         `distsbi.sampling.dataset.write`."""
+        if "given" in options:
+            raise ValueError(self.no_given)
         key = keys.as_key(one_of("rng", rng, "key", key))
         return write(path, self, key, self._one(x_o), check_nsamples(nsamples), **options)
 

@@ -49,7 +49,7 @@ def make_solver(
         ]
         if beside:
             raise ValueError(f"{', '.join(beside)} given beside a complete solver; leave them out.")
-        return solver
+        return check_complete(solver)
     if solver is not None and not isinstance(solver, str):
         raise ValueError(f"solver must be a name, one of {', '.join([*RULES, *SOLVERS])}; got {solver!r}.")
     for name, value in {"step_size": step_size, "rtol": rtol, "atol": atol}.items():
@@ -81,8 +81,7 @@ def make_solver(
     if time_grid is not None:
         if np.ndim(time_grid) != 1 or np.asarray(time_grid).dtype.kind not in "fiu":
             raise ValueError(f"time_grid must be a list of times; got {time_grid!r}.")
-        if not (len(time_grid) and time_grid[0] == 0 and abs(time_grid[-1] - 1) < 1e-6):
-            raise ValueError(f"time_grid must run from 0 (noise) to 1 (data); got {[float(t) for t in time_grid]}.")
+        _check_ends("time_grid", time_grid)
         return FixedGrid(name or "midpoint", tuple(time_grid), options)
     if step_size is not None:
         if not 0 < step_size <= 1:
@@ -103,6 +102,18 @@ def make_solver(
     return FixedGrid(name, method.grid(count), options)
 
 
+def check_complete(solver: Solver) -> Solver:
+    """The solver. Raises ValueError for one that stops on the way from noise to data, whose results are no draws."""
+    if isinstance(solver, FixedGrid):
+        _check_ends("the times of a solver", solver.times)
+    return solver
+
+
+def _check_ends(what: str, times: Sequence[float]) -> None:
+    if not (len(times) and times[0] == 0 and abs(times[-1] - 1) < 1e-6):
+        raise ValueError(f"{what} must run from 0 (noise) to 1 (data); got {[float(t) for t in times]}.")
+
+
 def solver_from_dict(fields: dict[str, Any]) -> Solver:
     """The solver that `to_dict` wrote."""
     fields = dict(fields)
@@ -121,6 +132,7 @@ __all__ = [
     "Field",
     "FixedGrid",
     "Solver",
+    "check_complete",
     "make_solver",
     "solver_from_dict",
 ]

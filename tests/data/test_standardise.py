@@ -137,6 +137,51 @@ def test_no_draw_lies_on_a_bound(case):
     assert draws.max() < support.high
 
 
+OVER_DECADES = {
+    "log-uniform": (dist.LogUniform(1e-4, 1e4), (1e-4, 1e4)),
+    "log-uniform, few": (dist.LogUniform(0.1, 10.0), (0.1, 10.0)),
+    "beta": (dist.Beta(0.05, 0.05), (0.0, 1.0)),
+    "beta, one side": (dist.Beta(0.05, 2.0), (0.0, 3.0)),
+}
+
+
+@pytest.mark.parametrize("case", OVER_DECADES)
+def test_an_interval_that_is_filled_over_decades(case):
+    """Every theta that float32 tells apart is told apart, comes back, and has the density of the Jacobian."""
+    prior, bounds = OVER_DECADES[case]
+    theta = np.asarray(prior.sample(jax.random.key(1), (4_000,)))[:, None, None] * (bounds[1] if bounds[0] == 0 else 1)
+    scales = Standardizer.fit(theta, np.zeros_like(theta), [Support(*bounds)])
+    centre = jnp.zeros((1, 1))
+    y = np.asarray(scales.forward(theta, centre))
+    inside = (theta > 1e-30) & (theta < bounds[1] * (1 - 1e-6))  # the rest of this Beta is beyond float32
+    assert np.mean(inside) > 0.7 if "beta" in case else np.mean(inside) > 0.999
+    some = theta[inside]
+    assert len(np.unique(y[inside])) > 0.98 * len(np.unique(some))
+    np.testing.assert_allclose(np.asarray(scales.inverse(y, centre))[inside], some, rtol=2e-3)
+    exact = np.log(np.abs(jax.vmap(jax.grad(lambda t: scales.forward(t[None, None], centre)[0, 0]))(jnp.asarray(some))))
+    np.testing.assert_allclose(np.asarray(scales.log_det(y, centre))[inside[:, 0, 0]], exact, atol=2e-2)
+    if "log" in case:
+        assert scales.kinds == ("decades",)
+        np.testing.assert_allclose([y.mean(), y.std()], [0, 1], atol=1e-3)
+        middle = np.sort(y.ravel())[[1_000, 2_000, 3_000]]  # quartiles of a standard normal, +- 4 standard errors
+        np.testing.assert_allclose(middle, [-0.674, 0, 0.674], atol=0.08)
+
+
+def test_an_interval_of_decades_that_is_filled_evenly_is_none_of_decades():
+    theta = np.random.default_rng(0).uniform(1e-3, 1e3, (2_000, 1, 1)).astype("f4")
+    scales = Standardizer.fit(theta, theta, [Support(1e-3, 1e3)])
+    assert scales.kinds == ("interval",)
+    np.testing.assert_array_equal(scales.edges, np.float32(1e-6))
+
+
+def test_supports_are_those_it_was_fitted_with():
+    theta = np.exp(np.random.default_rng(0).uniform(-5, 5, (500, 5, 1))).astype("f4")
+    bounds = [Support(1e-3, 1e3), Support(-1.0, 1e3), Support(low=0.0), Support(high=1e3), Support()]
+    scales = Standardizer.fit(theta, theta, bounds)
+    assert scales.kinds == ("decades", "interval", "above", "below", "real")
+    assert [(s.low, s.high) for s in scales.supports] == [(np.float32(s.low), np.float32(s.high)) for s in bounds]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_theta_on_a_bound_does_not_set_the_scale(sign):
     rng = np.random.default_rng(0)
@@ -176,7 +221,7 @@ def test_fitting_copies_blocks_alone():
 def test_scales_of_before_there_were_floors():
     scales = Standardizer.fit(*_pairs(n=300), SUPPORTS)
     fields = scales.to_dict()
-    del fields["floor"]
+    del fields["floor"], fields["edges"]
     theta = jnp.asarray(_pairs(n=300)[0])
     np.testing.assert_array_equal(Standardizer.from_dict(fields).unbound(theta), scales.unbound(theta))
 
@@ -185,6 +230,7 @@ def test_given_parameters_keep_their_floors():
     joint = Standardizer.fit(_pairs(n=300)[0], np.zeros((300, 0, 1), "f4"), SUPPORTS, linear=False)
     part = joint.restrict([0, 2], [1, 3])
     np.testing.assert_array_equal(part.floor, np.asarray(joint.floor)[[0, 2]])
+    np.testing.assert_array_equal(part.x_edges, np.asarray(joint.edges)[[1, 3]])
     on_bound = jnp.asarray([[2.0], [7.0]])
     np.testing.assert_array_equal(
         part.forward_x(on_bound)[0], joint.forward(jnp.full((4, 1), 2.0), jnp.zeros((4, 1)))[1]

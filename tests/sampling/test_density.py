@@ -215,6 +215,8 @@ def test_trajectories_and_the_check_at_run_time():
     assert posterior.sample_batched(0, xs, 7, steps=5, return_trajectory=True).shape == (6, 7, 2, 2, 1)
     with pytest.raises(ValueError, match="fixed grid"):
         posterior.sample(0, xs[:1], 5, solver="tsit5", return_trajectory=True)
+    with pytest.raises(ValueError, match="check compares draws, not trajectories"):
+        posterior.sample(0, xs[:1], 64, steps=5, return_trajectory=True, check=0.5)
     draws = posterior.sample(0, xs[:1], 300, steps=32, check=0.1)
     np.testing.assert_array_equal(draws, posterior.sample(0, xs[:1], 300, steps=32))
     assert posterior.last_check is not None

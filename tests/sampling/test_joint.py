@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 
 from distsbi import Flux1JointFlowPipeline, JointPipeline, UnconditionalPipeline, load
+from distsbi.cli import cli
 from distsbi.data import Prior, Standardizer
 from distsbi.data.standardise import Support
 from distsbi.methods import FlowMatching
@@ -155,6 +157,23 @@ def test_every_conditional_of_a_gaussian(trained):
     np.testing.assert_allclose([mixed[:, 1].mean(), mixed[:, 1].std()], [0.8, np.sqrt(0.2)], atol=0.15)
 
 
+def test_one_conditional_is_not_taken_up_as_all(trained, tmp_path):
+    """Nor a student, which is one, too."""
+    trained.posterior.pattern(["theta"]).save(tmp_path / "run")
+    assert load(tmp_path / "run").dim_theta == 2
+    with pytest.raises(ValueError, match="holds one conditional of a joint model, or its student; distsbi.load it"):
+        trained.restore(tmp_path / "run")
+
+
+def test_a_pattern_of_many_tokens_gets_a_tile_that_fits():
+    """And the same one in every process: it follows from sizes."""
+    pipeline = Flux1JointFlowPipeline(None, None, 3, 300, params={"depth_single_blocks": 1}, mesh={"data": 1})
+    posterior = pipeline._make_posterior(nnx.state(pipeline.model, nnx.Param), Standardizer.identity(303, 0), None, {})
+    emulator = posterior.pattern(["theta"])
+    assert posterior.tile.rows > emulator._most_rows >= emulator.tile.rows
+    assert posterior.pattern(["x"]) is posterior
+
+
 def test_patterns_save_and_load(trained, tmp_path):
     trained.save(tmp_path / "run")
     again = load(tmp_path / "run", mesh={"data": 1})
@@ -275,8 +294,16 @@ def test_density_estimation_without_conditions(kind, tmp_path):
     top, height = pipeline.map(nsamples=50, starts=2, steps=20)
     assert top.shape == (2, 1) and height > density.min()
     pipeline.save(tmp_path / "run")
-    nothing = np.zeros((1, 1, 1))
-    np.testing.assert_array_equal(load(tmp_path / "run").sample(0, nothing, 7), pipeline.sample(rng=0, nsamples=7))
+    loaded, expected = load(tmp_path / "run"), pipeline.sample(rng=0, nsamples=7)
+    for given in ({}, {"x_o": np.zeros((1, 1, 1))}):
+        np.testing.assert_array_equal(loaded.sample(0, nsamples=7, **given), expected)
+    np.testing.assert_array_equal(loaded.get_sampler()(0, 7), expected)
+    np.testing.assert_array_equal(loaded.log_prob(draws[:5, :, None]), density)
+    with pytest.raises(ValueError, match="this run is a density without conditions: leave x_o out"):
+        loaded.sample(0, np.ones((1, 1, 1)), 7)
+    out = CliRunner().invoke(cli, ["sample", str(tmp_path / "run"), "-n", "7", "--out", str(tmp_path / "draws.npy")])
+    assert out.exit_code == 0, out.output
+    np.testing.assert_array_equal(np.load(tmp_path / "draws.npy"), expected)
 
 
 def test_a_density_without_conditions_takes_no_observations():

@@ -177,6 +177,7 @@ def test_options():
         ({"solver": "stochastic_heun", "solver_options": {"chrun": 1}}, "it has churn, s_min"),
         ({"solver": "zero_ends", "solver_options": {"strength": "a"}}, "must be a number"),
         ({"solver_options": {"churn": 1}}, "need the name"), ({"steps": 3, "coupled": True}, "coupled=True needs"),
+        ({"solver": FixedGrid("midpoint", (0.0, 0.25, 0.5))}, "the times of a solver must run from 0"),
         ({"time_grid": [0, 0.5]}, "must run from 0"), ({"time_grid": [0.1, 1.0]}, "must run from 0"),
     ],
 )  # fmt: skip
