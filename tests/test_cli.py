@@ -143,6 +143,7 @@ def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     code, out, err = distsbi(*command)
     assert code == 0, err
     assert "trained MLPFlowPipeline" in out
+    assert "INFO training, update 0 of 20; the first ones take a while" in err
     assert "INFO update 20 of 20: loss " in err
     x = re.search(rf"next: distsbi sample {run} --x (\S+) ", out)
     assert x is not None
@@ -276,7 +277,7 @@ def test_catalog(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
     assert code == 0, err
     assert "3 rows in" in text
     assert "2 with draws, 1 without" in text
-    assert "1 rows invalid: x has 1 values that are NaN" in err
+    assert "1 row invalid: x has 1 values that are NaN" in err
     assert "or train with missing=True (on the command line --missing)" in err
     assert "column `message`" in err
     assert open_catalog(out).draws("b").shape == (40, 2, 1)
@@ -324,7 +325,7 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     assert code == 0
     assert "2 of 2 shards, 3 of 3 rows (100.0%)" in text
     assert "2 ok, 1 invalid" in text
-    assert "bad      1 rows invalid: x has" in text
+    assert "bad      1 row invalid: x has" in text
     assert json.loads(distsbi("status", out, "--json")[1])["shards_done"] == 2
     code, text, _ = distsbi("verify", out, "--fraction", 1)
     assert code == 0

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 
 from distsbi import (
@@ -24,6 +25,7 @@ from distsbi import (
     get_task,
     load,
 )
+from distsbi.cli import cli
 from distsbi.data import write_pairs
 from distsbi.methods import FlowMatching, ScoreMatchingVP
 from distsbi.networks import MLP
@@ -144,20 +146,26 @@ def test_a_run_of_another_prior_is_not_taken_up(tmp_path, trained, given, says):
     MLPFlowPipeline(None, None, 2, 2, **options).restore(tmp_path / "run")
 
 
-def test_a_prior_over_decades_is_learned_over_all_of_them():
-    """rate in (1e-4, 1e4), x = log(rate) + noise of sd 0.1: at both ends and between the median draw is the rate, within a factor of 1.6."""
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prior_over_decades_is_learned_over_all_of_them(raw, tmp_path):
+    """rate in (1e-4, 1e4), x = log(rate) + noise of sd 0.1, or exp of that: at both ends and between the median draw is the rate, within a factor of 1.6."""
     rng = np.random.default_rng(0)
     log_rate = np.log(1e-4) + rng.uniform(size=(4_000, 1)) * np.log(1e8)
-    data = np.exp(log_rate).astype("f4"), (log_rate + 0.1 * rng.normal(size=log_rate.shape)).astype("f4")
+    x = log_rate + 0.1 * rng.normal(size=log_rate.shape)
+    data = np.exp(log_rate).astype("f4"), (np.exp(x) if raw else x).astype("f4")
     pipeline = MLPFlowPipeline(
         data, None, 1, 1, params={"width": 32, "depth": 1}, prior=Prior(rate=dist.LogUniform(1e-4, 1e4)),
         training_config={**QUICK, "nsteps": 150, "batch_size": 256, "val_every": 150}, mesh={"data": 2},
     )  # fmt: skip
     pipeline.train(nnx.Rngs(0))
     for rate in (1e-3, 1.0, 1e3):
-        drawn = pipeline.sample(rng=0, x_o=np.full((1, 1, 1), np.log(rate)), nsamples=500)
+        drawn = pipeline.sample(rng=0, x_o=np.full((1, 1, 1), rate if raw else np.log(rate)), nsamples=500)
         assert abs(np.log(np.median(drawn) / rate)) < np.log(1.6)
         assert 0.03 < np.log(drawn).std() < 1
+    pipeline.save(tmp_path / "run")
+    told = CliRunner().invoke(cli, ["info", str(tmp_path / "run")]).output
+    assert "rate in (0.0001, 10000)" in told
+    assert ("(1, 1); positive over decades, and taken by their logarithm: all entries" in told) == raw
 
 
 class Flat(nnx.Module):

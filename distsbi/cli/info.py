@@ -21,13 +21,13 @@ def info(run: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(spec, indent=1))
         return
-    dim_theta, ch_theta, dim_x, ch_x = spec["sizes"]
+    dim_theta, ch_theta = spec["sizes"][:2]
     rows = [
         ("network", spec["network"]["name"] or "a user's own module"),
         *([("embedding", json.dumps(spec["network"]["embedded"]["nets"]))] if "embedded" in spec["network"] else []),
         ("method", spec["method"]["name"]),
         ("parameters", f"({dim_theta}, {ch_theta}): {_parameters(spec)}"),
-        ("data", f"({dim_x}, {ch_x})"),
+        ("data", _data(spec)),
         ("solver", json.dumps(spec["solver"])),
         ("certificate", _certificate(spec["facts"].get("certificate"))),
         ("versions", ", ".join(f"{name} {version}" for name, version in spec["versions"].items())),
@@ -40,13 +40,28 @@ def info(run: Path, as_json: bool) -> None:
 def _parameters(spec: dict[str, Any]) -> str:
     """Names, with the interval of each that has bounds."""
     scales = spec["standardizer"]
-    ends = {"interval": "({low:g}, {high:g})", "above": "({low:g}, inf)", "below": "(-inf, {high:g})"}
+    inside = "({low:g}, {high:g})"
+    ends = {"interval": inside, "decades": inside, "above": "({low:g}, inf)", "below": "(-inf, {high:g})"}
     said = []
     for name, kind, (low,), (high,) in zip(
         spec["parameter_names"], scales["kinds"], scales["low"], scales["high"], strict=False
     ):
         said.append(f"{name} in {ends[kind].format(low=low, high=high)}" if kind in ends else name)
     return ", ".join(said)
+
+
+def _data(spec: dict[str, Any]) -> str:
+    """The shape of x, and of which entries the logarithm is taken."""
+    dim_x, ch_x = spec["sizes"][2:]
+    if spec["facts"].get("unconditional"):
+        return "none: a density without conditions"
+    logs = [i for i, kind in enumerate(spec["standardizer"].get("x_kinds", ())) if kind == "positive"]
+    which = (
+        "all entries"
+        if len(logs) == dim_x
+        else f"entries {', '.join(map(str, logs[:8]))}{', ...' if len(logs) > 8 else ''}"
+    )
+    return f"({dim_x}, {ch_x})" + (f"; positive over decades, and taken by their logarithm: {which}" if logs else "")
 
 
 def _certificate(found: dict[str, Any] | None) -> str:

@@ -11,7 +11,7 @@ Parameters go through an elementwise bijection of the prior's support to the rea
 so that no draw leaves the prior or lies on a bound of it, and log|du/dtheta| enters the log-density. The floor, a small part of the
 median distance, keeps a theta that is the bound from setting the scale of all; so do the probabilities at which the probit is cut off. Under
 the probit a uniform prior is a standard normal, the very distribution that the path starts from, and under the logarithm one that is uniform
-in it. What x says linearly is then taken out in closed form,
+in it. Entries of x that are positive and span decades, such as fluxes, are taken by their logarithm, too. What x says linearly is then taken out in closed form,
 
     y = S^(-1/2) (u - A x),    A: least squares of u on x,    S: covariance of what is left
 
@@ -20,6 +20,7 @@ posterior of a linear-Gaussian problem is the very noise that the path starts fr
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -30,8 +31,11 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
 REAL, INTERVAL, DECADES, ABOVE, BELOW = "real", "interval", "decades", "above", "below"
+POSITIVE = "positive"  # of x: what all were in training, but no bound
 _EDGE = 1e-6  # from where on probabilities are cut off at either end, or less: float32 uniforms at an edge stay finite
 _DECADES = 10.0  # high / low from which on an interval may be one of decades
+_X_DECADES = 100.0  # of the 95 % and the 5 % quantile, from which on positive entries of x are taken by their logarithm
+_X_ROWS = 20_000  # evenly spaced, of which these are
 _LOG_RANGE = 80.0  # exp stays inside float32
 _ROWS_PER_COLUMN = 10  # pairs for each column of x below which least squares would fit noise
 _MOST_COLUMNS = 2_048
@@ -75,7 +79,7 @@ class Standardizer:
     slope: Float[Array, "n_x n_theta"]  # A, transposed
     root: Float[Array, "n_theta n_theta"]  # S^(1/2), symmetric
     inverse_root: Float[Array, "n_theta n_theta"]
-    # of given parameters of a joint model, which go through their bijection too; empty: x is real
+    # of given parameters of a joint model, which go through their bijection too, and of x over decades; empty: x is real
     x_kinds: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     x_low: Float[Array, "dim_x 1"] | None = None
     x_high: Float[Array, "dim_x 1"] | None = None
@@ -94,10 +98,11 @@ class Standardizer:
         supports: Sequence[Support],
         *,
         linear: bool = True,
+        decades: bool = True,
         pool: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> Self:
-        """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares. `pool`: makes
-        (means, standard deviations) of x equal where entries share a scale.
+        """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares. `decades`: the logarithm of
+        entries of x that are positive and span decades. `pool`: makes (means, standard deviations) of x equal where entries share a scale.
 
         Raises ValueError if there are not as many supports as parameters.
         """
@@ -109,6 +114,17 @@ class Standardizer:
         kinds = tuple(DECADES if _over_decades(theta[:, i], s) else s.kind for i, s in enumerate(supports))
         zero, one = np.zeros(theta.shape[1:], np.float32), np.ones(theta.shape[1:], np.float32)
         x = np.asarray(x)
+        x_fields: Any = _over_x_decades(x) if decades else {}
+        if x_fields:
+            u_x = _unbound(
+                jnp.asarray(x, jnp.float32),
+                x_fields["x_kinds"],
+                x_fields["x_low"],
+                x_fields["x_high"],
+                x_fields["x_floor"],
+                None,
+            )
+            x = np.asarray(u_x)
         x_mean, x_std = _scales(x)
         if pool is not None:
             x_mean, x_std = pool(x_mean, x_std)
@@ -117,7 +133,7 @@ class Standardizer:
         fields: Any = (low, high, zero, one, x_mean.astype(np.float32), x_std.astype(np.float32), flat, eye, eye)
         floor: Any = _floors(theta, kinds, low, high)
         edges: Any = _edges(theta, kinds, low, high)
-        bare = cls(kinds, *fields, floor=floor, edges=edges)
+        bare = cls(kinds, *fields, floor=floor, edges=edges, **x_fields)
         u = np.concatenate([bare.unbound(jnp.asarray(theta[part])) for part in _parts(theta)])
         mean, std = _scales(u)
         slope, root, inverse_root = flat, eye, eye
@@ -314,8 +330,8 @@ def _unbound(
         part = (jnp.log(jnp.maximum(theta, start)) - jnp.log(start)) / ratio
         u = jnp.where(_is(kinds, DECADES), probit(part, 1 - part), u)
     least = _TINY if floor is None else floor
-    if ABOVE in kinds:
-        u = jnp.where(_is(kinds, ABOVE), jnp.log(jnp.maximum(theta - low, least)), u)
+    if ABOVE in kinds or POSITIVE in kinds:
+        u = jnp.where(_is(kinds, ABOVE, POSITIVE), jnp.log(jnp.maximum(theta - low, least)), u)
     if BELOW in kinds:
         u = jnp.where(_is(kinds, BELOW), -jnp.log(jnp.maximum(high - theta, least)), u)
     return u
@@ -341,6 +357,29 @@ def _over_decades(theta: np.ndarray, support: Support) -> bool:
     return bool(np.all(abs(decades - 0.5) < abs(linear - 0.5)))
 
 
+def _over_x_decades(x: np.ndarray) -> dict[str, Any]:
+    """The fields of x for entries that are positive and span decades; none where there are none."""
+    some = x[np.linspace(0, len(x) - 1, min(len(x), _X_ROWS)).round().astype(int)] if len(x) else x
+    if not some.size:
+        return {}
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # an entry that is always missing
+        few, middle, many = np.nanquantile(some, (0.05, 0.5, 0.95), axis=0)
+        # the median in the lower three quarters of the logarithms: not a few small numbers among others that are alike
+        over = (np.nanmin(x, axis=0) > 0) & (many >= _X_DECADES * few) & (middle / few < (many / few) ** 0.75)
+    which = over.all(-1)
+    if not which.any():
+        return {}
+    zero = np.zeros((len(which), 1), np.float32)
+    kinds = tuple(POSITIVE if positive else REAL for positive in which)
+    return {
+        "x_kinds": kinds,
+        "x_low": zero,
+        "x_high": zero,
+        "x_floor": _floors(np.asarray(x, np.float32), kinds, zero, zero),
+    }
+
+
 def _edges(
     theta: np.ndarray, kinds: tuple[str, ...], low: np.ndarray, high: np.ndarray
 ) -> Float[np.ndarray, "dim_theta 2"]:
@@ -360,8 +399,8 @@ def _floors(
     """The smallest distance from the bound of each half line: a small part of the median, and less where they are spread wider than that."""
     floors = np.full((len(kinds), 1), _TINY, np.float32)
     for i, kind in enumerate(kinds):
-        if kind in (ABOVE, BELOW):
-            median, spread = _spread(theta[:, i] - low[i] if kind == ABOVE else high[i] - theta[:, i])
+        if kind in (ABOVE, BELOW, POSITIVE):
+            median, spread = _spread(high[i] - theta[:, i] if kind == BELOW else theta[:, i] - low[i])
             floors[i] = max(_TINY, median * min(_FLOOR, spread))
     return floors
 

@@ -7,6 +7,7 @@ methods under that heading.
 """
 
 import dataclasses
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ from distsbi.training.update import Pose, conditional
 UNFINISHED = "training was interrupted before the grid was chosen; give it again, or restore it in its pipeline and call calibrate()"
 EXTENT_ENTRIES = 4_096
 AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside training
+
+log = logging.getLogger("distsbi")
 
 
 def _key_of(rngs: nnx.Rngs) -> Array:
@@ -136,7 +139,9 @@ class ConditionalPipeline(Answers):
             seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
             for name, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), (dim_obs, ch_obs, *seen), strict=True):
                 setattr(model, name, value)
-            check_output(model, lambda network: network.encode(jnp.zeros((2, *seen))), dim_obs, ch_obs)
+            blank: Any = jnp.zeros((2, *seen))
+            blank = self.layout.unpack(blank) if nets is None else blank
+            check_output(model, lambda network: network.encode(blank), dim_obs, ch_obs)
         for net in (nets or {}).values():
             check_state(net)
         if isinstance(model, Embedded) or (nets is None and self.layout.is_plain):
@@ -149,7 +154,7 @@ class ConditionalPipeline(Answers):
         return Embedded(model, nets, self.layout)
 
     def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
-        return Standardizer.fit(theta, x, self._supports, pool=self.layout.pooled)
+        return Standardizer.fit(theta, x, self._supports, decades=self.layout.is_plain, pool=self.layout.pooled)
 
     def _make_posterior(
         self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
@@ -261,6 +266,9 @@ class ConditionalPipeline(Answers):
 
     def _choose_grid(self, posterior: Posterior, xs: np.ndarray) -> tuple[Solver, dict[str, Any]]:
         """(the grid, its certificate); warns of one that misses its tolerance."""
+        log.info(
+            "choosing the sampling grid: held-out observations are solved on one after another until the error is small"
+        )
         solver, certificate = calibrate(posterior, xs)
         if not certificate["met"]:
             warnings.warn(

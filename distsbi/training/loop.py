@@ -168,6 +168,8 @@ def train(
             disable=True if not first_process else None if config.show_progress is None else not config.show_progress,
         ) as bar:  # fmt: skip
             step, saved, ended = first, first, False
+            if first_process and step < nsteps:
+                log.info("training, update %d of %d; the first ones take a while, to compile", step, nsteps)
             while step < nsteps and not ended and not (config.early_stopping and int(state.stale) >= config.patience):
                 until = min((step // val_every + 1) * val_every, nsteps)
                 parts = []

@@ -167,6 +167,29 @@ def test_an_interval_that_is_filled_over_decades(case):
         np.testing.assert_allclose(middle, [-0.674, 0, 0.674], atol=0.08)
 
 
+def test_data_that_are_positive_over_decades_are_taken_by_their_logarithm():
+    """Entry by entry; what is not positive later is far away and finite, what is missing stays missing."""
+    rng = np.random.default_rng(0)
+    flux, normal = np.exp(rng.uniform(-7, 7, (3_000, 2))), rng.normal(5, 1, (3_000, 1))
+    dips = np.where(rng.uniform(size=(3_000, 1)) < 0.1, 1e-4, 1.0)  # nearly all at the top: no decades
+    x = np.concatenate([flux, normal, dips], 1)[..., None].astype("f4")
+    x[::50, 1] = np.nan
+    scales = Standardizer.fit(x[:, 2:3], x, [Support()])
+    assert scales.x_kinds == ("positive", "positive", "real", "real")
+    z = np.asarray(scales.forward_x(x))
+    assert np.isnan(z[::50, 1]).all()
+    np.testing.assert_allclose(
+        np.nanquantile(z[:, :2, 0], (0.25, 0.5, 0.75), 0).T, [[-np.sqrt(3) / 2, 0, np.sqrt(3) / 2]] * 2, atol=0.1
+    )
+    np.testing.assert_allclose(np.nanstd(z, 0), 1, atol=1e-3)
+    wild = np.asarray([0.0, -1.0, np.inf], "f4")
+    far = np.asarray(scales.forward_x(np.broadcast_to(wild[:, None, None], (3, 4, 1))))[:, 0, 0]
+    assert np.isfinite(far[:2]).all() and (far[:2] < -3).all()
+    again = Standardizer.from_dict(json.loads(json.dumps(scales.to_dict())))
+    np.testing.assert_array_equal(again.forward_x(x), scales.forward_x(x))
+    assert Standardizer.fit(x[:, 2:3], x[:, 2:], [Support()]).x_kinds == ()
+
+
 def test_an_interval_of_decades_that_is_filled_evenly_is_none_of_decades():
     theta = np.random.default_rng(0).uniform(1e-3, 1e3, (2_000, 1, 1)).astype("f4")
     scales = Standardizer.fit(theta, theta, [Support(1e-3, 1e3)])

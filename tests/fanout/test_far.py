@@ -24,7 +24,7 @@ def test_a_far_row_of_a_catalog_says_so(tmp_path, monkeypatch):
     assert rows[2]["message"].startswith("x lies far outside the simulations: its entry 1, 900, is ")
     assert rows[0]["message"] is None and rows[3]["message"] is None
     said = CliRunner().invoke(cli, ["status", str(tmp_path / "out")]).output
-    assert "far      1 rows ok, but x lies far outside the simulations\n" in said
+    assert "far      1 row ok, but x lies far outside the simulations\n" in said
     known = open_catalog(tmp_path / "out").status().reasons
     shutil.rmtree(layout.journal_folder(tmp_path / "out"), ignore_errors=True)
     layout.journal_file(tmp_path / "out").unlink()
