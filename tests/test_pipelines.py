@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from flax import nnx
 
+import distsbi
 from distsbi import (
     ConditionalPipeline,
     Flux1FlowPipeline,
@@ -189,6 +190,48 @@ def test_a_network_that_predicts_another_shape_is_refused(shape, gives):
         ValueError, match=re.escape(f"[2, 3, 2, 3] for theta_t of that shape and t of [2, 3]; it gives {gives}.")
     ):
         ConditionalPipeline(Flat(shape), None, None, 2, 2, ch_obs=3)
+
+
+def test_a_run_and_other_folders_are_not_mixed(tmp_path, monkeypatch):
+    data, run = tmp_path / "pairs", tmp_path / "run"
+    write_pairs(data, *pairs(40))
+    with pytest.raises(
+        ValueError, match="pairs holds something else, such as .*parquet; give another folder for the run"
+    ):
+        make(checkpoint_dir=str(data)).train(nnx.Rngs(0))
+    random_mlp_posterior().save(run)
+    with pytest.raises(ValueError, match="pairs holds something else"):
+        load(run).save(data)
+    assert sorted(path.suffix for path in data.iterdir()) == [".parquet"]
+    for call in (
+        lambda: distsbi.simulate(lambda theta: theta, {"a": "Normal(0, 1)"}, 5, run, workers=0),
+        lambda: distsbi.sample_catalog(run, data, run, nsamples=5, workers=0),
+    ):
+        with pytest.raises(ValueError, match="run is a run directory; give another folder"):
+            call()
+
+
+def test_a_model_of_other_sizes_is_refused_at_once(tmp_path):
+    for call in (
+        lambda: ConditionalPipeline(MLP(MLPParams(2, 1)), None, None, 2, 3),
+        lambda: UnconditionalPipeline(MLP(MLPParams(2, 3)), None, None, 2),
+    ):
+        with pytest.raises(ValueError, match=r"the model was made for .* and these data need \(2, 1, "):
+            call()
+    random_mlp_posterior(dim_x=3).save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"of other sizes, .* \[2, 1, 3, 1\], than this pipeline, \[2, 1, 1, 1\]"):
+        UnconditionalPipeline(None, None, None, 2).restore(tmp_path / "run")
+
+
+def test_priors_by_name():
+    made = MLPFlowPipeline(
+        None, None, 2, 2, params=SMALL, prior={"mass": "LogNormal(0, 0.5)", "spin": "Uniform(-1, 1)"}
+    )
+    assert (made.parameter_names, [s.kind for s in made._supports]) == (("mass", "spin"), ["above", "interval"])
+    with pytest.raises(
+        ValueError, match=r"'mass' is a text, .* write dist.LogNormal\(0, 0.5\) .* or give texts by name"
+    ):
+        Prior(mass="LogNormal(0, 0.5)")
 
 
 def test_one_word_for_what_is_learned():

@@ -71,7 +71,7 @@ def _certificate(found: dict[str, Any] | None) -> str:
     verdict, q95 = "under tolerance" if found["met"] else "NOT under tolerance", found["chosen"]["q95"]
     if q95 is None:
         return f"{verdict}: more than 5 % of draws are not finite"
-    return f"{verdict}: 95 % of draws within {q95:.2g} of the posterior's local scale of a tight solve"
+    return f"{verdict}: 95 % of draws within {q95:.2g} of the posterior's local scale of a tight solve (of the solver's error alone)"
 
 
 @cli.command()

@@ -91,7 +91,7 @@ def train(
         told = launch("distsbi.cli.train:train_member", arguments, out, ray_workers, address)
     if rank is not None and rank.index:
         return
-    best = "" if told["best"] is None else f", best validation loss {told['best']:.4f}"
+    best = "" if told["best"] is None else f", best validation loss {told['best']:.4f}, whose weights are kept"
     seconds = f"{time.perf_counter() - start:.0f} s"
     if told["before"]:
         again = "; its sampling grid was chosen again" if told["calibrated"] else ""

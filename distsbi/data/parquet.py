@@ -182,4 +182,4 @@ def check_file(path: Path) -> Footer:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again."
+    return f"{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again; distsbi verify names all that are."

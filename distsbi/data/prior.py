@@ -63,6 +63,11 @@ class Prior:
         if not parts:
             raise ValueError("Prior() needs at least one part, such as Prior(mass=dist.Uniform(0.0, 1.0)).")
         for name, part in parts.items():
+            if isinstance(part, str):
+                raise ValueError(
+                    f"the part {name!r} is a text, {part!r}: write dist.{part} (import numpyro.distributions as dist), or give texts by name, "
+                    f"{{{name!r}: {part!r}}}, where a prior goes."
+                )
             _require_prior(part, f"the part {name!r}")
             if part.batch_shape != () or len(part.event_shape) > 1:
                 raise ValueError(

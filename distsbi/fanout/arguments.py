@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from distsbi.sampling.run import SPEC
+
 
 def plain(value: Any) -> Any:
     """numpy's numbers as Python's: they are counted, compared and written as JSON."""
@@ -41,8 +43,10 @@ def check_gpus(gpus: Any) -> None:
 
 
 def check_folder(out: Path) -> Path:
-    """`out`, a path that exists or may be made. Raises ValueError if it, or what it is to lie in, is a file."""
+    """`out`, a path that exists or may be made. Raises ValueError if it, or what it is to lie in, is a file, or if it is a run directory."""
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"out must be a folder; {there} is a file. Give another path.")
+    if (out / SPEC).is_file():
+        raise ValueError(f"{out} is a run directory; give another folder.")
     return out

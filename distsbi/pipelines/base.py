@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
-from distsbi.data.prior import parameter_names, supports
+from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer
 from distsbi.diagnostics.distance import distance
@@ -36,7 +36,7 @@ from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.checks import standardised
 from distsbi.sampling.joint import JointPosterior
-from distsbi.sampling.run import load, model_spec, read_spec
+from distsbi.sampling.run import check_place, load, model_spec, read_spec
 from distsbi.solvers import Solver
 from distsbi.training import Trained, TrainingConfig, train
 from distsbi.training.loop import run_root
@@ -70,8 +70,8 @@ class ConditionalPipeline(Answers):
         ch_obs, ch_cond: channels of each; of several instruments a number or a dict.
         training_config: a dict or `TrainingConfig`; see there.
         mesh: where to train: None or "auto" (all devices, of several processes those of all), a dict of axis sizes, or a `jax.sharding.Mesh`.
-        prior: gives parameter names and the support that no draw leaves: a numpyro distribution, `distsbi.Prior`, or any
-            object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own.
+        prior: gives parameter names and the support that no draw leaves: a numpyro distribution, `distsbi.Prior`, texts by name such as
+            {"mass": "LogNormal(0, 0.5)"}, or any object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own.
         method: what is learned; default flow matching.
         augment: `augment(key, theta, x) -> (theta, x)`, traceable: noise or nuisances added afresh to every training batch.
         embedding: an `nnx.Module` that makes tokens (batch, tokens, features) of x (batch, ...), or a dict with one for each instrument.
@@ -104,6 +104,7 @@ class ConditionalPipeline(Answers):
         self.dim_cond, self.ch_cond = self.layout.packed
         self.method = method or FlowMatching()
         self.mesh = meshes.make_mesh(mesh, shared=True)
+        prior = parse_prior(prior) if isinstance(prior, Mapping) else prior
         self.prior = prior if prior is not None else getattr(train_dataset, "prior", None)
         self.augment = augment if augment is None or self.layout.is_plain else on_packed(augment, self.layout)
         self.training_config = (
@@ -134,9 +135,15 @@ class ConditionalPipeline(Answers):
     def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
         """The model, checked and behind its embedding nets; a user's own gets the sizes that the contract asks for."""
         own = not isinstance(model, Network)
+        seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
+        if not own and not isinstance(model, Embedded):
+            made, asked = (model.dim_theta, model.ch_theta, model.dim_x, model.ch_x), (dim_obs, ch_obs, *seen)
+            if made != asked and (nets is not None or self.layout.is_plain):
+                raise ValueError(
+                    f"the model was made for (dim_theta, ch_theta, dim_x, ch_x) = {made}, and these data need {asked}; make it with those sizes."
+                )
         if own:
             check_module(model)
-            seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
             for name, value in zip(("dim_theta", "ch_theta", "dim_x", "ch_x"), (dim_obs, ch_obs, *seen), strict=True):
                 setattr(model, name, value)
             blank: Any = jnp.zeros((2, *seen))
@@ -194,6 +201,9 @@ class ConditionalPipeline(Answers):
             **({} if nsteps is None else {"nsteps": nsteps}),
         )
         config = base.resolve(self._source.size)
+        root = run_root(config)
+        if root is not None and "://" not in root:
+            check_place(root)
         validation = self._held_out()
         standardizer = self._standardizer if self._standardizer is not None else self._fit(*self._fit_pairs())
         standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
@@ -205,7 +215,6 @@ class ConditionalPipeline(Answers):
             mesh=self.mesh, augment=self.augment, pose=self.pose, identity=identity,
         )  # fmt: skip
         self._take(trained, standardizer)
-        root = run_root(config)
         if config.calibrate:
             if root is not None:  # what was learned is on the disk before anything else can fail
                 self.posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
@@ -308,7 +317,13 @@ class ConditionalPipeline(Answers):
 
         Raises ValueError for a run of another network, method or prior's support, and as `distsbi.load` does.
         """
-        found = load(path, mesh=self.mesh, network=self._own_for(read_spec(path)["network"]))
+        spec, sizes = read_spec(path), [self.dim_obs, self.ch_obs, self.dim_cond, self.ch_cond]
+        if list(spec["sizes"]) != sizes:
+            raise ValueError(
+                f"{path} holds a run of other sizes, (dim_theta, ch_theta, dim_x, ch_x) = {spec['sizes']}, than this pipeline, {sizes}; make the "
+                f"pipeline that it was trained with, or distsbi.load it."
+            )
+        found = load(path, mesh=self.mesh, network=self._own_for(spec["network"]))
         if not isinstance(found, self.makes):
             raise ValueError(
                 f"{path} holds one conditional of a joint model, or its student; distsbi.load it, or restore the run that it was made of."

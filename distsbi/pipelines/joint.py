@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from distsbi.data.pairs import read_pairs
 from distsbi.data.standardise import Standardizer, Support
-from distsbi.networks import JointNetwork, Unconditional
+from distsbi.networks import MLP, JointNetwork, MLPParams, Unconditional
 from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline
 from distsbi.pipelines.given import check_module, check_output
@@ -103,8 +104,8 @@ class UnconditionalPipeline(ConditionalPipeline):
     """Trains `model` to the density of theta alone, and samples it.
 
     Args:
-        model: a joint network over dim_obs tokens, or a network made for one datum (which is always 0).
-        train_dataset, val_dataset: arrays (n, dim_obs, ch_obs) or (n, dim_obs); or None.
+        model: a joint network over dim_obs tokens, or a network made for one datum (which is always 0); None: an `MLP`.
+        train_dataset, val_dataset: arrays (n, dim_obs, ch_obs) or (n, dim_obs), or a folder of pairs, of which theta is taken; or None.
         dim_obs, ch_obs: number of parameters, channels of each.
         other arguments: as for `ConditionalPipeline`.
     """
@@ -113,6 +114,8 @@ class UnconditionalPipeline(ConditionalPipeline):
         self, model: Any, train_dataset: Any, val_dataset: Any, dim_obs: int, ch_obs: int = 1,
         training_config: dict[str, Any] | TrainingConfig | None = None, **options: Any,
     ):  # fmt: skip
+        if model is None:
+            model = MLP(MLPParams.default(dim_obs, 1, ch_obs, 1), rngs=nnx.Rngs(0))
         if isinstance(model, JointNetwork):
             model = Unconditional(model)
         train_dataset, val_dataset = (None if d is None else _with_nothing(d) for d in (train_dataset, val_dataset))
@@ -170,6 +173,12 @@ class UnconditionalPipeline(ConditionalPipeline):
 
 def _with_nothing(theta: Any) -> Any:
     """theta beside as many zeros, as a dataset of pairs."""
+    if isinstance(theta, tuple):
+        raise ValueError(
+            "a density without conditions is of theta alone: give one array, [n, dim] or [n, dim, channels], not pairs."
+        )
+    if isinstance(theta, (str, os.PathLike)):
+        theta = read_pairs(theta).theta
     array = np.asarray(theta, np.float32)
     if array.ndim not in (2, 3):
         raise ValueError(f"theta must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.")

@@ -76,7 +76,7 @@ class JointPosterior(Posterior):
     def tokens(self, names: Sequence[str]) -> tuple[int, ...]:
         """The token numbers of these names. Raises ValueError naming one that does not exist, or comes twice."""
         found: list[int] = []
-        for name in names:
+        for name in (names,) if isinstance(names, str) else names:
             if name == X:
                 found += range(self.dim_theta, len(self.token_names))
             elif name == THETA:

@@ -90,8 +90,11 @@ class Posterior(Densities):
 
     def __repr__(self) -> str:
         x, solver = self.layout.describe(), self.default_solver
+        given = "" if self.is_unconditional else f" given x {x}"
         how = f"{solver.evaluations} evaluations a draw" if solver.evaluations else "adaptive"
-        return f"<{type(self).__name__} of {', '.join(self.parameter_names)} given x {x}: {type(self.method).__name__}, {how}>"
+        return (
+            f"<{type(self).__name__} of {', '.join(self.parameter_names)}{given}: {type(self.method).__name__}, {how}>"
+        )
 
     @property
     def network(self) -> Network:
@@ -169,7 +172,7 @@ class Posterior(Densities):
         """An observation with its batch axis, packed and checked."""
         if self.is_unconditional:
             if x_o is not None and np.any(np.asarray(x_o)):
-                raise ValueError("this run is a density without conditions: leave x_o out.")
+                raise ValueError("this run is a density without conditions: leave x_o out, and give nsamples by name.")
             x_o = np.zeros((1, self.dim_x, self.ch_x), np.float32)
         if x_o is None:
             raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
@@ -346,6 +349,10 @@ class Posterior(Densities):
         words = ("rng", "key", "xs", "x_o", "nsamples", "observation_ids")
         chosen = SampleOptions.parse(options, words, self.no_given)
         key = keys.as_key(one_of("rng", rng, "key", key))
+        if self.is_unconditional:
+            raise ValueError(
+                "a density without conditions has no observations to draw for; use sample(key, nsamples=...)."
+            )
         xs = warn_far(self.check_xs(one_of("xs", xs, "x_o", x_o)), self.scales, self.facts.get("x_extent"))
         drawn = self._draw(key, xs, as_ids(observation_ids, len(xs)), check_nsamples(nsamples), chosen)
         return np.moveaxis(drawn, -4, -3)

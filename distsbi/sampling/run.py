@@ -125,17 +125,27 @@ def _leaves(params: nnx.State) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if a run is not to be written to `path`: a file, or a folder that holds pairs, draws or a catalog."""
+    root = Path(path).absolute()
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file; give a folder for the run.")
+    others = [*root.glob("*.parquet"), *root.glob("_distsbi*")]
+    if others:
+        raise ValueError(f"{root} holds something else, such as {others[0].name}; give another folder for the run.")
+
+
 def save(path: str | os.PathLike[str], posterior: Posterior) -> None:
     """Writes weights and spec.json under `path`. Replacing spec.json is the one step from the run that `path` held before to the new one:
     the old weights go after it.
 
     A user's own network is saved too, and needs `load(path, network=...)`. Of several processes all call this, and process 0 writes.
 
-    Raises OSError if the disk is full; what `path` held before is still there.
+    Raises ValueError if `path` is a file, or holds pairs, draws or a catalog; OSError if the disk is full; what `path` held before is still
+    there.
     """
     root = Path(path).absolute()
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"{root} is a file; give a folder for the run.")
+    check_place(root)
     if processes.is_first():
         _write(root, posterior)
     processes.wait_for_all()

@@ -23,7 +23,7 @@ REASONS = 20  # different reasons kept for each shard
 WINDOW = 200  # the rate is that of so many last shards
 OTHER = "other reasons"
 FAR = "ok, but "  # begins what is said of good rows
-NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
+NUMBER = re.compile(r"(?<![A-Za-z_\d])[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)

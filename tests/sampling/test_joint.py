@@ -11,7 +11,7 @@ from flax import nnx
 
 from distsbi import Flux1JointFlowPipeline, JointPipeline, UnconditionalPipeline, load
 from distsbi.cli import cli
-from distsbi.data import Prior, Standardizer
+from distsbi.data import Prior, Standardizer, write_pairs
 from distsbi.data.standardise import Support
 from distsbi.methods import FlowMatching
 from distsbi.networks import NETWORKS, Conditional, Flux1Joint, Flux1JointParams, Simformer, SimformerParams
@@ -314,6 +314,18 @@ def test_a_density_without_conditions_takes_no_observations():
         pipeline.sample_batched(0, nsamples=5)
     with pytest.raises(ValueError, match=r"no observations; use log_prob\(theta\)"):
         pipeline.log_prob_batched(np.zeros((5, 2, 1)))
+    with pytest.raises(ValueError, match="is of theta alone: give one array"):
+        UnconditionalPipeline(None, (np.zeros((9, 2)), np.zeros((9, 1))), None, 2)
+
+
+def test_a_density_of_a_folder_of_pairs(tmp_path):
+    theta = np.random.default_rng(0).normal(size=(40, 2, 1)).astype("f4")
+    write_pairs(tmp_path / "pairs", theta, theta)
+    pipeline = UnconditionalPipeline(
+        None, str(tmp_path / "pairs"), None, 2, training_config={**QUICK, "val_fraction": 0.2}
+    )
+    assert set(pipeline._source.fit()[0].ravel()) < set(theta.ravel())
+    assert pipeline.model.dim_theta == 2
 
 
 def test_sizes_that_do_not_fit():

@@ -350,3 +350,5 @@ def test_rows_that_fail_alike_count_together():
         "failed: Explosion: # events at t=#": 30, "invalid: x has 2 values": 1, "invalid: x has 3 values": 1
     }  # fmt: skip
     assert most_frequent({"a": 3, OTHER: 4, "b": 1}, 1) == {"a": 3, OTHER: 5}
+    alike = {f"2 values that are no float32, the first at entry {i} of x_0": 1 for i in range(3)}
+    assert most_frequent(alike, 1) == {"# values that are no float32, the first at entry # of x_0": 3}
