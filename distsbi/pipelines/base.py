@@ -136,9 +136,9 @@ class ConditionalPipeline(Answers):
         """The model, checked and behind its embedding nets; a user's own gets the sizes that the contract asks for."""
         own = not isinstance(model, Network)
         seen = self.layout.packed if nets is None else embedded_shape(nets, self.layout)
-        if not own and not isinstance(model, Embedded):
+        if not own and nets is None and self.layout.is_plain:  # what fits behind nets `Embedded` knows
             made, asked = (model.dim_theta, model.ch_theta, model.dim_x, model.ch_x), (dim_obs, ch_obs, *seen)
-            if made != asked and (nets is not None or self.layout.is_plain):
+            if made != asked:
                 raise ValueError(
                     f"the model was made for (dim_theta, ch_theta, dim_x, ch_x) = {made}, and these data need {asked}; make it with those sizes."
                 )
