@@ -201,8 +201,8 @@ class Standardizer:
         u = self._unmixed(y, centre)
         theta = u
         if INTERVAL in self.kinds:  # from the nearer bound, for numbers near 0 are finer than those near 1
-            near_low, near_high = self.low + self._width() * ndtr(u), self.high - self._width() * ndtr(-u)
-            theta = jnp.where(self._is(INTERVAL), jnp.where(u < 0, near_low, near_high), theta)
+            away = self._width() * ndtr(-jnp.abs(u))
+            theta = jnp.where(self._is(INTERVAL), jnp.where(u < 0, self.low + away, self.high - away), theta)
         if DECADES in self.kinds:
             low, ratio = self._decades()
             theta = jnp.where(self._is(DECADES), low * jnp.exp(ratio * ndtr(u)), theta)
