@@ -31,7 +31,7 @@ def make_run(path: Path) -> None:
     """A run with the default MLP for two_moons, not trained."""
     from flax import nnx
 
-    from distsbi.data.standardise import Standardizer, Support
+    from distsbi.data import Standardizer, Support
     from distsbi.methods import make_method
     from distsbi.networks import MLP, MLPParams
     from distsbi.sampling import Posterior, save

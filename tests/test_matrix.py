@@ -15,7 +15,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from distsbi import load
-from distsbi.data.standardise import Standardizer, Support
+from distsbi.data import Standardizer, Support
 from distsbi.methods import METHODS
 from distsbi.networks import (
     CNN,

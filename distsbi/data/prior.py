@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
-from distsbi.data.standardise import Support
+from distsbi.data.bijection import Support
 from distsbi.hints import did_you_mean
 from distsbi.keys import as_key
 

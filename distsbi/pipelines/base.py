@@ -348,7 +348,7 @@ class ConditionalPipeline(Answers):
         """Raises ValueError if this pipeline has a prior of another support than the run was trained with, whose scales cut others off."""
         if self.prior is None:
             return
-        for name, here, there in zip(self.parameter_names, self._supports, scales.supports, strict=False):
+        for name, here, there in zip(self.parameter_names, self._supports, scales.bijection.supports, strict=False):
             if (np.float32(here.low), np.float32(here.high)) != (there.low, there.high):
                 raise ValueError(
                     f"{path} was trained with {name} in ({there.low:g}, {there.high:g}), and the prior of this pipeline has it in ({here.low:g}, "

@@ -34,7 +34,7 @@ def training_identity(
         "pose": repr(pose) if dataclasses.is_dataclass(pose) else "conditional",
         "data": data,
         "validation": _digest(validation),
-        "standardizer": _digest((standardizer.kinds, *jax.tree.leaves(standardizer))),
+        "standardizer": _digest((standardizer.bijection.kinds, *jax.tree.leaves(standardizer))),
     }
 
 

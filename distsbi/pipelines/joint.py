@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from distsbi.data.bijection import Support
 from distsbi.data.pairs import read_pairs
-from distsbi.data.standardise import Standardizer, Support
+from distsbi.data.standardise import Standardizer
 from distsbi.networks import MLP, JointNetwork, MLPParams, Unconditional
 from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline

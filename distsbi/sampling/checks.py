@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from distsbi import keys
-from distsbi.data.standardise import ABOVE, BELOW, DECADES, INTERVAL, REAL, Standardizer
+from distsbi.data.standardise import Standardizer
 from distsbi.sampling import tiles
 
 BLOCK_ROWS = 4_096  # observations that are looked at together
@@ -116,12 +116,9 @@ def standardised(xs: np.ndarray, scales: Standardizer) -> Iterator[tuple[int, Fl
 def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str]) -> np.ndarray:
     """xs [batch, dim_x, ch_x], where they are parameters that a joint model is given, called `names`. Raises ValueError for one outside its
     prior: the bijection would take the bound in its place."""
-    if set(standardizer.x_kinds) <= {REAL}:
+    if standardizer.x_bijection is None:
         return xs
-    low, high = (np.asarray(bound) for bound in (standardizer.x_low, standardizer.x_high))
-    kinds = np.asarray(standardizer.x_kinds)[:, None]
-    low = np.where(np.isin(kinds, [INTERVAL, DECADES, ABOVE]), low, -np.inf)
-    high = np.where(np.isin(kinds, [INTERVAL, DECADES, BELOW]), high, np.inf)
+    low, high = np.asarray([(s.low, s.high) for s in standardizer.x_bijection.supports]).T[..., None]
     for row, i, ch in np.argwhere((xs < low) | (xs > high))[:1]:
         name = names[i] if names else f"number {i} of what is given"
         raise ValueError(

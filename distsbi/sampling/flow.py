@@ -113,7 +113,7 @@ def log_density(
     steps = None if schedule is None else schedule.steps
     z, change = _unjoin(solver.solve(field, _join(y), context, schedule=steps, reverse=True), y.shape)
     density = _base(method, z) + change + standardizer.log_det(y, centre[:, None])
-    return jnp.where(standardizer.contains(theta), density, -jnp.inf)
+    return jnp.where(standardizer.bijection.contains(theta), density, -jnp.inf)
 
 
 def draws_and_density(

@@ -259,7 +259,7 @@ def load(
     merged: Any = nnx.merge(graphdef, state)
     options: dict[str, Any] = {"names": names, "solver": solver, "tile": tile, "mesh": target, "facts": facts}
     try:
-        if isinstance(merged, Conditional) and len(standardizer.kinds) == merged.network.num_tokens:
+        if isinstance(merged, Conditional) and len(standardizer.bijection.kinds) == merged.network.num_tokens:
             posterior: Posterior = JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)
         else:
             posterior = Posterior(merged, method, standardizer, **options)

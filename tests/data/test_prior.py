@@ -10,8 +10,8 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
+from distsbi.data import Support
 from distsbi.data.prior import Prior, check_theta, parameter_names, parse_prior, supports
-from distsbi.data.standardise import Support
 
 KEY = jax.random.key(0)
 INF = float("inf")

@@ -204,7 +204,7 @@ def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog
     eight devices."""
     from flax import nnx
 
-    from distsbi.data.standardise import Standardizer, Support
+    from distsbi.data import Standardizer, Support
     from distsbi.methods import make_method
     from distsbi.networks import make_network
     from distsbi.sampling import Posterior, save
