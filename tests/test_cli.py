@@ -346,7 +346,7 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     code, text, err = distsbi("verify", out, "--catalog", tmp_path / "moved.npy", "--repair", "--workers", 0)
     assert code == 0
     assert f"shard 1 was bad, and has been made again (found: {shard.name} is not the file that was written" in err
-    assert text.endswith("made 1 shards again\n2 of 2 shards are good\n")
+    assert text.endswith("made 1 shard again\n2 of 2 shards are good\n")
     shard.write_bytes(b"")
     (tmp_path / "moved.npy").rename(tmp_path / "x.npy")
     assert distsbi("verify", out, "--repair", "--workers", 0)[0] == 0

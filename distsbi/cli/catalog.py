@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from distsbi.cli.group import cli
-from distsbi.cli.options import NETWORK, RUN, SEED, Numbers, solver_options, worker_options
+from distsbi.cli.options import NETWORK, RUN, SEED, Numbers, counted, solver_options, worker_options
 
 
 @cli.command()
@@ -48,11 +48,11 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
         if done.rows_now
         else "nothing"
     )
-    click.echo(f"{done.n_rows:,} rows in {shown(out)}: {done.n_ok:,} with draws, {done.n_bad:,} without")
+    click.echo(f"{counted(done.n_rows, 'row')} in {shown(out)}: {done.n_ok:,} with draws, {done.n_bad:,} without")
     click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s, {rate}")
     if reasons := most_frequent(done.open().status().reasons, 9):
         for reason, count in reasons.items():
-            click.echo(f"{count:,} {'row' if count == 1 else 'rows'} {reason}", err=True)
+            click.echo(f"{counted(count, 'row')} {reason}", err=True)
         click.echo("each row's reason is in the column `message`", err=True)
     if not done.n_ok:  # nothing to go on with for whoever waits for this command
         raise click.exceptions.Exit(1)
@@ -94,7 +94,7 @@ def status(out: str, as_json: bool) -> None:
     rows = [
         ("done", f"{found.shards_done:,} of {found.shards:,} shards, {found.rows - found.left:,} of {found.rows:,} rows ({share})"),
         ("rows", ", ".join(f"{count:,} {name}" for name, count in found.counts.items() if count or name == "ok")),
-        ("left", f"{found.left:,} rows"),
+        ("left", counted(found.left, "row")),
         ("failed", f"{found.failures} attempts at shards" + _shards(", given up", found.given_up) + _shards(", searched", found.searched)),
         *([("reason", found.last_failure)] if found.last_failure else []),
         ("rate", rate),
@@ -106,14 +106,12 @@ def status(out: str, as_json: bool) -> None:
         click.echo(f"{name:<8} {value}")
     if found.damaged:
         count = len(found.damaged)
-        told = f"damaged  {count} shard{'s' if count > 1 else ''} ({_listed(found.damaged)})"
+        told = f"damaged  {counted(count, 'shard')} ({_listed(found.damaged)})"
         click.echo(
             f"{told}: the same command makes {'them' if count > 1 else 'it'} again; distsbi verify {shown(out)} names what is wrong"
         )
     for reason, count in most_frequent(found.reasons, 9).items():
-        click.echo(
-            f"{'far' if reason.startswith(FAR) else 'bad':<8} {count:,} {'row' if count == 1 else 'rows'} {reason}"
-        )
+        click.echo(f"{'far' if reason.startswith(FAR) else 'bad':<8} {counted(count, 'row')} {reason}")
     if not found.complete and not found.writer:
         click.echo(f"go on with: {go_on or 'the same call of distsbi.simulate'}")
 
@@ -144,7 +142,7 @@ def verify(out: str, repair: bool, **options: Any) -> None:
     )
     if found.rows:
         apart = f", {found.close:,} within {TOLERANCE:g} standard deviations" if found.close else ""
-        click.echo(f"{found.rows:,} rows drawn again: {found.same:,} with the same bits{apart}")
+        click.echo(f"{counted(found.rows, 'row')} drawn again: {found.same:,} with the same bits{apart}")
     if found.incomparable:
         click.echo(
             f"{found.incomparable:,} rows are not comparable: other versions made them; verify with those to compare",
@@ -158,7 +156,7 @@ def verify(out: str, repair: bool, **options: Any) -> None:
             said = f"shard {problem.shard} was bad, and has been made again (found: {said})"
         click.echo(f"{said}.", err=True)
     if found.made:
-        click.echo(f"made {len(found.made)} shards again")
+        click.echo(f"made {counted(len(found.made), 'shard')} again")
     if repair and found.left:
         click.echo(f"{found.left} shards could not be made: {found.reason}", err=True)
         click.echo(f"make them with: {found.command}")

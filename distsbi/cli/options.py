@@ -154,3 +154,8 @@ def prior_texts(priors: tuple[str, ...]) -> dict[str, str]:
             f"--prior {wrong[0]!r} has no = after a name; write it as NAME=DISTRIBUTION, such as 'mass=LogNormal(0, 0.5)'."
         )
     return dict(parts)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, such as 1 row or 2,000 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

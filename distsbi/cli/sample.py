@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distsbi.cli.group import cli
-from distsbi.cli.options import DEVICES, MESH, NETWORK, RUN, SEED, make_mesh, several_processes, solver_options
+from distsbi.cli.options import DEVICES, MESH, NETWORK, RUN, SEED, counted, make_mesh, several_processes, solver_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def sample(
         if rank is not None and rank.index:
             return
         rate = f"{done.drawn:,} drawn now, {done.drawn / seconds:,.0f} draws/s with compilation"
-        click.echo(f"{done.nsamples:,} draws in {done.parts} parts in {out} ({rate})")
+        click.echo(f"{counted(done.nsamples, 'draw')} in {counted(done.parts, 'part')} in {out} ({rate})")
         click.echo(f"next: python -c \"import pyarrow.parquet as pq; print(pq.read_table('{out}'))\"")
         return
     if out.exists() and not overwrite:
@@ -94,7 +94,9 @@ def sample(
     draws = posterior.sample(seed, x, nsamples, **solver)
     seconds = time.perf_counter() - start
     _write_draws(out, draws, posterior.parameter_names)
-    click.echo(f"{len(draws):,} draws in {out} ({seconds:.1f} s with compilation, {len(draws) / seconds:,.0f} draws/s)")
+    click.echo(
+        f"{counted(len(draws), 'draw')} in {out} ({seconds:.1f} s with compilation, {len(draws) / seconds:,.0f} draws/s)"
+    )
     table(("parameter", "mean", "sd", "5 %", "95 %"), _summaries(draws, posterior.parameter_names))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from distsbi.cli.group import cli
-from distsbi.cli.options import SEED, prior_texts
+from distsbi.cli.options import SEED, counted, prior_texts
 
 
 @cli.command()
@@ -85,14 +85,14 @@ def _simulate_own(simulator: str, n: int, seed: int, out: Path, prior: tuple[str
         options["num_gpus_per_worker"] = options.pop("gpus_per_worker")
     done = simulate_own(simulator, prior_texts(prior), n, out, seed=seed, **options)
     rate = f", {done.rows_now / done.seconds:,.0f} rows/s with start-up" if done.rows_now else ""
-    click.echo(f"{done.n_ok:,} pairs of {simulator} in {out}, {done.n_bad:,} rows failed")
+    click.echo(f"{counted(done.n_ok, 'pair')} of {simulator} in {out}, {counted(done.n_bad, 'row')} failed")
     click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s{rate}")
     if done.n_bad:
         from distsbi.store.status import count_reasons, most_frequent
 
         reasons = most_frequent(count_reasons(done.failures()), 5)
         for reason, count in reasons.items():
-            click.echo(f"bad      {count:,} {'row' if count == 1 else 'rows'} {reason}", err=True)
+            click.echo(f"bad      {counted(count, 'row')} {reason}", err=True)
         if done.n_bad > done.n_ok:
             click.echo("most rows failed: look at the reasons before you train on the others", err=True)
         if "missing" not in options and any("NaN or infinite" in reason for reason in reasons):
