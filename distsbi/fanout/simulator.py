@@ -106,10 +106,11 @@ class Simulator:
             given, shape = given.reshape(units, step, -1), (step, *shape)
         x = np.zeros((units, *shape))  # copied into: a simulator may return the same array again and again
         call, array, number = self._call, np.ndarray, x.dtype
-        firsts = range(start, start + units * step, step)
+        firsts: Sequence[int] = range(start, start + units * step, step)
         bad = {unit: (QUARANTINED, skip[first]) for unit, first in enumerate(firsts) if first in skip} if skip else {}
-        todo = [unit for unit in range(units) if unit not in bad]
+        todo: Sequence[int] = range(units)
         if bad:
+            todo = [unit for unit in todo if unit not in bad]
             given, firsts = given[todo], [firsts[unit] for unit in todo]
         # what is in this loop is the cost of a row beside the simulator
         for unit, own, random in zip(todo, given, self._randoms(firsts), strict=True):

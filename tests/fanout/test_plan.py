@@ -49,6 +49,14 @@ def test_the_sum():
     assert total == pytest.approx(7 + 3 * (0.5 + 10 * 100 / 500))
 
 
+def test_a_worker_that_is_up_later_does_not_make_all_slow():
+    """Two workers of 2 s and 3 s a shard, the second 7 s late; a third did one shard alone."""
+    ends = {("a", 1): [2, 4, 6, 8], ("a", 2): [10, 13, 16], ("b", 1): [9]}
+    done = [{"host": host, "pid": pid, "time": time} for (host, pid), times in ends.items() for time in times]
+    assert planning._between(done) == pytest.approx((6 + 6) / (3 + 2))
+    assert planning._between(done[-1:]) == 0.0
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_rehearsal_on_this_machine(real_run):
     made = planning.plan(real_run, observations=1e4, nsamples=2_000, workers=2, seconds=1, steps=4)

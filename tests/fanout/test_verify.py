@@ -18,6 +18,7 @@ from fake_posterior import RAISE, draws_hash, make_run
 from distsbi import fanout, open_catalog
 from distsbi.cli import cli
 from distsbi.data import Standardizer
+from distsbi.data.bijection import Bijection
 from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.provenance import call, command
@@ -370,12 +371,8 @@ def test_few_draws_are_no_measure_of_their_rounding(run, make_catalog, tmp_path,
     assert found.good
     assert (found.rows, found.close) == (40, 40)
     assert 0 < found.farthest < 1e-4
-    bounded = dataclasses.replace(
-        Standardizer.identity(2, 3),
-        kinds=("interval", "interval"),
-        low=np.full((2, 1), -9.0),
-        high=np.full((2, 1), 1.0),
-    )
+    interval = Bijection(("interval",) * 2, np.full((2, 1), -9.0), np.full((2, 1), 1.0))  # type: ignore[arg-type]
+    bounded = dataclasses.replace(Standardizer.identity(2, 3), bijection=interval)
     with monkeypatch.context() as patch:  # on a bound theta hardly moves, but float32 is no finer there
         patch.setattr(Standardizer, "identity", lambda *_: bounded)
         assert verify.verify(out, fraction=1.0).good
