@@ -5,13 +5,15 @@
     vec(t) = MLP(cos, sin of 1000 t at 128 frequencies) gives shift, scale and gate of every block
 
 Esser et al. 2403.03206 and Black Forest Labs' FLUX.1; the variant for simulation-based inference is GenSBI's, whose parameter
-tree and, with `conditioning="joint"`, whose function this is (see `networks.gensbi`).
+tree (but for `pooled_in`) and, with `conditioning="joint"`, whose function this is (see `networks.gensbi`).
 
 Two ways for the data to enter:
 - "joint": both streams attend to both, at every step and for every draw. Context: the data's tokens.
 - "one_way": data tokens attend only to data tokens and are modulated by vec(1), at every step (a constant: the time of clean data, but for
   EDM, which tells the network ln(sigma) / 4). The whole data stream is then a function of x alone: `encode` runs it once and keeps each
-  block's keys and values, shared by all draws.
+  block's keys and values, shared by all draws, and, unless `pooled=False`, an embedding of the mean of its last tokens, which is added to
+  vec(t) (as of a prompt in 2403.03206, sec. 4): shift, scale and gate of every block then know the data. They are computed once for an
+  observation and step, not for each draw.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from distsbi.networks.flux1_blocks import (
     double_half,
     double_qkv,
     embed_vector,
+    layer_norm,
     linear,
     modulate,
     modulation,
@@ -48,9 +51,9 @@ class Flux1(Network):
     """The transformer. Identical blocks are stacked along a leading axis and scanned.
 
     Context: "joint", the data's tokens [batch, dim_x, hidden]; "one_way", {"double": (k, v), "single": (k, v)}, normed and
-    rotated, each [batch, blocks, dim_x, heads, head_dim].
+    rotated, each [batch, blocks, dim_x, heads, head_dim], and "pooled" [batch, hidden].
 
-    At initialisation all gates and the last layer are zero (adaLN-zero): the prediction is 0 and every block the identity.
+    At initialisation all gates, the last layer and the pooled vector are zero (adaLN-zero): the prediction is 0 and every block the identity.
     Token values and ids start with equal size, so that the norms do not remove a scalar's magnitude.
 
     Args:
@@ -104,6 +107,8 @@ class Flux1(Network):
         self.final_layer = nnx.Dict(
             linear=dense(hidden, p.in_channels, scale=0.0), adaLN_modulation=dense(hidden, 2 * hidden, scale=0.0)
         )
+        if p.pools:
+            self.pooled_in = nnx.Dict(in_layer=dense(hidden, hidden), out_layer=dense(hidden, hidden, scale=0.0))
 
     def encode(self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None) -> Context:
         """The data's tokens ("joint"), or their keys and values in every block ("one_way"); with `missing` and the mask.
@@ -114,7 +119,7 @@ class Flux1(Network):
         if x.ndim != 3 or x.shape[1:] != (p.dim_cond, p.context_in_dim):
             raise ValueError(f"x must have shape (batch, {p.dim_cond}, {p.context_in_dim}); got {x.shape}.")
         h = self._tokens("cond", jnp.transpose(x, (2, 1, 0))[:, :, None])
-        there = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        there = jnp.ones(x.shape[:2], bool) if mask is None or not p.missing else mask
         if p.conditioning == "joint":
             tokens = jnp.transpose(h[:, :, 0], (2, 1, 0))
             return {"tokens": tokens, "mask": there} if p.missing else tokens
@@ -134,11 +139,16 @@ class Flux1(Network):
             return single_block(*_swap(layer, h), p.num_heads, turn, p.dtype, (), keys)
 
         h, of_double = jax.lax.scan(_again(double_step), h, (double, modulation(double["cond_mod"], vec, 6)))
-        _, of_single = jax.lax.scan(_again(single_step), h, (single, modulation(single["modulation"], vec, 3)))
+        h, of_single = jax.lax.scan(_again(single_step), h, (single, modulation(single["modulation"], vec, 3)))
         # [blocks, heads, head_dim, tokens, 1, batch] -> [batch, blocks, tokens, heads, head_dim]
         kept = jax.tree.map(
             lambda a: jnp.transpose(a[..., 0, :], (4, 0, 3, 1, 2)), {"double": of_double, "single": of_single}
         )
+        if p.pools:
+            some = jnp.transpose(there)[:, None, :]  # [tokens, 1, batch]
+            count = jnp.maximum(some.astype(jnp.float32).sum(0), 1.0)
+            mean = jnp.where(some, layer_norm(h), 0.0).sum(1) / count
+            kept["pooled"] = jnp.transpose(embed_vector(weights_of(self.pooled_in), mean)[:, 0])
         return {**kept, "mask": there} if p.missing else kept
 
     def __call__(
@@ -151,6 +161,8 @@ class Flux1(Network):
             )
         draws = theta_t.shape[1]
         vec = self._time(long_axis_last(broadcast_time(t), draws))
+        if p.pools:
+            vec = vec + long_axis_last(jnp.transpose(context["pooled"])[..., None], draws)
         h = self._tokens("obs", long_axis_last(jnp.transpose(theta_t, (3, 2, 0, 1)), draws))
         run = self._joint if p.conditioning == "joint" else self._one_way
         h = run(h, vec, context, draws)

@@ -130,11 +130,58 @@ def test_gensbi_mapping_names_what_is_wrong():
 
 
 def test_both_conditionings_have_the_same_tree():
+    """But for what makes a vector of the data."""
     one_way, joint = (
         nnx.state(Flux1(dataclasses.replace(SMALL, conditioning=c)), nnx.Param) for c in ("one_way", "joint")
     )
+    assert one_way.pop("pooled_in")
     assert jax.tree.structure(nnx.to_pure_dict(one_way)) == jax.tree.structure(nnx.to_pure_dict(joint))
     jax.tree.map(np.testing.assert_array_equal, one_way, joint)
+
+
+def test_who_pools():
+    """One-way conditioning alone; runs of before there was such a thing do not, and describe themselves as they did."""
+    joint, before = dataclasses.replace(SMALL, conditioning="joint"), dataclasses.replace(SMALL, pooled=False)
+    assert [p.pools for p in (SMALL, joint, before)] == [True, False, False]
+    assert dataclasses.replace(SMALL, pooled=True) == SMALL == dataclasses.replace(joint, conditioning="one_way")
+    for params in (SMALL, joint, before):
+        assert Flux1Params.from_dict(params.to_dict()) == params
+    old = {
+        "in_channels": 1,
+        "context_in_dim": 2,
+        "dim_obs": 3,
+        "dim_cond": 4,
+        "num_heads": 2,
+        "axes_dim": [4, 2],
+        "depth": 2,
+    }
+    old |= {"depth_single_blocks": 2, "mlp_ratio": 2, "conditioning": "one_way"}
+    assert Flux1Params.from_dict(old) == before
+    assert "pooled" not in before.to_dict()
+
+
+def test_what_is_pooled():
+    """Without its vector the network is the one that has none; the vector is of the tokens that are there."""
+    theta_t, x = inputs()
+    network, plain = perturbed(SMALL), perturbed(dataclasses.replace(SMALL, pooled=False))
+    assert network.encode(x)["pooled"].shape == (BATCH, SMALL.hidden_size)
+    full = predict(network, 0.3, theta_t, x)
+    jax.tree.map(
+        lambda leaf: leaf.set_value(0 * leaf[...]),
+        network.pooled_in["out_layer"],
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
+    )
+    bare = predict(network, 0.3, theta_t, x)
+    assert np.abs(full - bare).max() > 1e-2
+    nnx.update(plain, nnx.filter_state(nnx.state(network, nnx.Param), lambda path, _: path[0] != "pooled_in"))
+    np.testing.assert_allclose(predict(plain, 0.3, theta_t, x), bare, atol=1e-6)
+
+    some = perturbed(dataclasses.replace(SMALL, missing=True))
+    mask = jnp.ones((BATCH, SMALL.dim_cond), bool).at[0, 1].set(False)
+    one, other = (some.encode(x.at[0, 1].add(shift), mask)["pooled"] for shift in (0.0, 1.0))
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(one - some.encode(x)["pooled"])[0].max() > 1e-3
+    assert np.isfinite(some.encode(x, jnp.zeros_like(mask))["pooled"]).all()
 
 
 @pytest.mark.parametrize("conditioning", ["one_way", "joint"])
@@ -174,16 +221,18 @@ def test_time_shapes_agree(conditioning):
     assert np.abs(mixed - scalar).max() > 1e-2
 
 
-def test_scalar_time_computes_modulation_once():
-    """No product with a modulation kernel is larger for more draws."""
-    network = perturbed(SMALL)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_scalar_time_computes_modulation_once(pooled):
+    """No product with a modulation kernel is larger for more draws; of pooled data there is one for each observation."""
+    network = perturbed(dataclasses.replace(SMALL, pooled=pooled))
     theta_t, x = inputs()
     jaxpr = jax.make_jaxpr(lambda t, th: network(t, th, network.encode(x)))(0.5, theta_t)
     kernel = (SMALL.depth, 6 * SMALL.hidden_size, SMALL.hidden_size)
     products = [
         e for e in jaxpr.eqns if e.primitive.name == "dot_general" and any(v.aval.shape == kernel for v in e.invars)
     ]
-    assert products and all(np.prod(e.outvars[0].aval.shape) == np.prod(kernel[:2]) for e in products)
+    sizes = {np.prod(e.outvars[0].aval.shape) // np.prod(kernel[:2]) for e in products}
+    assert sizes == ({1, BATCH} if pooled else {1})  # the data's own are those of clean data, for all
 
 
 @pytest.mark.parametrize("conditioning", ["one_way", "joint"])
