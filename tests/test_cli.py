@@ -340,7 +340,7 @@ def test_status_and_verify(distsbi: Cli, untrained: Path, tmp_path: Path, monkey
     (tmp_path / "x.npy").rename(tmp_path / "moved.npy")
     code, text, err = distsbi("verify", out, "--fraction", 0, "--repair", "--workers", 0)
     assert code == 1
-    assert f"1 shards could not be made: there is no catalog at {tmp_path / 'x.npy'}" in err
+    assert f"1 shard could not be made: there is no catalog at {tmp_path / 'x.npy'}" in err
     again = text.strip().splitlines()[-1].removeprefix("make them with: ")
     assert f"go on with: {again}" in distsbi("status", out)[1]
     code, text, err = distsbi("verify", out, "--catalog", tmp_path / "moved.npy", "--repair", "--workers", 0)

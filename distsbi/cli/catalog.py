@@ -95,7 +95,7 @@ def status(out: str, as_json: bool) -> None:
         ("done", f"{found.shards_done:,} of {found.shards:,} shards, {found.rows - found.left:,} of {found.rows:,} rows ({share})"),
         ("rows", ", ".join(f"{count:,} {name}" for name, count in found.counts.items() if count or name == "ok")),
         ("left", counted(found.left, "row")),
-        ("failed", f"{found.failures} attempts at shards" + _shards(", given up", found.given_up) + _shards(", searched", found.searched)),
+        ("failed", f"{counted(found.failures, 'attempt')} at shards" + _shards(", given up", found.given_up) + _shards(", searched", found.searched)),
         *([("reason", found.last_failure)] if found.last_failure else []),
         ("rate", rate),
         ("to go", "nothing" if found.complete else "not known yet" if found.to_go is None else duration(found.to_go)),
@@ -145,7 +145,7 @@ def verify(out: str, repair: bool, **options: Any) -> None:
         click.echo(f"{counted(found.rows, 'row')} drawn again: {found.same:,} with the same bits{apart}")
     if found.incomparable:
         click.echo(
-            f"{found.incomparable:,} rows are not comparable: other versions made them; verify with those to compare",
+            f"{counted(found.incomparable, 'row')} cannot be compared: other versions made them; verify with those to compare",
             err=True,
         )
     for where in found.elsewhere:
@@ -158,7 +158,7 @@ def verify(out: str, repair: bool, **options: Any) -> None:
     if found.made:
         click.echo(f"made {counted(len(found.made), 'shard')} again")
     if repair and found.left:
-        click.echo(f"{found.left} shards could not be made: {found.reason}", err=True)
+        click.echo(f"{counted(found.left, 'shard')} could not be made: {found.reason}", err=True)
         click.echo(f"make them with: {found.command}")
     elif found.reason:
         click.echo(f"all shards are there, but the repair did not end well: {found.reason}; verify again", err=True)

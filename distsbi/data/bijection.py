@@ -167,10 +167,12 @@ class Bijection:
         return [Support(*bounds) for bounds in zip(low, high, strict=True)]
 
     def _probit(self, part: Array, rest: Array) -> Array:
-        """Of a part of an interval and of the rest: of the smaller, which is the finer, so that its derivative is finite too."""
+        """Of a part of an interval and of the rest: of the smaller, which is the finer, so that its derivative is finite too. Rows of other kinds have
+        any parts: theirs is one that a probit takes, for a derivative of NaN would stay one."""
         first, last = (_EDGE, _EDGE) if self.edges is None else (self.edges[:, :1], self.edges[:, 1:])
         lower = part < rest
-        u = ndtri(jnp.where(lower, jnp.maximum(part, first), jnp.maximum(rest, last)))
+        nearer = jnp.where(lower, jnp.maximum(part, first), jnp.maximum(rest, last))
+        u = ndtri(jnp.where(nearer >= 1, 0.5, nearer))
         return jnp.where(lower, u, -u)
 
     def _is(self, *kinds: str) -> np.ndarray:

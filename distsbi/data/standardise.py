@@ -101,7 +101,7 @@ class Standardizer:
         f, g, channels = list(free), list(given), mean.shape[1]
         eye: Any = np.eye(len(f) * channels, dtype=np.float32)
         slope: Any = np.zeros((len(g) * channels, len(f) * channels), np.float32)
-        x_bijection = self.bijection.rows(g) if g else None
+        x_bijection = self.bijection.rows(g)
         return type(self)(self.bijection.rows(f), mean[f], std[f], mean[g], std[g], slope, eye, eye, x_bijection)  # type: ignore[arg-type]
 
     def unbound(self, theta: Float[Array, "... dim_theta ch_theta"]) -> Float[Array, "... dim_theta ch_theta"]:
@@ -158,7 +158,7 @@ class Standardizer:
         return {
             name: list(value) if isinstance(value, tuple) else np.asarray(value).tolist()
             for name, value in fields.items()
-            if value is not None
+            if value is not None and not (isinstance(value, tuple) and not value)
         }
 
     @classmethod
@@ -174,7 +174,8 @@ class Standardizer:
             {name: arrays.pop(prefix + name) for name in _OF_BIJECTION if prefix + name in arrays}
             for prefix in ("", "x_")
         )
-        return cls(Bijection(**of_theta), **arrays, x_bijection=Bijection(**of_x) if of_x else None)
+        # of x without entries there is no list of kinds
+        return cls(Bijection(**of_theta), **arrays, x_bijection=Bijection(**{"kinds": (), **of_x}) if of_x else None)
 
 
 def _mix(y: Float[Array, "... dim_theta ch_theta"], matrix: Array) -> Float[Array, "... dim_theta ch_theta"]:

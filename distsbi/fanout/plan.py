@@ -16,7 +16,6 @@ import json
 import math
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,18 +249,26 @@ def _times(
     )
     done = [line for line in layout.read_journal(out) if line["event"] == "done"]
     each = float(np.median([line["seconds"] for line in done]))
-    first, last = min(line["time"] for line in done), max(line["time"] for line in done)
-    return max(each, _between(done)), max(0.0, result.seconds - (last - first) - each)
+    last = max(line["time"] for line in done)
+    start_up = result.seconds - (last - float(np.mean(_firsts(done)))) - each
+    return max(each, _between(done)), max(0.0, start_up)
 
 
 def _between(done: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds from one shard of a worker to its next, with what the driver and the files cost: from each worker's own first, for one of them is
-    up a second before another. 0 where none did two."""
-    ends = defaultdict(list)
+    """Seconds from one shard of a worker to its next, with what the driver and the files cost, from when every worker had done one: some are up a
+    second before others. 0 where nothing was done after that."""
+    firsts = _firsts(done)
+    later = [line["time"] for line in done if line["time"] > max(firsts)]
+    return (max(later) - max(firsts)) * len(firsts) / len(later) if later else 0.0
+
+
+def _firsts(done: Sequence[Mapping[str, Any]]) -> list[float]:
+    """When each worker had done its first shard."""
+    firsts: dict[tuple[str, int], float] = {}
     for line in done:
-        ends[line["host"], line["pid"]].append(line["time"])
-    steps = len(done) - len(ends)
-    return sum(max(times) - min(times) for times in ends.values()) / steps if steps else 0.0
+        worker = line["host"], line["pid"]
+        firsts[worker] = min(line["time"], firsts.get(worker, math.inf))
+    return list(firsts.values())
 
 
 def made_up(posterior: Any, n: int) -> dict[str, np.ndarray]:

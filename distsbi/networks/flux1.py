@@ -11,7 +11,7 @@ Two ways for the data to enter:
 - "joint": both streams attend to both, at every step and for every draw. Context: the data's tokens.
 - "one_way": data tokens attend only to data tokens and are modulated by vec(1), at every step (a constant: the time of clean data, but for
   EDM, which tells the network ln(sigma) / 4). The whole data stream is then a function of x alone: `encode` runs it once and keeps each
-  block's keys and values, shared by all draws, and, unless `pooled=False`, an embedding of the mean of its last tokens, which is added to
+  block's keys and values, shared by all draws, and, if `pooled`, an embedding of the mean of its last tokens, which is added to
   vec(t) (as of a prompt in 2403.03206, sec. 4): shift, scale and gate of every block then know the data. They are computed once for an
   observation and step, not for each draw.
 """
@@ -51,7 +51,7 @@ class Flux1(Network):
     """The transformer. Identical blocks are stacked along a leading axis and scanned.
 
     Context: "joint", the data's tokens [batch, dim_x, hidden]; "one_way", {"double": (k, v), "single": (k, v)}, normed and
-    rotated, each [batch, blocks, dim_x, heads, head_dim], and "pooled" [batch, hidden].
+    rotated, each [batch, blocks, dim_x, heads, head_dim], and, if pooled, "pooled" [batch, hidden].
 
     At initialisation all gates, the last layer and the pooled vector are zero (adaLN-zero): the prediction is 0 and every block the identity.
     Token values and ids start with equal size, so that the norms do not remove a scalar's magnitude.
@@ -107,7 +107,7 @@ class Flux1(Network):
         self.final_layer = nnx.Dict(
             linear=dense(hidden, p.in_channels, scale=0.0), adaLN_modulation=dense(hidden, 2 * hidden, scale=0.0)
         )
-        if p.pools:
+        if p.pooled:
             self.pooled_in = nnx.Dict(in_layer=dense(hidden, hidden), out_layer=dense(hidden, hidden, scale=0.0))
 
     def encode(self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None) -> Context:
@@ -144,7 +144,7 @@ class Flux1(Network):
         kept = jax.tree.map(
             lambda a: jnp.transpose(a[..., 0, :], (4, 0, 3, 1, 2)), {"double": of_double, "single": of_single}
         )
-        if p.pools:
+        if p.pooled:
             some = jnp.transpose(there)[:, None, :]  # [tokens, 1, batch]
             count = jnp.maximum(some.astype(jnp.float32).sum(0), 1.0)
             mean = jnp.where(some, layer_norm(h), 0.0).sum(1) / count
@@ -161,7 +161,7 @@ class Flux1(Network):
             )
         draws = theta_t.shape[1]
         vec = self._time(long_axis_last(broadcast_time(t), draws))
-        if p.pools:
+        if p.pooled:
             vec = vec + long_axis_last(jnp.transpose(context["pooled"])[..., None], draws)
         h = self._tokens("obs", long_axis_last(jnp.transpose(theta_t, (3, 2, 0, 1)), draws))
         run = self._joint if p.conditioning == "joint" else self._one_way

@@ -32,8 +32,7 @@ class Flux1Params(NetworkParams):
         id_merge_mode: "sum" or "concat".
         theta: base of RoPE's frequencies; None for 10 (dim_obs + dim_cond).
         conditioning: "one_way" or "joint", see `networks.flux1`.
-        pooled: whether the mean of the data's last tokens joins the time in vec, as a pooled prompt does in FLUX.1; None: with "one_way", which it
-            goes with. Not in GenSBI's network.
+        pooled: with "one_way", the mean of the data's last tokens joins the time in vec, as a pooled prompt does in FLUX.1. Not in GenSBI's network.
         dtype: inputs of the blocks' matrix products, "float32" or "bfloat16" (accumulated in float32). param_dtype: of the weights,
             which are trained in float32.
         missing: data tokens may be missing; then no token attends to them.
@@ -64,7 +63,7 @@ class Flux1Params(NetworkParams):
     param_dtype: str = "float32"
     dtype: str = "float32"
     conditioning: str = "one_way"
-    pooled: bool | None = None
+    pooled: bool = False
     missing: bool = False
     obs_grid: tuple[int, int] | None = None
     cond_grid: tuple[int, int] | None = None
@@ -91,13 +90,8 @@ class Flux1Params(NetworkParams):
             put(name, jnp.dtype(getattr(self, name)).name)
             _one_of(name, getattr(self, name), DTYPES)
         _one_of("conditioning", self.conditioning, CONDITIONINGS)
-        if self.pooled not in (None, True, False):
-            raise ValueError(f"Flux1Params.pooled must be True, False or None; got {self.pooled!r}.")
         if self.pooled and self.conditioning == "joint":
-            raise ValueError('pooled=True goes with conditioning="one_way"; leave it out.')
-        put(
-            "pooled", None if self.pooled or self.conditioning == "joint" else self.pooled
-        )  # one value for each meaning
+            raise ValueError('Flux1Params.pooled goes with conditioning="one_way"; leave it out.')
         _one_of("id_merge_mode", self.id_merge_mode, ("sum", "concat"))
         if len(self.id_embedding_strategy) != 2:
             raise ValueError(
@@ -154,11 +148,6 @@ class Flux1Params(NetworkParams):
             raise ValueError(f"Flux1Params.mlp_ratio must be at least 1 / hidden_size; got {self.mlp_ratio}.")
 
     @property
-    def pools(self) -> bool:
-        """Whether the network has a vector of its data."""
-        return self.conditioning == "one_way" and self.pooled is not False
-
-    @property
     def head_dim(self) -> int:
         """Features per head."""
         return (
@@ -188,17 +177,10 @@ class Flux1Params(NetworkParams):
         return int(self.hidden_size * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields without `rngs`, JSON-able; `pooled` only where it is so, for there are runs of before it was."""
+        """The fields without `rngs`, JSON-able; `pooled` only where it is so, for there are runs of before there was such a thing."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
-        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-        fields.pop("pooled")
-        return {**fields, "pooled": True} if self.pools else fields
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """The parameters of a dictionary that `to_dict` made: not `pooled` where it does not say so. Raises ValueError naming unknown fields."""
-        joint = fields.get("conditioning") == "joint"
-        return super().from_dict({"pooled": None if joint else False, **fields})
+        fields = {name: value for name, value in fields.items() if name != "pooled" or value}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def default(cls, dim_obs: int, dim_cond: int, ch_obs: int = 1, ch_cond: int = 1) -> Self:

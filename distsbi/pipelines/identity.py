@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 from typing import Any
 
-import jax
 import numpy as np
 
 from distsbi.data.source import Pairs
@@ -34,7 +34,7 @@ def training_identity(
         "pose": repr(pose) if dataclasses.is_dataclass(pose) else "conditional",
         "data": data,
         "validation": _digest(validation),
-        "standardizer": _digest((standardizer.bijection.kinds, *jax.tree.leaves(standardizer))),
+        "standardizer": _digest([(json.dumps(standardizer.to_dict(), sort_keys=True),)]),
     }
 
 

@@ -118,7 +118,8 @@ def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str
     prior: the bijection would take the bound in its place."""
     if standardizer.x_bijection is None:
         return xs
-    low, high = np.asarray([(s.low, s.high) for s in standardizer.x_bijection.supports]).T[..., None]
+    supports = [(s.low, s.high) for s in standardizer.x_bijection.supports]
+    low, high = np.asarray(supports).reshape(-1, 2).T[..., None]
     for row, i, ch in np.argwhere((xs < low) | (xs > high))[:1]:
         name = names[i] if names else f"number {i} of what is given"
         raise ValueError(

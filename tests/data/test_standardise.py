@@ -251,6 +251,26 @@ def test_scales_of_before_there_were_floors():
     np.testing.assert_array_equal(Standardizer.from_dict(fields).unbound(theta), scales.unbound(theta))
 
 
+def test_derivatives_are_finite_beside_rows_of_every_kind():
+    """What one kind's formula makes of another's rows stays out of their derivative."""
+    supports = [Support(-10.0, 10.0), Support(low=-10.0), Support(high=10.0), Support(), Support(1e-2, 1e2)]
+    theta = np.exp(np.random.default_rng(0).uniform(-4, 4, (500, 5, 1))).astype("f4")
+    theta[:, 0], theta[:, 2] = theta[:, 0] / 6, 10 - theta[:, 2]
+    bijection = Standardizer.fit(theta, theta, supports).bijection
+    assert set(bijection.kinds) == {"interval", "above", "below", "real", "decades"}
+    slopes = jax.vmap(jax.grad(lambda t: bijection.forward(t).sum()))(jnp.asarray(theta))
+    np.testing.assert_allclose(np.log(slopes), bijection.log_det(bijection.forward(jnp.asarray(theta))), atol=2e-2)
+
+
+def test_scales_of_a_conditional_with_nothing_given():
+    """They describe themselves as in runs of before: empty lists, no kinds."""
+    joint = Standardizer.fit(_pairs(n=300)[0], np.zeros((300, 0, 1), "f4"), SUPPORTS, linear=False)
+    fields = json.loads(json.dumps(joint.restrict(range(4), ()).to_dict()))
+    assert "x_kinds" not in fields
+    assert fields["x_low"] == fields["x_high"] == fields["x_floor"] == fields["x_edges"] == []
+    assert Standardizer.from_dict(fields).to_dict() == fields
+
+
 def test_given_parameters_keep_their_floors():
     joint = Standardizer.fit(_pairs(n=300)[0], np.zeros((300, 0, 1), "f4"), SUPPORTS, linear=False)
     part = joint.restrict([0, 2], [1, 3])

@@ -49,12 +49,13 @@ def test_the_sum():
     assert total == pytest.approx(7 + 3 * (0.5 + 10 * 100 / 500))
 
 
-def test_a_worker_that_is_up_later_does_not_make_all_slow():
-    """Two workers of 2 s and 3 s a shard, the second 7 s late; a third did one shard alone."""
-    ends = {("a", 1): [2, 4, 6, 8], ("a", 2): [10, 13, 16], ("b", 1): [9]}
+def test_the_pace_is_that_of_all_workers_together():
+    """Two workers of 2 s a shard, which took 1 s while the second was not up."""
+    ends = {("a", 1): [1, 2, 3, 4, 6, 8, 10], ("b", 1): [5, 7, 9, 11]}
     done = [{"host": host, "pid": pid, "time": time} for (host, pid), times in ends.items() for time in times]
-    assert planning._between(done) == pytest.approx((6 + 6) / (3 + 2))
-    assert planning._between(done[-1:]) == 0.0
+    assert planning._between(done) == pytest.approx(2.0)
+    assert sorted(planning._firsts(done)) == [1, 5]
+    assert planning._between([line for line in done if line["time"] <= 5]) == 0.0  # never together
 
 
 @pytest.mark.usefixtures("local_ray")

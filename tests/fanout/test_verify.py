@@ -154,7 +154,7 @@ def test_a_bad_shard_that_cannot_be_removed_stays_known_as_bad(out, monkeypatch,
         with pytest.raises(SystemExit) as exit:
             cli.main(["verify", str(out), "--fraction", "0", "--repair", "--workers", "0"])
         assert exit.value.code == 1
-        assert "1 shards could not be made: [Errno 5] Input/output error\n" in capsys.readouterr().err
+        assert "1 shard could not be made: [Errno 5] Input/output error\n" in capsys.readouterr().err
     found = verify.verify(out, fraction=0, repair=True, workers=0)
     assert (found.removed, found.made, found.repaired) == ((2,), (2,), True)
     assert draws_hash(out) == before

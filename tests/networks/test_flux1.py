@@ -40,7 +40,12 @@ SMALL = Flux1Params(
     depth=2,
     depth_single_blocks=2,
 )
+POOLED = dataclasses.replace(SMALL, pooled=True)
 BATCH, DRAWS = 2, 5
+
+
+def _conditioned(how: str) -> Flux1Params:
+    return POOLED if how == "pooled" else dataclasses.replace(SMALL, conditioning=how)
 
 
 def perturbed(params: Flux1Params, seed: int = 0) -> Flux1:
@@ -130,40 +135,24 @@ def test_gensbi_mapping_names_what_is_wrong():
 
 
 def test_both_conditionings_have_the_same_tree():
-    """But for what makes a vector of the data."""
     one_way, joint = (
         nnx.state(Flux1(dataclasses.replace(SMALL, conditioning=c)), nnx.Param) for c in ("one_way", "joint")
     )
-    assert one_way.pop("pooled_in")
     assert jax.tree.structure(nnx.to_pure_dict(one_way)) == jax.tree.structure(nnx.to_pure_dict(joint))
     jax.tree.map(np.testing.assert_array_equal, one_way, joint)
 
 
-def test_who_pools():
-    """One-way conditioning alone; runs of before there was such a thing do not, and describe themselves as they did."""
-    joint, before = dataclasses.replace(SMALL, conditioning="joint"), dataclasses.replace(SMALL, pooled=False)
-    assert [p.pools for p in (SMALL, joint, before)] == [True, False, False]
-    assert dataclasses.replace(SMALL, pooled=True) == SMALL == dataclasses.replace(joint, conditioning="one_way")
-    for params in (SMALL, joint, before):
+def test_runs_of_before_there_were_pooled_data_describe_themselves_as_they_did():
+    assert "pooled" not in SMALL.to_dict()
+    assert POOLED.to_dict() == {**SMALL.to_dict(), "pooled": True}
+    for params in (SMALL, POOLED):
         assert Flux1Params.from_dict(params.to_dict()) == params
-    old = {
-        "in_channels": 1,
-        "context_in_dim": 2,
-        "dim_obs": 3,
-        "dim_cond": 4,
-        "num_heads": 2,
-        "axes_dim": [4, 2],
-        "depth": 2,
-    }
-    old |= {"depth_single_blocks": 2, "mlp_ratio": 2, "conditioning": "one_way"}
-    assert Flux1Params.from_dict(old) == before
-    assert "pooled" not in before.to_dict()
 
 
 def test_what_is_pooled():
     """Without its vector the network is the one that has none; the vector is of the tokens that are there."""
     theta_t, x = inputs()
-    network, plain = perturbed(SMALL), perturbed(dataclasses.replace(SMALL, pooled=False))
+    network, plain = perturbed(POOLED), perturbed(SMALL)
     assert network.encode(x)["pooled"].shape == (BATCH, SMALL.hidden_size)
     full = predict(network, 0.3, theta_t, x)
     jax.tree.map(
@@ -176,7 +165,7 @@ def test_what_is_pooled():
     nnx.update(plain, nnx.filter_state(nnx.state(network, nnx.Param), lambda path, _: path[0] != "pooled_in"))
     np.testing.assert_allclose(predict(plain, 0.3, theta_t, x), bare, atol=1e-6)
 
-    some = perturbed(dataclasses.replace(SMALL, missing=True))
+    some = perturbed(dataclasses.replace(POOLED, missing=True))
     mask = jnp.ones((BATCH, SMALL.dim_cond), bool).at[0, 1].set(False)
     one, other = (some.encode(x.at[0, 1].add(shift), mask)["pooled"] for shift in (0.0, 1.0))
     np.testing.assert_array_equal(one, other)
@@ -184,10 +173,10 @@ def test_what_is_pooled():
     assert np.isfinite(some.encode(x, jnp.zeros_like(mask))["pooled"]).all()
 
 
-@pytest.mark.parametrize("conditioning", ["one_way", "joint"])
+@pytest.mark.parametrize("conditioning", ["one_way", "pooled", "joint"])
 @pytest.mark.parametrize("strategy", [("absolute", "absolute"), ("rope1d", "rope1d"), ("pos1d", "rope1d")])
 def test_draws_are_independent(conditioning, strategy):
-    network = perturbed(dataclasses.replace(SMALL, conditioning=conditioning, id_embedding_strategy=strategy))
+    network = perturbed(dataclasses.replace(_conditioned(conditioning), id_embedding_strategy=strategy))
     theta_t, x = inputs()
     context = jax.eval_shape(network.encode, x)
     assert all(leaf.shape[0] == BATCH for leaf in jax.tree.leaves(context))
@@ -208,9 +197,9 @@ def test_draws_are_independent(conditioning, strategy):
     np.testing.assert_allclose(alone[0, 0], f[1, 2], atol=1e-5)
 
 
-@pytest.mark.parametrize("conditioning", ["one_way", "joint"])
+@pytest.mark.parametrize("conditioning", ["one_way", "pooled", "joint"])
 def test_time_shapes_agree(conditioning):
-    network = perturbed(dataclasses.replace(SMALL, conditioning=conditioning))
+    network = perturbed(_conditioned(conditioning))
     theta_t, x = inputs()
     scalar = predict(network, 0.7, theta_t, x)
     for shape in ((BATCH,), (BATCH, DRAWS)):
@@ -224,7 +213,7 @@ def test_time_shapes_agree(conditioning):
 @pytest.mark.parametrize("pooled", [False, True])
 def test_scalar_time_computes_modulation_once(pooled):
     """No product with a modulation kernel is larger for more draws; of pooled data there is one for each observation."""
-    network = perturbed(dataclasses.replace(SMALL, pooled=pooled))
+    network = perturbed(POOLED if pooled else SMALL)
     theta_t, x = inputs()
     jaxpr = jax.make_jaxpr(lambda t, th: network(t, th, network.encode(x)))(0.5, theta_t)
     kernel = (SMALL.depth, 6 * SMALL.hidden_size, SMALL.hidden_size)
@@ -300,6 +289,7 @@ def test_params_round_trip():
             'use it, or "absolute"',
         ),
         (dict(guidance_embed=True), "set guidance_embed=False"),
+        (dict(pooled=True, conditioning="joint"), 'pooled goes with conditioning="one_way"'),
         (dict(dtype="float16"), "'float32', 'bfloat16'; got 'float16'"),
         (dict(num_heads=1, axes_dim=(3, 0), id_embedding_strategy=("pos1d", "absolute")), "even width"),
     ],
