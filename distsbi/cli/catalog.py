@@ -44,9 +44,7 @@ def catalog(run: Path, catalog: str, out: str, **options: Any) -> None:
     options["x_columns"] = options["x_columns"].split(",") if options["x_columns"] else None
     done = sample_catalog(run, catalog, out, **options)
     rate = (
-        f"{done.rows_now * options['nsamples'] / done.seconds:,.0f} draws/s with start-up"
-        if done.rows_now
-        else "nothing"
+        f"{done.ok_now * options['nsamples'] / done.seconds:,.0f} draws/s with start-up" if done.rows_now else "nothing"
     )
     click.echo(f"{counted(done.n_rows, 'row')} in {shown(out)}: {done.n_ok:,} with draws, {done.n_bad:,} without")
     click.echo(f"now: {done.shards_now} of {done.shards} shards in {done.seconds:.1f} s, {rate}")

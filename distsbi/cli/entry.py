@@ -57,6 +57,9 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except PermissionError as error:
+        code, said = 1, f"{error}"
+        _complain(f"Failed: {said}. Give a file or folder that you may read and write.", debug)
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback)"
         code, said = 1, f"{type(error).__name__}: {error}"

@@ -167,7 +167,7 @@ def sample_catalog(
             "rows_per_shard": rows_per_shard,
         }
         shards = session.claim(definition, provenance.about(job, told))
-        counts, shards_now, rows_now = session.work(shards, shards, nsamples, show_progress)
+        counts, shards_now, rows_now, ok_now = session.work(shards, shards, nsamples, show_progress)
         n_ok, seconds = counts[schema.OK], time.monotonic() - began
         return CatalogResult(
             *(
@@ -179,6 +179,7 @@ def sample_catalog(
                 shards.count,
                 shards_now,
                 rows_now,
+                ok_now,
                 seconds,
             )
         )
@@ -188,7 +189,8 @@ def choose_rows_per_shard(n_rows: int, nsamples: int, size: int, workers: int = 
     """Rows of a shard where none is given, and the folder has no run yet; later calls, with other workers, keep what it has."""
     fewest = math.ceil(SHARD_DRAWS / nsamples)
     most = max(1, SHARD_BYTES // (4 * nsamples * size))
-    return min(max(math.ceil(n_rows / max(SHARD_COUNT, SHARDS_EACH * workers)), fewest), most, n_rows)
+    rows = min(max(math.ceil(n_rows / max(SHARD_COUNT, SHARDS_EACH * workers)), fewest), most, n_rows)
+    return math.ceil(n_rows / math.ceil(n_rows / rows))  # as many shards, of one size
 
 
 def _check_posterior(run: str) -> Callable[[Mapping[str, Any]], None]:

@@ -38,8 +38,8 @@ def work(
     *,
     what: str = "catalog",
     read_manifest: ReadManifest = status.read_manifest,
-) -> tuple[Counter[str], int, int]:
-    """Does what is left. Returns rows by status of the whole catalog, shards done now and rows done now.
+) -> tuple[Counter[str], int, int, int]:
+    """Does what is left. Returns rows by status of the whole catalog, and, of those done now, shards, rows and good rows.
 
     `what`: the bar's name; `read_manifest`: of a shard that the journal does not know.
 
@@ -52,7 +52,7 @@ def work(
         counts, present = take_stock(out, shards, journal, read_manifest)
         agenda = Agenda(shards, present, max_failures, layout.read_journal(out))
         journal.add({"event": "began", "shards": agenda.left}, now=True)
-        shards_now = rows_now = 0
+        shards_now = rows_now = ok_now = 0
         devices, noted = set(), set()
         bar = tqdm(
             total=shards.n_rows,
@@ -86,6 +86,7 @@ def work(
                         continue
                     counts.update({name: outcome.manifest[name] for name in schema.STATUSES})
                     shards_now, rows_now = shards_now + 1, rows_now + outcome.manifest["rows"]
+                    ok_now += outcome.manifest[schema.OK]
                     bar.update(outcome.manifest["rows"])
                     bar.set_postfix(bad=counts.total() - counts[schema.OK])
                     devices.add(outcome.manifest["device"])
@@ -113,7 +114,7 @@ def work(
             f"{shard} (rows {rows.start} to {rows.stop - 1}): {reason}. All others are finished in {out}; the same "
             "call tries these again."
         )
-    return counts, shards_now, rows_now
+    return counts, shards_now, rows_now, ok_now
 
 
 def take_stock(

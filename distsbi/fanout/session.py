@@ -71,7 +71,7 @@ class Done:
     """A call that is done.
 
     `path`: of the output folder; a URI in an object store. `n_ok`, `n_bad`: good rows and others, of the whole folder; `counts`: by status;
-    `shards`: all, `shards_now`: those done in this call, in `seconds` with `rows_now` rows.
+    `shards`: all, `shards_now`: those done in this call, in `seconds` with `rows_now` rows, `ok_now` of them good.
     """
 
     path: Path | str
@@ -82,6 +82,7 @@ class Done:
     shards: int
     shards_now: int
     rows_now: int
+    ok_now: int
     seconds: float
 
 
@@ -116,7 +117,7 @@ class Session:
 
     def work(
         self, shards: Shards, plan: Any, nsamples: int, show_progress: bool, **more: Any
-    ) -> tuple[Counter[str], int, int]:
+    ) -> tuple[Counter[str], int, int, int]:
         """Does what is left of `shards`; returns and raises as `loop.work`, which takes `more`. `plan`: what workers are told before;
         `nsamples`: as for `Metrics`."""
         self.pool.begin(plan)

@@ -162,13 +162,13 @@ def simulate(
         source = {"simulator": definition["simulator"]["name"], "prior": texts, "fingerprint": shards.fingerprint}
         plan = Plan(shards, shape, tuple(told["parameter_names"]), source)
         mark_unfinished(Path(folder.path), n)
-        counts, shards_now, rows_now = session.work(
+        counts, shards_now, rows_now, ok_now = session.work(
             shards, plan, 1, show_progress, what="simulations", read_manifest=read_manifest
         )
         mark_finished(Path(folder.path))
         n_ok, taken = counts[schema.OK], time.monotonic() - began
         return SimulationResult(
-            Path(folder.path), n, n_ok, n - n_ok, dict(counts), shards.count, shards_now, rows_now, taken
+            Path(folder.path), n, n_ok, n - n_ok, dict(counts), shards.count, shards_now, rows_now, ok_now, taken
         )
 
 

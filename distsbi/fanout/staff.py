@@ -350,6 +350,11 @@ class Staff:
             self._said = self.clock.now
         elif self.clock.now - self._said > PATIENCE:
             self._said = self.clock.now
+            if not any(node["Alive"] for node in self.ray.nodes()):
+                raise RuntimeError(
+                    f"none of Ray's machines has been alive for {PATIENCE:.0f} s: a process of Ray's on this one was killed, or memory ran out. What is "
+                    "finished is kept; give the same call again to go on."
+                )
             log.warning(
                 "no worker is up (each starts Python, loads the run and compiles); Ray has %g of %g CPUs free",
                 self.ray.available_resources().get("CPU", 0),

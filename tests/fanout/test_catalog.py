@@ -292,6 +292,7 @@ def test_shards_are_enough_for_a_large_cluster():
     assert -(-(10**7) // choose_rows_per_shard(10**7, 1000, 2)) >= 1024
     assert -(-(10**6) // choose_rows_per_shard(10**6, 100, 2)) >= 1000
     assert choose_rows_per_shard(40, 9, 2) == 40
+    assert choose_rows_per_shard(200, 200, 3, workers=2) == 100  # not 164 and 36
 
 
 def test_without_a_number_of_workers_shards_are_for_the_room_there_is(run, make_catalog, tmp_path, monkeypatch):

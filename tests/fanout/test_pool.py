@@ -25,7 +25,7 @@ class FakeRay:
 
         self.exceptions = ray.exceptions
         self.free, self.results, self.actors, self.seconds, self.draining = free, {}, [], 0.0, set()
-        self.later = []  # (seconds, what happens then)
+        self.later, self.dead = [], set()  # (seconds, what happens then)
 
     def place(self):
         for actor in self.actors:
@@ -65,7 +65,7 @@ class FakeRay:
         self.place()
 
     def nodes(self):
-        return [{"NodeID": machine, "Alive": True} for machine in self.free]
+        return [{"NodeID": machine, "Alive": machine not in self.dead} for machine in self.free]
 
     def available_resources(self):
         return {}
@@ -349,6 +349,22 @@ def test_a_cluster_whose_machines_are_too_small_is_refused_unless_it_grows(make,
             assert staffs.PATIENCE < ray.seconds < 1.1 * staffs.PATIENCE
         else:
             assert pool.start(Stop())["definition"] == "run"
+
+
+def test_where_no_machine_is_alive_nobody_waits(make):
+    """Ray's own process on a machine is killed, and with it the workers: that of a call's own Ray never comes back."""
+    pool, ray = make(1, a=1)
+    with pool:
+        come_up(ray)
+        pool.start(Stop())
+        pool.submit("task")
+        kill(ray, "a")
+        ray.free = {"a": -1}  # the core that the dead worker leaves is none
+        ray.dead.add("a")
+        with pytest.raises(RuntimeError, match="none of Ray's machines has been alive .* the same call again"):
+            while ray.seconds < 10 * staffs.PATIENCE:
+                pool.wait()
+        assert staffs.PATIENCE < ray.seconds < 2 * staffs.PATIENCE
 
 
 def test_a_worker_that_hangs_while_it_starts_is_replaced(make, caplog):
