@@ -48,11 +48,10 @@ def make_catalog(path: Path, rows: int, dim_x: int) -> None:
 
 def steady_rate(journal: list[dict[str, Any]], nsamples: int) -> float:
     """Draws/s between the moment when every worker has finished a shard and the last shard."""
+    from distsbi.fanout.plan import first_shards
+
     done = [line for line in journal if line["event"] == "done"]
-    firsts: dict[tuple[str, int], float] = {}
-    for line in done:
-        firsts.setdefault((line["host"], line["pid"]), line["time"])
-    start = max(firsts.values())
+    start = max(first_shards(done))
     rows = sum(line["rows"] for line in done if line["time"] > start)
     if not rows:
         sys.exit("the catalog is too small to measure: no shard came after every worker's first; give more --rows.")

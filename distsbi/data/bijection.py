@@ -133,8 +133,8 @@ class Bijection:
         if set(self.kinds) <= {REAL}:
             return theta
         # at least one float inside: rounding ends on bounds, which an open interval has not
-        least = jnp.where(self._is(INTERVAL, DECADES, ABOVE), _next(self.low, 1.0), -jnp.inf)
-        most = jnp.where(self._is(INTERVAL, DECADES, BELOW), _next(self.high, -1.0), jnp.inf)
+        least = jnp.where(self._has_low, _next(self.low, 1.0), -jnp.inf)
+        most = jnp.where(self._has_high, _next(self.high, -1.0), jnp.inf)
         return jnp.clip(theta, least, most)
 
     def log_det(self, u: Float[Array, "... dim channels"]) -> Float[Array, "... dim channels"]:
@@ -155,15 +155,14 @@ class Bijection:
 
     def contains(self, theta: Float[Array, "... dim channels"]) -> Array:
         """Whether theta lies inside the support, over all rows: bool [...]."""
-        below = self._is(INTERVAL, DECADES, ABOVE) & (theta < self.low)
-        above = self._is(INTERVAL, DECADES, BELOW) & (theta > self.high)
+        below, above = self._has_low & (theta < self.low), self._has_high & (theta > self.high)
         return ~jnp.any(below | above, axis=(-2, -1))
 
     @property
     def supports(self) -> list[Support]:
         """Where the rows live."""
-        low = np.where(self._is(INTERVAL, DECADES, ABOVE), self.low, -np.inf).ravel().tolist()
-        high = np.where(self._is(INTERVAL, DECADES, BELOW), self.high, np.inf).ravel().tolist()
+        low = np.where(self._has_low, self.low, -np.inf).ravel().tolist()
+        high = np.where(self._has_high, self.high, np.inf).ravel().tolist()
         return [Support(*bounds) for bounds in zip(low, high, strict=True)]
 
     def _probit(self, part: Array, rest: Array) -> Array:
@@ -174,6 +173,14 @@ class Bijection:
         nearer = jnp.where(lower, jnp.maximum(part, first), jnp.maximum(rest, last))
         u = ndtri(jnp.where(nearer >= 1, 0.5, nearer))
         return jnp.where(lower, u, -u)
+
+    @property
+    def _has_low(self) -> np.ndarray:
+        return self._is(INTERVAL, DECADES, ABOVE)
+
+    @property
+    def _has_high(self) -> np.ndarray:
+        return self._is(INTERVAL, DECADES, BELOW)
 
     def _is(self, *kinds: str) -> np.ndarray:
         return np.asarray([[kind in kinds] for kind in self.kinds]).reshape(-1, 1)

@@ -250,19 +250,19 @@ def _times(
     done = [line for line in layout.read_journal(out) if line["event"] == "done"]
     each = float(np.median([line["seconds"] for line in done]))
     last = max(line["time"] for line in done)
-    start_up = result.seconds - (last - float(np.mean(_firsts(done)))) - each
+    start_up = result.seconds - (last - float(np.mean(first_shards(done)))) - each
     return max(each, _between(done)), max(0.0, start_up)
 
 
 def _between(done: Sequence[Mapping[str, Any]]) -> float:
     """Seconds from one shard of a worker to its next, with what the driver and the files cost, from when every worker had done one: some are up a
     second before others. 0 where nothing was done after that."""
-    firsts = _firsts(done)
+    firsts = first_shards(done)
     later = [line["time"] for line in done if line["time"] > max(firsts)]
     return (max(later) - max(firsts)) * len(firsts) / len(later) if later else 0.0
 
 
-def _firsts(done: Sequence[Mapping[str, Any]]) -> list[float]:
+def first_shards(done: Sequence[Mapping[str, Any]]) -> list[float]:
     """When each worker had done its first shard."""
     firsts: dict[tuple[str, int], float] = {}
     for line in done:

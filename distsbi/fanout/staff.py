@@ -137,7 +137,7 @@ class Staff:
                         f"{lacking}, none joined in {PATIENCE:.0f} s, and there is no autoscaler to add one; lower cpus_per_worker or "
                         "num_gpus_per_worker, or start a machine that has as many."
                     )
-            self._say_if_nobody_is_up()
+            self._mind_if_nobody_is_up()
         return self._told
 
     def begin(self, plan: Any) -> None:
@@ -152,7 +152,7 @@ class Staff:
         self.clock.tick()
         self.look()
         self._greet(timeout=0)
-        self._say_if_nobody_is_up()
+        self._mind_if_nobody_is_up()
 
     def hold(self) -> None:
         """From now on nobody comes, and who has no task goes."""
@@ -345,7 +345,8 @@ class Staff:
         failed = sum(self._backoff.failures(machine) > 0 for machine in {*fit, ""})
         return failed_in_a_row < self._max_failures and failed < len(fit)
 
-    def _say_if_nobody_is_up(self) -> None:
+    def _mind_if_nobody_is_up(self) -> None:
+        """Says so, from time to time. Raises RuntimeError where no machine is alive on which one could be."""
         if any(m.starting is None for m in self.members):
             self._said = self.clock.now
         elif self.clock.now - self._said > PATIENCE:

@@ -34,7 +34,7 @@ def training_identity(
         "pose": repr(pose) if dataclasses.is_dataclass(pose) else "conditional",
         "data": data,
         "validation": _digest(validation),
-        "standardizer": _digest([(json.dumps(standardizer.to_dict(), sort_keys=True),)]),
+        "standardizer": hashlib.sha256(json.dumps(standardizer.to_dict(), sort_keys=True).encode()).hexdigest(),
     }
 
 
@@ -45,8 +45,8 @@ def _network(model: Any) -> list[Any]:
     return [name, model.params.to_dict() if name else type(model).__name__]
 
 
-def _digest(parts: Any) -> str:
+def _digest(arrays: Pairs) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode() if isinstance(part, tuple) else np.ascontiguousarray(part).tobytes())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

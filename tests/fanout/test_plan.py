@@ -54,7 +54,7 @@ def test_the_pace_is_that_of_all_workers_together():
     ends = {("a", 1): [1, 2, 3, 4, 6, 8, 10], ("b", 1): [5, 7, 9, 11]}
     done = [{"host": host, "pid": pid, "time": time} for (host, pid), times in ends.items() for time in times]
     assert planning._between(done) == pytest.approx(2.0)
-    assert sorted(planning._firsts(done)) == [1, 5]
+    assert sorted(planning.first_shards(done)) == [1, 5]
     assert planning._between([line for line in done if line["time"] <= 5]) == 0.0  # never together
 
 

@@ -144,11 +144,17 @@ def soon(ray, *events):
     ray.later += [(ray.seconds + second, event) for second, event in enumerate(events, 1)]
 
 
-def work_and_kill(pool, ray, machine):
-    """Two workers come up and are given a task each; then that of this machine dies."""
+def work(pool, ray, *tasks):
+    """Workers come up and are given these tasks."""
     come_up(ray)
     pool.start(Stop())
-    pool.submit("task 1"), pool.submit("task 2")
+    for task in tasks:
+        pool.submit(task)
+
+
+def work_and_kill(pool, ray, machine):
+    """Two workers come up and are given a task each; then that of this machine dies."""
+    work(pool, ray, "task 1", "task 2")
     kill(ray, machine)
 
 
@@ -226,9 +232,7 @@ def test_it_ends_where_nobody_is_left(make, result, error, says):
     pool, ray = make(1, a=1)
     failed = 0
     with pool, pytest.raises(error, match=says):
-        come_up(ray)
-        pool.start(Stop())
-        pool.submit("task")
+        work(pool, ray, "task")
         kill(ray, "a")
         pool.wait()
         while ray.seconds < 3000:
@@ -242,9 +246,7 @@ def test_nobody_is_left_only_when_the_good_machine_has_failed_too(make):
     """Both workers die; that on the good machine takes its time to come up again."""
     pool, ray = make(2, a=1, b=1)
     with pool:
-        come_up(ray)
-        pool.start(Stop())
-        pool.submit("task 1"), pool.submit("task 2")
+        work(pool, ray, "task 1", "task 2")
         kill(ray, "a"), kill(ray, "b")
         failed = 0
         while ray.seconds < 600:
@@ -355,9 +357,7 @@ def test_where_no_machine_is_alive_nobody_waits(make):
     """Ray's own process on a machine is killed, and with it the workers: that of a call's own Ray never comes back."""
     pool, ray = make(1, a=1)
     with pool:
-        come_up(ray)
-        pool.start(Stop())
-        pool.submit("task")
+        work(pool, ray, "task")
         kill(ray, "a")
         ray.free = {"a": -1}  # the core that the dead worker leaves is none
         ray.dead.add("a")
@@ -439,9 +439,7 @@ def test_a_task_that_takes_too_long_is_blamed_and_the_one_behind_it_is_not(two):
 def test_what_a_time_limit_is_for_is_said_of_whole_shards_alone(make):
     pool, ray = make(2, time_limit=6.0, a=1, b=1)
     with pool:
-        come_up(ray)
-        pool.start(Stop())
-        pool.submit(Task(0)), pool.submit(Task(1, (4, 5)))
+        work(pool, ray, Task(0), Task(1, (4, 5)))
         shard, probe = sorted(until(pool, ray, ray.seconds + 8), key=lambda o: o.task.shard)
     assert str(shard.error).endswith(
         "of 6 s, which is for a whole shard: if no row hangs, raise it or make smaller shards"
@@ -529,9 +527,7 @@ def test_a_worker_without_a_task_goes_at_once_from_a_leaving_machine(make):
 def test_a_leaving_machine_gets_no_tasks(make):
     pool, ray = make(1, a=1)
     with pool:
-        come_up(ray)
-        pool.start(Stop())
-        pool.submit("task")
+        work(pool, ray, "task")
         assert pool.room()
         ray.draining = {"a"}
         pool.wait()
