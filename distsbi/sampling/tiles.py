@@ -9,7 +9,7 @@ index) alone (keys.py).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,27 +114,26 @@ def kind_of(mesh: Mesh) -> Kind:
 
 
 def bytes_per_row(network: Any, standardizer: Standardizer) -> float:
-    """Bytes that the largest array of one prediction grows by with every draw. Nothing is computed."""
+    """The most bytes that an array of one prediction grows by with every draw. Nothing is computed."""
 
-    def largest(draws: int) -> int:
+    def sizes(draws: int) -> Iterator[int]:
         x = jax.ShapeDtypeStruct((1, network.dim_x, network.ch_x), jnp.float32)
         theta = jax.ShapeDtypeStruct((1, draws, network.dim_theta, network.ch_theta), jnp.float32)
         step = lambda t, theta, x: network(t, theta, encode(network, standardizer, x)[0])  # noqa: E731
-        return _largest(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.float32), theta, x).jaxpr)
+        return _sizes(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.float32), theta, x).jaxpr)
 
-    return (largest(256) - largest(128)) / 128
+    # array by array, for weights do not grow and may be the largest
+    return max(many - few for few, many in zip(sizes(128), sizes(256), strict=False)) / 128
 
 
-def _largest(jaxpr: Any) -> int:
-    """Bytes of the largest array that a program makes, those inside its loops included."""
-    size = 0
+def _sizes(jaxpr: Any) -> Iterator[int]:
+    """Bytes of every array that a program makes, those inside its loops included."""
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             shape = getattr(variable.aval, "shape", ())
-            size = max(size, math.prod(shape) * getattr(getattr(variable.aval, "dtype", None), "itemsize", 0))
+            yield math.prod(shape) * getattr(getattr(variable.aval, "dtype", None), "itemsize", 0)
         for inner in jaxprs_in_params(equation.params):
-            size = max(size, _largest(inner))
-    return size
+            yield from _sizes(inner)
 
 
 def bytes_per_context(network: Any, standardizer: Standardizer) -> int:

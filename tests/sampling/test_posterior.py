@@ -5,9 +5,11 @@ import pickle
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
+from distsbi.networks import MLP, MLPParams
 from distsbi.sampling import Posterior, SolveError, Tile, fill as fill_module, tiles
 from distsbi.solvers import make_solver
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
@@ -304,3 +306,10 @@ def test_bytes_of_a_row_and_of_a_context():
     width, depth = posterior.network.params.width, posterior.network.params.depth
     assert tiles.bytes_per_row(posterior.network, posterior.weights.standardizer) == 4 * width
     assert tiles.bytes_per_context(posterior.network, posterior.weights.standardizer) == 4 * (width * depth + 2)
+
+
+def test_bytes_of_a_row_where_weights_are_larger():
+    """Weights are cast to bfloat16: a copy of 1024 x 1024 of them is larger than what 256 draws of that width take."""
+    network = MLP(MLPParams(2, 3, width=1_024, depth=1, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    posterior = random_mlp_posterior(network=network)
+    assert tiles.bytes_per_row(posterior.network, posterior.weights.standardizer) == 4 * 1_024
