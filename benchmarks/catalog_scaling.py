@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import HERE, append, busy_cores, provenance
+from common import HERE, append, busy_cores, provenance, steady_rate
 
 RESULTS = HERE / "results" / "catalog_scaling.jsonl"
 
@@ -46,18 +45,6 @@ def make_catalog(path: Path, rows: int, dim_x: int) -> None:
     pq.write_table(pa.table({"id": np.arange(rows), "x": list(x)}), path)
 
 
-def steady_rate(journal: list[dict[str, Any]], nsamples: int) -> float:
-    """Draws/s between the moment when every worker has finished a shard and the last shard."""
-    from distsbi.fanout.plan import first_shards
-
-    done = [line for line in journal if line["event"] == "done"]
-    start = max(first_shards(done))
-    rows = sum(line["rows"] for line in done if line["time"] > start)
-    if not rows:
-        sys.exit("the catalog is too small to measure: no shard came after every worker's first; give more --rows.")
-    return rows * nsamples / (done[-1]["time"] - start)
-
-
 def measure(
     run: Path, catalog: Path, out: Path, workers: int, nsamples: int, rows_per_shard: int, gpus: float = 0
 ) -> dict[str, Any]:
@@ -76,7 +63,7 @@ def measure(
         "workers": workers,
         "devices": (record.read_run(out) or {})["about"]["devices"],
         "shards": result.shards,
-        "steady_draws_per_second": steady_rate(layout.read_journal(out), nsamples),
+        "steady_draws_per_second": steady_rate(layout.read_journal(out)) * nsamples,
         "whole_draws_per_second": result.n_rows * nsamples / seconds,
         "sha256": hashlib.sha256(draws.tobytes()).hexdigest(),
     }

@@ -71,6 +71,18 @@ def best_rate(call: Any, count: int) -> float:
     return round(count / min(seconds), 1)
 
 
+def steady_rate(journal: list[dict[str, Any]]) -> float:
+    """Rows/s between the moment when every worker has finished a shard and the last shard."""
+    from distsbi.fanout.plan import first_shards
+
+    done = [line for line in journal if line["event"] == "done"]
+    start = max(first_shards(done))
+    rows = sum(line["rows"] for line in done if line["time"] > start)
+    if not rows:
+        sys.exit("too little to measure: no shard came after every worker's first; give more --rows.")
+    return rows / (done[-1]["time"] - start)
+
+
 def append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:

@@ -5,7 +5,8 @@
 The simulator, three numbers with noise, takes a few microseconds, so what is measured is the cost of a row beside it. The plain pool is what
 one would write oneself: `multiprocessing.Pool(2)`, chunks of rows, one generator for each chunk, theta drawn and x simulated row by row, the arrays sent back and put together;
 it writes no files, notes no failures and gives other numbers for other chunks. Both are timed with start-up (processes, imports, Ray) and
-without: the pool from when both processes are up, distsbi, by its journal, from when work begins to the last shard. The two take turns.
+without: the pool from when both processes are up, distsbi, by its journal, from when both workers have done their first shard (one is up half a
+second before the other) to the last shard. The two take turns.
 The result is appended to benchmarks/results/simulate_rate.jsonl.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import HERE, append, busy_cores, provenance
+from common import HERE, append, busy_cores, provenance, steady_rate
 
 RESULTS = HERE / "results" / "simulate_rate.jsonl"
 WORKERS = 2
@@ -64,11 +65,8 @@ def distsbi_simulate(rows: int, size: int | None, out: Path) -> dict[str, Any]:
         "simulate_rate:simulate", PRIOR, rows, out, workers=WORKERS, shard_size=size, show_progress=False
     )
     ended = time.monotonic()
-    journal = layout.read_journal(out)
-    start = next(line["time"] for line in journal if line["event"] == "began")
-    last = max(line["time"] for line in journal if line["event"] == "done")
     assert result.n_ok == rows
-    steady, whole = rows / (last - start), rows / (ended - began)
+    steady, whole = steady_rate(layout.read_journal(out)), rows / (ended - began)
     return {"steady_rows_per_second": steady, "whole_rows_per_second": whole, "shards": result.shards}
 
 

@@ -39,6 +39,7 @@ from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.run import check_place, load, model_spec, read_spec
 from distsbi.solvers import Solver
 from distsbi.training import Trained, TrainingConfig, train
+from distsbi.training.checkpoints import differences
 from distsbi.training.loop import run_root
 from distsbi.training.update import Pose, conditional
 
@@ -333,9 +334,10 @@ class ConditionalPipeline(Answers):
         here, there = model_spec(made), model_spec(found)
         differing = [name for name in ("network", "sizes", "method") if here[name] != there[name]]
         if differing:
+            values = "; ".join(differences(*({name: spec[name] for name in differing} for spec in (there, here))))
             raise ValueError(
-                f"{path} holds a run of another {' and '.join(differing)} than this pipeline; make the pipeline that it was trained with, or "
-                f"distsbi.load it."
+                f"{path} holds a run of another {' and '.join(differing)} than this pipeline ({values}); make the pipeline that it was trained "
+                f"with, or distsbi.load it."
             )
         self._check_supports(path, scales)
         weights = found.joint if isinstance(found, JointPosterior) else found.network

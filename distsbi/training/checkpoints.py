@@ -97,7 +97,7 @@ class Checkpoints:
             found = json.loads(record.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{record} is damaged; remove {self.root} and train again.") from error
-        if differing := list(_differences(found, json.loads(json.dumps(identity)))):
+        if differing := list(differences(found, json.loads(json.dumps(identity)))):
             raise ValueError(
                 f"{self.root} holds another training (differs in {', '.join(differing)}); "
                 f"choose another checkpoint_dir, also to go on training from the weights of a finished run (pipeline.restore), or remove this one."
@@ -195,14 +195,14 @@ def _named(step: int | None) -> str:
     return "no checkpoint" if step is None else f"checkpoint {step}"
 
 
-def _differences(found: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+def differences(found: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
     """What differs, by name; with both values where they are short."""
     for name in sorted({*found, *given}):
         old, new = found.get(name), given.get(name)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new)
+            yield from differences(old, new)
             continue
         if (
             isinstance(old, list) and isinstance(new, list) and isinstance(new[0], str)
