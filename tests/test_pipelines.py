@@ -112,7 +112,10 @@ def test_a_saved_run_is_taken_up_to_sample_and_to_go_on_with_more_simulations(tm
 
 @pytest.mark.parametrize(
     ("kind", "params", "says"),
-    [(MLPFlowPipeline, {**SMALL, "width": 8}, r"another network .*\(width: given 8, found 16\)"), (MLPDiffusionPipeline, SMALL, "another method")],
+    [
+        (MLPFlowPipeline, {**SMALL, "width": 8}, r"another network .*\(width: given 8, found 16\)"),
+        (MLPDiffusionPipeline, SMALL, "another method"),
+    ],
 )
 def test_a_run_of_something_else_is_not_taken_up(tmp_path, kind, params, says):
     run = make()
