@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import dataclasses
+import json
 import queue
 import socket
 import subprocess
@@ -57,21 +58,35 @@ def test_the_environment_says_the_rank(environment, rank):
     assert find_rank(environment=environment) == rank
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "127.1.2.3", "[::1]", "localhost", "node1", "10.0.0.1", "[::]", "127.example.org"]
-)
+def _own_address() -> str:
+    """An address of this machine on a network, where it has one; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(("198.51.100.7", 9))
+        return probe.getsockname()[0]
+
+
+LOOPBACK = ("127.0.0.1", "127.1.2.3", "[::1]", "localhost")
+ELSEWHERE = ("node1", "198.51.100.7", "0.0.0.0", "[2001:db8::7]", "[::]", "127.example.org")
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, "own", *ELSEWHERE])
 def test_who_is_let_in(host, monkeypatch):
-    """On the loopback interface nobody from elsewhere, neither where processes meet nor at JAX's service."""
+    """At an address of this machine nobody by another one, neither where processes meet nor at JAX's service: by the loopback one nobody from
+    elsewhere. A name, and an address that is translated on the way, is no such one."""
     import jax
 
     if host == "[::1]" and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
+    one, loopback = host not in ELSEWHERE, host in LOOPBACK
+    if host == "own" and (host := _own_address()) == "0.0.0.0":
+        pytest.skip("this machine has no network")
     rank = Rank(f"{host}:{free_port()}", 2, 0)
-    assert rank.loopback == (host in ("127.0.0.1", "127.1.2.3", "[::1]", "localhost"))
+    assert rank.loopback == loopback
     everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     with meeting._listening(rank) as server:
         bound = server.getsockname()[0]
-    assert bound == (("127.0.0.1" if host == "localhost" else rank.host) if rank.loopback else everywhere)
+    assert bound == (("127.0.0.1" if host == "localhost" else rank.host) if one else everywhere)
     given = {}
     for holder, name, value in (
         (job, "_meeting", None),
@@ -84,7 +99,7 @@ def test_who_is_let_in(host, monkeypatch):
     ):
         monkeypatch.setattr(holder, name, value)
     job.join(rank)
-    assert given["coordinator_bind_address"] == (f"{host}:1" if rank.loopback else None)
+    assert given["coordinator_bind_address"] == (f"{host}:1" if one else None)
 
 
 def test_what_is_told_comes_before_the_environment():
@@ -262,8 +277,26 @@ def test_another_job_is_turned_away():
     first, second = _places(2)
     named = [dataclasses.replace(rank, job="a") for rank in (first, second)]
     found, _ = _meet(*named, dataclasses.replace(second, job="b"), timeout=5.0)
-    assert "waits a, and this is b" in str(found[2]) or "cannot reach" in str(found[2])  # or it came when all had met
+    # or it came when all had met
+    assert "waits another job, and this process is none of it" in str(found[2]) or "cannot reach" in str(found[2])
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_stranger_is_not_told_the_name(count):
+    """With which it would be let in; nor does it end the others."""
+    ranks = [dataclasses.replace(rank, job="of 0123") for rank in _places(2)]
+    led: queue.Queue = queue.Queue()
+    threading.Thread(target=lambda: led.put(meet(ranks[0], 20.0, print))).start()
+    with _when_listening((ranks[0].host, ranks[0].port)) as stranger:
+        hello = {"hello": meeting.PROTOCOL, "index": 1, "count": count, "host": "h", "job": ""}
+        stranger.sendall(json.dumps(hello).encode() + b"\n")
+        said = stranger.makefile().readline()
+    assert "refused" in said
+    assert "0123" not in said
+    met = meet(ranks[1], 20.0, print)[0], led.get(timeout=20)[0]
+    for each in met:
+        each.fail("the test is over")
 
 
 def test_waiting_for_one_that_is_done():

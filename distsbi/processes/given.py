@@ -25,7 +25,7 @@ class Rank:
     """Process `index` of `count`, which meet at `coordinator`, an address "host:port" of process 0's machine.
 
     local: this process among those on its machine, where the launcher says it: it takes that one of the machine's GPUs. None: all of them.
-    job: what the launcher calls these processes; those of another job are turned away. Not compared.
+    job: what the launcher calls these processes; those of another job are turned away, and not told this one's. Not compared, nor shown.
 
     Raises ValueError for a number out of range and an address that is none.
     """
@@ -34,7 +34,7 @@ class Rank:
     count: int
     index: int
     local: int | None = None
-    job: str = dataclasses.field(default="", compare=False)
+    job: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.count < 1:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from distsbi.processes.given import Rank, find_rank
-from distsbi.processes.meeting import Meeting, meet
+from distsbi.processes.meeting import Meeting, interface, meet
 
 LOST = 1  # exit code of a process that ends because another did
 GRACE = 2.0  # seconds for this process to tell the error that another failed with too
@@ -51,7 +51,8 @@ def initialize(
     or wait for its values, but not where they wait in computations of your own over the devices of all: put those into `processes.in_step()`.
 
     Args:
-        coordinator: "host:port" of process 0's machine, with a free port. On the loopback interface only this machine is let in.
+        coordinator: "host:port" of process 0's machine, with a free port. Where the host is an IP address of that machine, it listens there alone: on
+            the loopback interface only this machine is let in. For a name it listens on all interfaces.
         num_processes, process_id: how many there are, and this one's number from 0 on.
         timeout: seconds to wait for the others.
         detect: look at the environment where nothing is given.
@@ -90,7 +91,7 @@ def join(rank: Rank, *, timeout: float = 300.0, join_jax: bool = True) -> bool:
             local_device_ids=rank.local,
             initialization_timeout=int(timeout) + 1,
             cluster_detection_method="deactivate",
-            coordinator_bind_address=address if rank.loopback else None,  # None: all interfaces
+            coordinator_bind_address=address if interface(rank) else None,  # None: all interfaces
         )
         _joined_jax = True
     return True

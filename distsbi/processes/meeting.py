@@ -12,6 +12,7 @@ with it end. A machine that vanishes without a word is noticed by keep-alive wit
 """
 
 import contextlib
+import ipaddress
 import json
 import queue
 import socket
@@ -235,9 +236,10 @@ def _lead(rank: Rank, deadline: float, timeout: float, lost: Callable[[str, bool
                     f"{len(lines) + 1} of {rank.count} processes came to {rank.coordinator} within {timeout:g} s, without process {missing}; "
                     f"start all of them, each with the same --coordinator and --num-processes."
                 ) from None
-            if (job := hello["job"]) != rank.job:  # of another job, which met this one at its port
-                waiting = rank.job or "another job"
-                line.turn_away(f"at {rank.coordinator} waits {waiting}, and this is {job or 'none of it'}: {OTHER}.")
+            if (
+                hello["job"] != rank.job
+            ):  # of another job, which met this one at its port; this one's name would let it in
+                line.turn_away(f"at {rank.coordinator} waits another job, and this process is none of it: {OTHER}.")
                 continue
             index, count, host = hello["index"], hello["count"], hello["host"]
             if count != rank.count:
@@ -336,17 +338,31 @@ def _join(rank: Rank, deadline: float, timeout: float, lost: Callable[[str, bool
 
 
 def _listening(rank: Rank) -> socket.socket:
-    """Where the coordinator's address is, on all interfaces unless it is the loopback one."""
-    both = not rank.loopback and socket.has_dualstack_ipv6()
+    """Where the coordinator's address is: at that alone, or on all interfaces."""
+    where = interface(rank)
+    both = where is None and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in rank.host else socket.AF_INET
     try:
-        where = rank.host if rank.loopback else ""
-        return socket.create_server((where, rank.port), family=family, dualstack_ipv6=both, backlog=rank.count)
+        return socket.create_server((where or "", rank.port), family=family, dualstack_ipv6=both, backlog=rank.count)
     except OSError as error:
         raise ValueError(
             f"process 0 cannot listen at {rank.coordinator} ({error.strerror or error}): choose another port for all processes, or end what uses "
             f"it; the address must be one of process 0's own machine."
         ) from error
+
+
+def interface(rank: Rank) -> str | None:
+    """The host of process 0 where to listen there is enough: on the loopback interface, or at an IP address of this machine. None: all interfaces,
+    for an address that is translated on the way, and a name, which may be another address to the others (its own name is often 127.0.1.1)."""
+    if rank.loopback:
+        return rank.host
+    try:
+        address = ipaddress.ip_address(rank.host)
+        with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET) as probe:
+            probe.bind((rank.host, 0))
+    except (OSError, ValueError):
+        return None
+    return None if address.is_unspecified else rank.host
 
 
 def free_port() -> int:
