@@ -1,14 +1,17 @@
 """One training over the machines of a Ray cluster, by Ray Train: a worker process on each host, which all of its devices belong to.
 
 Ray places the workers, joins them in JAX (GPUs and TPUs; on CPUs, where Ray Train's JAX backend does nothing, they join by themselves) and starts
-them again where a machine is lost. Nothing of the training passes through Ray: the run directory is on a file system that all hosts share, and
-a training that is started again resumes from its last checkpoint.
+them again where a machine is lost, or a device, the network or the disk fails under a worker. Nothing of the training passes through Ray: the run
+directory is on a file system that all hosts share, and a training that is started again resumes from its last checkpoint.
 """
 
 import dataclasses
+import errno
 import importlib
 import logging
 import os
+import re
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +22,9 @@ from distsbi.processes import Rank
 from distsbi.processes.meeting import free_port
 
 RESTARTS = 3  # of all workers, after one or its machine was lost
+# Errors of a disk that stay until the user gives another place or makes room.
+USERS = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+STAYING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 STORAGE = "ray-train"  # Ray Train's own files, in the run directory until the training is done
 CONTROLLER_FAILURES = 3  # of Ray Train's own process: without a number it tries for ever
 HOSTS_SECONDS = 300.0  # for the hosts of a cluster to come
@@ -116,14 +122,15 @@ def _wait_for_hosts(workers: int) -> Hosts:
 
 def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, address: str | None = None) -> Any:
     """Calls `target`, "module:function", as `function(rank, join_jax=..., **arguments)` in `workers` processes of a Ray cluster, and returns what the first
-    returns; workers that are lost are started again, all together.
+    returns; workers are started again, all together, where some are lost or what they raised may pass.
 
     Args:
         arguments: plain values.
         out: a folder that all hosts share.
         address: of the cluster; None: $RAY_ADDRESS, else this machine, all of it: its GPUs too, unless JAX_PLATFORMS is cpu.
 
-    Raises ValueError for too few hosts, and where the function raises one; RuntimeError if it fails otherwise, or workers are lost again and again.
+    Raises ValueError for too few hosts, and where the function raises one; RuntimeError if it fails otherwise, or workers are lost or fail again and
+    again.
     """
     gpus = 0 if os.environ.get("JAX_PLATFORMS") == "cpu" else None
     with connected(address, max(workers, own_cpus()), 1, gpus):
@@ -146,9 +153,10 @@ def launch(target: str, arguments: dict[str, Any], out: Path, workers: int, addr
                 returned = _trainer(target, arguments, out, hosts).fit().return_value
                 break
             except TrainingFailedError as error:
-                told = _told(error)
-                if told is not None or not left:
-                    raise told or RuntimeError(f"a worker failed: {error}") from error
+                told, passing = _told(error)
+                if not (passing and left):
+                    raise told from error
+                log.warning("all workers are started again, for %s", told)
         shutil.rmtree(out / STORAGE, ignore_errors=True)
         return returned
 
@@ -173,15 +181,28 @@ def _trainer(target: str, arguments: dict[str, Any], out: Path, hosts: Hosts) ->
     )
 
 
-def _told(error: Exception) -> ValueError | RuntimeError | None:
-    """What a worker raised itself, in a failure of Ray Train: its ValueError, or a RuntimeError with its words. None where Ray says no more than
-    that workers are gone: another attempt may go well."""
+def _told(error: Exception) -> tuple[ValueError | RuntimeError, bool]:
+    """What to raise for a failure of Ray Train, a worker's ValueError or a RuntimeError with its words; and whether another attempt may go well: none
+    where a worker raised what will not pass, although the others, which it ended, are gone too."""
     failures = getattr(error, "worker_failures", {}).values()
     raised = [getattr(failure, "_base_exc", failure) for failure in failures]
     own = [e for e in raised if not type(e).__module__.startswith("ray.")]
-    if wrong := [e for e in own if isinstance(e, ValueError)]:
-        return ValueError(str(wrong[0]))
-    return RuntimeError(f"a worker failed: {own[0]}") if own else None
+    lasting = [e for e in own if not _may_pass(e)]
+    reasons = lasting or own or [error]
+    wrong = next((e for e in reasons if isinstance(e, ValueError)), None)
+    return ValueError(str(wrong)) if wrong else RuntimeError(f"a worker failed: {reasons[0]}"), not lasting
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether what a worker raised may not come again: it may come of a process that is lost, which a survivor sees as a failure of its device or its
+    network before anyone knows, or of a disk that does not answer for a while. A full disk, and what the user has to mend, stays."""
+    from jax.errors import JaxRuntimeError
+
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore, which raises ValueError
+        error = OSError(int(number[1]), "")
+    if isinstance(error, OSError):
+        return not isinstance(error, USERS) and error.errno not in STAYING
+    return isinstance(error, JaxRuntimeError)
 
 
 def _member(given: dict[str, Any]) -> Any:
@@ -193,6 +214,8 @@ def _member(given: dict[str, Any]) -> Any:
     context = ray.train.get_context()
     index, count = context.get_world_rank(), context.get_world_size()
     own = f"{ray.util.get_node_ip_address()}:{free_port()}"
-    rank = Rank(broadcast_from_rank_zero(own), count, index)
+    # a name that nobody guesses, for the port is open to the network
+    address, job = broadcast_from_rank_zero((own, f"Ray Train {secrets.token_hex(16)}"))
+    rank = Rank(address, count, index, job=job)
     module, _, function = given["target"].partition(":")
     return getattr(importlib.import_module(module), function)(rank, join_jax=given["join_jax"], **given["arguments"])

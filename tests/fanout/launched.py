@@ -1,5 +1,6 @@
 """What the workers of test_launch.py run."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 from distsbi import processes
 
 
-def add(rank: processes.Rank, *, join_jax: bool, out: str) -> dict[str, Any]:
-    """The sum over all devices, after the second of two has been killed once."""
+def add(rank: processes.Rank, *, join_jax: bool, out: str, how: str) -> dict[str, Any]:
+    """The sum over all devices, after the second of two has been lost once: killed, or by an error of its disk."""
     processes.join(rank, join_jax=join_jax)
     killed = Path(out) / "killed"
     if rank.index == 1 and not killed.exists():
         killed.touch()
+        if how == "disk":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         os.kill(os.getpid(), signal.SIGKILL)
     import jax
     import numpy as np
@@ -30,5 +33,9 @@ def add(rank: processes.Rank, *, join_jax: bool, out: str) -> dict[str, Any]:
 def fail(rank: processes.Rank, *, join_jax: bool, which: int, kind: str) -> None:
     processes.join(rank, join_jax=join_jax)
     if rank.index == which:
-        raise (ValueError if kind == "ValueError" else OSError)("the data are bad; mend them")
+        raise (ValueError if kind == "ValueError" else PermissionError)("the data are bad; mend them")
     processes.wait_for_all()
+
+
+def who(rank: processes.Rank, *, join_jax: bool) -> processes.Rank:
+    return rank

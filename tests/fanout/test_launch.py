@@ -1,11 +1,13 @@
 """A training over the hosts of a Ray cluster: what each worker takes, and real ones on this machine's CPUs."""
 
+import errno
 import os
 import subprocess
 import sys
 import warnings
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from distsbi.fanout import cluster, launch as launching
 from distsbi.fanout.launch import STORAGE, Hosts, hosts_for, launch
@@ -140,12 +142,12 @@ def test_a_local_ray_has_all_of_the_machine(fake_ray, tmp_path, monkeypatch, pla
 
 
 def test_what_becomes_of_failures(fake_ray, tmp_path):
-    """What a worker raised ends it; what Ray says of workers that are gone is tried again, a few times."""
+    """What a worker raised ends it, although the others are gone too; what Ray says of workers that are gone is tried again, a few times."""
     from ray.exceptions import WorkerCrashedError
 
     _, attempts = fake_ray
     gone = Failure(WorkerCrashedError())
-    attempts += [gone, Failure(WorkerCrashedError(), OSError("the disk is away"))]
+    attempts += [gone, Failure(WorkerCrashedError(), PermissionError("the disk is away"))]
     with pytest.raises(RuntimeError, match="a worker failed: the disk is away"):
         launch("a:b", {}, tmp_path, 1)
     attempts += [gone, Failure(OSError("x"), ValueError("the data are bad"))]
@@ -157,19 +159,102 @@ def test_what_becomes_of_failures(fake_ray, tmp_path):
     assert not attempts
 
 
-def test_two_workers_one_of_which_is_killed(local_ray, tmp_path):
+TENSORSTORE = "DATA_LOSS: Error writing local file \"/runs/x/d/0\": {} [os_error_code='{}']"
+DEVICE = JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DEVICE,
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EIO, "Input/output error"),
+        TimeoutError("no answer"),
+        ValueError(TENSORSTORE.format("Stale file handle", errno.ESTALE)),
+    ],
+    ids=repr,
+)
+def test_what_a_survivor_raises_first(fake_ray, tmp_path, error):
+    """It is tried again, with or without word of the lost one; at the last attempt it is what is told."""
+    from ray.exceptions import ActorDiedError
+
+    _, attempts = fake_ray
+    passing = [Failure(error), Failure(error, ActorDiedError())]
+    attempts += [*passing, Failure(DEVICE, RuntimeError("the training loss became nan"))]
+    with pytest.raises(RuntimeError, match="a worker failed: the training loss became nan"):
+        launch("a:b", {}, tmp_path, 1)
+    attempts += (passing * launching.RESTARTS)[: launching.RESTARTS + 1]
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        launch("a:b", {}, tmp_path, 1)
+    assert str(error) in str(raised.value)
+    assert isinstance(raised.value, ValueError) == isinstance(error, ValueError)
+    assert not attempts
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("the data are bad"),
+        RuntimeError("the training loss became nan"),
+        KeyError("x"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "pairs"),
+        PermissionError(errno.EACCES, "Permission denied", "runs"),
+        OSError(errno.ENOSPC, "the disk that holds runs is full"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EROFS, "Read-only file system"),
+        ValueError(TENSORSTORE.format("Permission denied", errno.EACCES)),
+    ],
+    ids=repr,
+)
+def test_what_would_come_again(fake_ray, tmp_path, error):
+    """It is told at once; the other ended because of it."""
+    from ray.exceptions import ActorDiedError
+
+    _, attempts = fake_ray
+    attempts += [Failure(ActorDiedError(), DEVICE, error)]
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        launch("a:b", {}, tmp_path, 1)
+    assert str(error) in str(raised.value)
+
+
+@pytest.mark.parametrize("how", ["killed", "disk"])
+def test_two_workers_one_of_which_is_lost(local_ray, tmp_path, how):
     """Both are started again."""
-    told = launch("tests.fanout.launched:add", {"out": str(tmp_path)}, tmp_path, 2)
+    told = launch("tests.fanout.launched:add", {"out": str(tmp_path), "how": how}, tmp_path, 2)
     assert (tmp_path / "killed").exists()
     assert told == {"total": 1.0, "processes": 2, "platform": "cpu"}  # one device in each
     assert not (tmp_path / STORAGE).exists()
 
 
-@pytest.mark.parametrize(("kind", "raised"), [("ValueError", ValueError), ("OSError", RuntimeError)])
+@pytest.mark.parametrize(("kind", "raised"), [("ValueError", ValueError), ("PermissionError", RuntimeError)])
 def test_an_error_of_a_worker_is_told(local_ray, tmp_path, kind, raised):
     """At once: the same error would come again."""
     with pytest.raises(raised, match="the data are bad; mend them"):
         launch("tests.fanout.launched:fail", {"which": 1, "kind": kind}, tmp_path, 2)
+
+
+def test_each_attempt_has_a_name_of_its_own(monkeypatch):
+    """Which only Ray tells the others: who finds the port cannot say it."""
+    ray = pytest.importorskip("ray")
+    from ray.train import collective
+
+    class Context:
+        def get_world_rank(self):
+            return 0
+
+        def get_world_size(self):
+            return 2
+
+    sent = []
+    monkeypatch.setattr("ray.train.get_context", Context)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    monkeypatch.setattr(collective, "broadcast_from_rank_zero", lambda own: sent.append(own) or own)
+    given = {"target": "tests.fanout.launched:who", "arguments": {}, "join_jax": False}
+    ranks = [launching._member(given) for _ in range(2)]
+    assert [(rank.coordinator, rank.job) for rank in ranks] == sent
+    assert ranks[0].job != ranks[1].job
+    assert min(len(rank.job) for rank in ranks) > 32
+    assert ranks[0].job not in repr(ranks[0])
 
 
 @pytest.mark.slow
