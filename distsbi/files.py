@@ -1,4 +1,7 @@
-"""Files written whole or not at all, their checksums, and what to say when the disk is full."""
+"""Files written whole or not at all, their checksums, and what to say when the disk is full.
+
+And reading what may be away for a moment: a disk or a store that does not answer is no damage, and nothing is removed for it.
+"""
 
 import contextlib
 import errno
@@ -7,10 +10,15 @@ import hashlib
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+TRIES, PAUSE_SECONDS = 3, 0.5  # of reading
+
+T = TypeVar("T")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -55,6 +63,35 @@ def sha256_of(path: Path) -> str:
     """Of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Damaged(ValueError):
+    """A file holds something else than was written."""
+
+
+def patiently(read: Callable[[], T], what: object) -> T:
+    """What `read` returns, tried TRIES times; Damaged passes at once.
+
+    Raises OSError that names `what` if it cannot be read.
+    """
+    tries = 0
+    while True:
+        try:
+            return read()
+        except Damaged:
+            raise
+        except Exception as error:  # fsspec's stores raise errors of their own
+            tries += 1
+            if tries == TRIES:
+                raise OSError(
+                    f"{what} cannot be read now ({error}), which is no damage; try again when the disk or the store answers"
+                ) from error
+        time.sleep(PAUSE_SECONDS)
+
+
+def is_disks(error: BaseException) -> bool:
+    """Whether an error is the disk's, which has a number. That of pyarrow for a page whose checksum differs is an OSError too, but has none."""
+    return isinstance(error, OSError) and bool(error.errno)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

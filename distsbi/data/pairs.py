@@ -7,7 +7,9 @@ A folder holds complete files `pairs-00000.parquet`, `pairs-00001.parquet`, ... 
 
 import json
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from distsbi.files import one_holder
 UNFINISHED = "_unfinished"  # is there while a folder is being simulated or written
 LOCK = "_lock"  # of the one call of `simulate_pairs` that writes there
 _STALE_SECONDS = 3600
+_SIMULATIONS = "_distsbi/run.json"  # of `distsbi.simulate`, whose files are named as in distsbi.store.layout
+_SHARD = re.compile(r"shard-\d{8}-of-(\d{8})\.parquet")
 _SHOWN = 5
 
 
@@ -139,8 +143,8 @@ def write_pairs(
 def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
     """Read and compare the footers of a folder of Parquet files, in the order of their names.
 
-    Raises ValueError if there are none, if one is damaged or has no theta and x columns, or if they disagree on shapes
-    or names.
+    Raises ValueError if there are none, if one is damaged or has no theta and x columns, if they disagree on shapes or names, or if some are
+    no shards beside the shards of `distsbi.simulate`; OSError if one cannot be read now.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -153,6 +157,7 @@ def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
         )
     if not files:
         raise ValueError(f"{folder} holds no Parquet file; make pairs with write_pairs or `distsbi simulate`.")
+    _refuse_strays(folder, files)
     footers = [read_footer(file) for file in files]
     first = footers[0]
     for file, footer in zip(files, footers, strict=True):
@@ -165,6 +170,22 @@ def open_pairs(path: str | os.PathLike[str]) -> PairsFolder:
     if not rows:
         raise ValueError(f"{folder} holds no pairs: its files have no rows. Make others with `distsbi simulate`.")
     return PairsFolder(tuple(rows), tuple(rows.values()), *first[1:])
+
+
+def _refuse_strays(folder: Path, files: list[Path]) -> None:
+    """Raises ValueError for a folder of `distsbi.simulate` with files that are not named as its shards, such as a copy of one. How many shards it
+    has, most of the names say."""
+    if not (folder / _SIMULATIONS).exists():
+        return
+    found = [_SHARD.fullmatch(file.name) for file in files]
+    shards = Counter(shard[1] for shard in found if shard).most_common(1)
+    own = shards[0][0] if shards else ""
+    other = [file.name for file, shard in zip(files, found, strict=True) if not shard or shard[1] != own]
+    if other:
+        raise ValueError(
+            f"{folder} holds files that are no shards of its simulations, such as {other[0]}, and would be read with them; move them "
+            f"elsewhere (distsbi verify {folder} names all)."
+        )
 
 
 def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool = False) -> Pairs:

@@ -8,9 +8,9 @@ lists, as other writers make them, are read as one channel.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +18,15 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from distsbi.data.prior import check_names
-from distsbi.files import write_whole
+from distsbi.files import Damaged, is_disks, patiently, write_whole
 
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 FORMAT = 1
 _METADATA = b"distsbi.pairs"
 _ROW_GROUP_BYTES = 16 << 20
+
+T = TypeVar("T")
 
 
 class Footer(NamedTuple):
@@ -73,17 +75,8 @@ def get_ready() -> None:
 
 
 def read_footer(path: Path) -> Footer:
-    """What a file says of itself. Raises ValueError if it is damaged, newer than this code, or no file of pairs."""
-    try:
-        with pq.ParquetFile(path) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-            lists = [
-                name for name in ("theta", "x") if name in schema.names and _is_plain_list(schema.field(name).type)
-            ]
-            head = next(file.iter_batches(1, columns=lists)) if lists and rows else {}
-            first = {name: len(head[name][0].as_py() or ()) for name in lists if rows}
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(_damaged(path, error)) from error
+    """What a file says of itself. Raises ValueError if it is damaged, newer than this code, or no file of pairs; OSError if it cannot be read now."""
+    rows, schema, first = _read(path, _head)
     note = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
     if note.get("format", FORMAT) > FORMAT:
         raise ValueError(
@@ -92,6 +85,14 @@ def read_footer(path: Path) -> Footer:
     theta_shape, x_shape = (_row_shape(path, schema, name, first.get(name)) for name in ("theta", "x"))
     names = tuple(note.get("names") or (f"theta_{i}" for i in range(theta_shape[0])))
     return Footer(rows, check_names(names, theta_shape[0]), theta_shape, x_shape, note.get("source", {}))
+
+
+def _head(file: pq.ParquetFile) -> tuple[int, pa.Schema, dict[str, int]]:
+    """(rows, schema, the length of the first row of each column of plain lists)."""
+    rows, schema = file.metadata.num_rows, file.schema_arrow
+    lists = [name for name in ("theta", "x") if name in schema.names and _is_plain_list(schema.field(name).type)]
+    head = next(file.iter_batches(1, columns=lists)) if lists and rows else {}
+    return rows, schema, {name: len(head[name][0].as_py() or ()) for name in lists if rows}
 
 
 def _is_plain_list(kind: Any) -> bool:
@@ -135,24 +136,18 @@ def _axes(kind: Any) -> list[int]:
 
 
 def row_groups(path: Path) -> tuple[int, ...]:
-    """Rows of every row group of a file. Raises ValueError if it is damaged."""
-    try:
-        found = pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(_damaged(path, error)) from error
+    """Rows of every row group of a file. Raises ValueError if it is damaged, OSError if it cannot be read now."""
+    found = _read(path, lambda file: file.metadata)
     return tuple(found.row_group(i).num_rows for i in range(found.num_row_groups))
 
 
 def read_file(
     path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...], *, group: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """theta and x of one file, or of one of its row groups, float32. Raises ValueError if it is damaged or holds nulls."""
+    """theta and x of one file, or of one of its row groups, float32. Raises ValueError if it is damaged or holds nulls, OSError if it cannot be
+    read now."""
     columns = ["theta", "x"]
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read(columns) if group is None else file.read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(_damaged(path, error)) from error
+    table = _read(path, lambda file: file.read(columns) if group is None else file.read_row_group(group, columns))
     arrays = []
     for name, shape in (("theta", theta_shape), ("x", x_shape)):
         column = table[name].combine_chunks()
@@ -174,12 +169,25 @@ def read_file(
 
 
 def check_file(path: Path) -> Footer:
-    """Reads all of a file, a row group at a time. Raises ValueError if it is damaged or holds nulls."""
+    """Reads all of a file, a row group at a time. Raises ValueError if it is damaged or holds nulls, OSError if it cannot be read now."""
     footer = read_footer(path)
     for group in range(len(row_groups(path))):
         read_file(path, footer.theta_shape, footer.x_shape, group=group)
     return footer
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again; distsbi verify names all that are."
+def _read(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
+    """What `read` makes of a file. Raises ValueError if it is damaged, OSError if it cannot be read now."""
+
+    def attempt() -> T:
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                return read(file)
+        except (pa.ArrowException, OSError) as error:
+            if is_disks(error):
+                raise
+            raise Damaged(
+                f"{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again; distsbi verify names all that are."
+            ) from error
+
+    return patiently(attempt, path)

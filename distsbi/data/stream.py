@@ -71,7 +71,7 @@ class Groups:
 
     @classmethod
     def of(cls, folder: PairsFolder) -> Self:
-        """All of them. Raises ValueError for a damaged file."""
+        """All of them. Raises ValueError for a damaged file, OSError for one that cannot be read now."""
         groups = (Group(file, i, rows) for file in folder.files for i, rows in enumerate(row_groups(file)) if rows)
         return cls(tuple(groups), folder.theta_shape, folder.x_shape)
 
@@ -97,7 +97,7 @@ class Groups:
         return rest, out
 
     def read(self, group: Group, missing: bool = False) -> Batch:
-        """One of them, checked. Raises ValueError for a damaged file, NaN and inf."""
+        """One of them, checked. Raises ValueError for a damaged file, NaN and inf, OSError if it cannot be read now."""
         theta, x = read_file(group.file, self.theta_shape, self.x_shape, group=group.index)
         try:
             check_finite(theta, x, missing=missing)

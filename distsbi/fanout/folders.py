@@ -17,6 +17,8 @@ from distsbi.sampling import dataset
 from distsbi.sampling.run import SPEC
 from distsbi.store import layout, record, status
 
+UNREAD = "what could not be read now is left as it is; verify again when the disk or the store answers"
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderVerdict:
@@ -35,7 +37,8 @@ class FolderVerdict:
 
 
 def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
-    """Reads every file: the checksums of its pages, and of simulations those of whole files too, and whether every row is a pair or a recorded failure.
+    """Reads every file: the checksums of its pages, and of simulations those of whole files too, whether every row is a pair or a recorded failure, and
+    whether other files would be read with them. A file that cannot be read now is a problem, but not taken for damaged.
 
     Raises ValueError for a folder that holds neither pairs nor draws of one observation, such as a catalog, and for shards or parts of draws without what says what they are.
     """
@@ -67,7 +70,8 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
             "pairs",
             complete,
             checked,
-            f"remove the shards that are damaged or whose records are, and make them again with: {again}",
+            "move files that are no shards of these simulations elsewhere, remove the shards that are damaged or whose records are, and make "
+            f"these again with: {again}",
         )
     files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith((".", "_")))
     if run is not None or not files:
@@ -81,13 +85,16 @@ def verify_folder(path: str | os.PathLike[str]) -> FolderVerdict:
     return _verdict("pairs", complete, checked, "remove the folder, and make the pairs again")
 
 
-def _verdict(what: str, complete: bool, checked: Iterator[str | None], advice: str) -> FolderVerdict:
-    """`checked`: for each file what is wrong with it."""
+def _verdict(what: str, complete: bool, checked: Iterator[str | OSError | None], advice: str) -> FolderVerdict:
+    """`checked`: for each file what is wrong with it, or the error of one that cannot be read now, which is no damage. `advice`: for damage."""
     found = list(checked)
-    return FolderVerdict(what, len(found), complete, tuple(said for said in found if said), advice)
+    problems = [said for said in found if said]
+    unread = [said for said in problems if isinstance(said, OSError)]
+    told = [advice] * (len(unread) < len(problems)) + [UNREAD] * bool(unread)
+    return FolderVerdict(what, len(found), complete, tuple(map(str, problems)), "; ".join(told))
 
 
-def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool) -> Iterator[str | None]:
+def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool) -> Iterator[str | OSError | None]:
     lines = status.last_lines(layout.read_journal(folder))
     count = layout.shard_count(definition["n_rows"], definition["rows_per_shard"])
     for shard in range(count):
@@ -97,9 +104,11 @@ def _check_simulations(folder: Path, definition: dict[str, Any], complete: bool)
             yield _wrong_shard(file, rows, lines.get(shard, {}))
         elif complete:
             yield f"{file} is missing."
+    for file in layout.strays(folder, count):
+        yield f"{file} is no shard of these simulations, but would be read with them."
 
 
-def _wrong_shard(file: Path, rows: range, line: dict[str, Any]) -> str | None:
+def _wrong_shard(file: Path, rows: range, line: dict[str, Any]) -> str | OSError | None:
     """What is wrong with a shard of simulations, or with its record of failures. `line`: of the journal; empty if that was lost."""
     try:
         found = checksums(file)
@@ -107,15 +116,19 @@ def _wrong_shard(file: Path, rows: range, line: dict[str, Any]) -> str | None:
             if name in line and found[name] != line[name]:
                 return f"{of} is not the file that was written: its checksum differs."
         status.of_all_rows(read_counts(file), rows, file)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return str(error)
+    except OSError as error:
+        return error
     return None
 
 
-def _wrong(file: Path) -> str | None:
+def _wrong(file: Path) -> str | OSError | None:
     """What is wrong with a file of pairs."""
     try:
         parquet.check_file(file)
     except ValueError as error:
         return str(error)
+    except OSError as error:
+        return error
     return None

@@ -117,7 +117,7 @@ def simulate(
 
     Raises:
         ValueError: arguments that cannot be used, a simulator that cannot be imported or fails at each of its first rows, or an output folder of
-            another run; says what to do.
+            another run, or with files that training would read and that are no shards of this one; says what to do.
         RuntimeError: at the end, if shards were given up. All others are finished; the same call tries these again.
         OSError: the disk is full. What is finished stays.
         KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
@@ -270,18 +270,28 @@ def _shard_size(
 
 
 def _folder(out: str | os.PathLike[str]) -> Place:
-    """Raises ValueError if `out` is no folder on disks, or holds files that are not of a simulation like this."""
+    """Raises ValueError if `out` is no folder on disks, or holds files that training would read and that are no shards of the run that is there."""
     if is_url(out):
         raise ValueError(
             f"out must be a folder on disks that the workers share, for training reads it there; got {shown(out)}."
         )
     place = as_place(out)
     folder = check_folder(Path(place.path))
-    other = [file.name for file in folder.glob("*.parquet") if not file.name.startswith(("shard-", ".", "_"))]
-    if other:
-        raise ValueError(
-            f"{out} holds other files, such as {sorted(other)[0]}, which training would read too; give a new folder."
-        )
+    run = record.read_run(place)
+    if run is None:
+        record.refuse_bare_shards(place)
+        if other := layout.strays(folder, 0):
+            raise ValueError(
+                f"{out} holds other files, such as {other[0].name}, which training would read too; give a new folder."
+            )
+    elif "simulator" in run["definition"]:
+        definition = run["definition"]
+        shards = layout.shard_count(definition["n_rows"], definition["rows_per_shard"])
+        if other := layout.strays(folder, shards):
+            raise ValueError(
+                f"{out} holds files that are none of its {shards} shards, such as {other[0].name}, which training would read too; move "
+                f"them elsewhere (distsbi verify {out} names all), and give the same call again."
+            )
     return place
 
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,14 +20,11 @@ from distsbi.environment import device_name
 from distsbi.fanout import simulator
 from distsbi.fanout.agenda import Shards, Task
 from distsbi.fanout.worker import own_jax, who
-from distsbi.files import sha256_of, write_whole
+from distsbi.files import Damaged, is_disks, patiently, sha256_of, write_whole
 from distsbi.store import layout
 from distsbi.store.place import Place
-from distsbi.store.reading import Damaged, patiently
 from distsbi.store.schema import OK, STATUSES
 from distsbi.store.status import count_reasons
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +196,7 @@ def write_failures(file: Path, table: pa.Table) -> None:
 
 
 def read_failures(out: Path) -> pa.Table:
-    """All rows of a folder that are no pairs: row, status, message, theta. Raises ValueError for a damaged file."""
+    """All rows of a folder that are no pairs: row, status, message, theta. Raises ValueError for a damaged file, OSError for one that cannot be read now."""
     files = sorted((out / layout.HIDDEN / "failures").glob("shard-*.parquet"))
     names = {"row": pa.int64(), "status": pa.string(), "message": pa.string(), "theta": pa.list_(pa.float32())}
     return pa.concat_tables([_read(file) for file in files]) if files else pa.schema(names).empty_table()
@@ -218,8 +215,8 @@ def read_counts(file: Path) -> dict[str, Any]:
     (`status.of_all_rows`).
     """
     beside = layout.failures_file(file)
-    good = patiently(lambda: _from_disk(lambda: parquet.check_file(file)), file).rows
-    bad = patiently(lambda: _from_disk(lambda: _read(beside)), beside) if beside.exists() else None
+    good = parquet.check_file(file).rows
+    bad = _read(beside) if beside.exists() else None
     counts: Counter[str] = Counter(bad["status"].to_pylist() if bad is not None else [])
     counts[OK] = good
     reasons = {} if bad is None else count_reasons(bad)
@@ -235,18 +232,15 @@ def checksums(shard: Path) -> dict[str, str | None]:
     }
 
 
-def _from_disk(read: Callable[[], T]) -> T:
-    """What `read` returns. Raises Damaged where it raises ValueError, or the OSError that was the reason, if that is the disk's: those have a number."""
-    try:
-        return read()
-    except ValueError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno:
-            raise error.__cause__ from None
-        raise Damaged(str(error)) from error
-
-
 def _read(file: Path) -> pa.Table:
-    try:
-        return pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); remove its shard and simulate again.") from error
+    """Raises ValueError if it is damaged, OSError if it cannot be read now."""
+
+    def read() -> pa.Table:
+        try:
+            return pq.read_table(file, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            if is_disks(error):
+                raise
+            raise Damaged(f"{file} cannot be read ({error}); remove its shard and simulate again.") from error
+
+    return patiently(read, file)

@@ -8,7 +8,8 @@
 A draw depends on (seed, observation id, number of the draw) alone, so parts can be drawn anywhere: each process takes a run of the missing ones
 and draws them on its own devices, and nothing passes between processes but the list. The files do not depend on how many processes there were. A
 part is there if it is complete, holds the bits that were written (checksums of its pages) and says that it is of these draws; the same call again,
-by any number of processes, draws what is missing, and removes other parts, which a call that overwrote them and was stopped may have left.
+by any number of processes, draws what is missing, and removes other parts, which a call that overwrote them and was stopped may have left. A part
+that cannot be read now is neither: it is tried again, then the call ends, and the part stays.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from distsbi import keys, processes
 from distsbi.environment import device_name, versions
-from distsbi.files import full_disk_says, one_holder, write_json, write_whole
+from distsbi.files import Damaged, full_disk_says, is_disks, one_holder, patiently, write_json, write_whole
 from distsbi.sampling import tiles
 from distsbi.sampling.checks import SolveError, as_ids, unsolved
 from distsbi.sampling.fill import dispatches
@@ -57,7 +58,7 @@ class Dataset:
     parts: int
 
     def read(self) -> Any:
-        """All draws in order, as a `pyarrow.Table`. Raises ValueError naming a part that is damaged."""
+        """All draws in order, as a `pyarrow.Table`. Raises ValueError naming a part that is damaged, OSError for one that cannot be read now."""
         return pa.concat_tables([_read(part_file(self.path, number, self.parts)) for number in range(self.parts)])
 
 
@@ -81,7 +82,8 @@ def write(
         options: see `SampleOptions`.
 
     Raises ValueError if the folder holds other draws (another run, observation, seed, number, solver or tile) and for options that cannot be
-    divided, or if another call writes there, `SolveError` at the first draw that is not finite, OSError if the disk is full; parts that are complete stay.
+    divided, or if another call writes there, `SolveError` at the first draw that is not finite, OSError if the disk is full or a part that is there
+    cannot be read now; parts that are complete stay.
     """
     chosen = SampleOptions.parse(options, ("path", *ONE, "rows_per_part", "overwrite"), posterior.no_given)
     if chosen.return_trajectory or chosen.check or chosen.coupled:
@@ -141,9 +143,9 @@ def write(
     return Dataset(folder, nsamples, drawn, parts)
 
 
-def check(path: str | os.PathLike[str]) -> tuple[bool, Iterator[str | None]]:
-    """(whether all draws are there, for each part what is wrong with it, in a sentence). The parts are read one after another; those that are none
-    of these draws, and would be read with them, come last.
+def check(path: str | os.PathLike[str]) -> tuple[bool, Iterator[str | OSError | None]]:
+    """(whether all draws are there, for each part what is wrong with it, in a sentence, or the error of one that cannot be read now). The parts
+    are read one after another; those that are none of these draws, and would be read with them, come last.
 
     Raises ValueError if the folder holds no draws, or those of another format.
     """
@@ -160,13 +162,21 @@ def check(path: str | os.PathLike[str]) -> tuple[bool, Iterator[str | None]]:
     if version != FORMAT:
         raise ValueError(f"the draws in {folder} have format {version}; this distsbi checks format {FORMAT}.")
     names = (part_file(folder, number, parts) for number in range(parts))
-    wrong = (_wrong(part, _digest(definition)) for part in names if complete or part.exists())
+    wrong = (_checked(part, _digest(definition)) for part in names if complete or part.exists())
     strays = (f"{part} is none of these draws, but would be read with them." for part in _strays(folder, definition))
     return complete, itertools.chain(wrong, strays)
 
 
+def _checked(part: Path, digest: bytes) -> str | OSError | None:
+    try:
+        return _wrong(part, digest)
+    except OSError as error:
+        return error
+
+
 def _wrong(part: Path, digest: bytes) -> str | None:
-    if not part.exists():
+    """What is wrong with a part, in a sentence. Raises OSError if it cannot be read now."""
+    if not patiently(part.exists, part):
         return f"{part} is missing."
     try:
         return None if _is_of(_read(part), digest) else f"{part} is of other draws."
@@ -272,6 +282,7 @@ def _note(folder: Path, definition: dict[str, Any], on: list[dict[str, Any]], *,
 
 
 def _missing(folder: Path, numbers: Iterable[int], parts: int, digest: bytes) -> list[int]:
+    """Those of the parts that are to be drawn. Raises OSError if it cannot be told of one that is there, which then stays."""
     return [number for number in numbers if _wrong(part_file(folder, number, parts), digest)]
 
 
@@ -281,12 +292,18 @@ def _is_of(part: pa.Table, digest: bytes) -> bool:
 
 
 def _read(part: Path) -> pa.Table:
-    """Raises ValueError if it is not what was written."""
-    try:
-        with pq.ParquetFile(part, page_checksum_verification=True) as file:
-            return file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{part} is damaged ({error}); give the same call again, which draws it anew.") from error
+    """Raises ValueError if it is not what was written, OSError if it cannot be read now."""
+
+    def read() -> pa.Table:
+        try:
+            with pq.ParquetFile(part, page_checksum_verification=True) as file:
+                return file.read()
+        except (pa.ArrowException, OSError) as error:
+            if is_disks(error) and not isinstance(error, FileNotFoundError):
+                raise
+            raise Damaged(f"{part} is damaged ({error}); give the same call again, which draws it anew.") from error
+
+    return patiently(read, part)
 
 
 def _share(missing: list[int], index: int, count: int) -> list[int]:

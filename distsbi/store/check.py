@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distsbi.files import patiently
 from distsbi.store import layout, schema, unique
 from distsbi.store.place import Place
-from distsbi.store.reading import decoded, patiently
+from distsbi.store.reading import decoded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from distsbi.files import is_disk_full, sync_folder
+from distsbi.files import is_disk_full, patiently, sync_folder
 from distsbi.store.place import Place, as_place
-from distsbi.store.reading import patiently
 
 HIDDEN = "_distsbi"
 BATCH_SECONDS, BATCH_LINES = 10.0, 1_000  # of the journal in an object store: between writes, and in one object
@@ -80,6 +79,12 @@ def shard_sizes(out: Where, shards: int) -> dict[int, int]:
         if match:
             found[int(match[1])] = file.size
     return dict(sorted(found.items()))
+
+
+def strays(folder: Path, shards: int) -> list[Path]:
+    """The Parquet files in a folder on local disks that are none of so many shards, but would be read with them."""
+    names = ((file, _SHARD.match(file.name)) for file in folder.glob("*.parquet") if file.name[0] not in "._")
+    return sorted(file for file, its in names if not its or int(its[2]) != shards or int(its[1]) >= shards)
 
 
 def shards_done(out: Where, shards: int) -> list[int]:

@@ -17,8 +17,9 @@ from distsbi.fanout import simulation
 from distsbi.fanout.folders import verify_folder
 from distsbi.fanout.simulation_worker import read_failures
 from distsbi.fanout.verify import verify
+from distsbi.files import TRIES
 from distsbi.sampling import Tile
-from distsbi.store import layout, reading
+from distsbi.store import layout
 from tests.gaussian import gaussian_posterior
 
 PRIOR = {"mass": "Normal(0, 1)", "spin": "Normal(0, 1)"}
@@ -148,18 +149,84 @@ def test_what_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, which):
         with opened(source, **kwargs) as file:
             return file.read()
 
-    monkeypatch.setattr(reading, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(pq, "ParquetFile", opened)
     monkeypatch.setattr(pq, "read_table", read)
-    left[0] = reading.TRIES
+    left[0] = TRIES
     with pytest.raises(OSError, match=f"{path.name} cannot be read now .*Stale file handle.*, which is no damage"):
         simulate(out, "picky")
     assert path.read_bytes() == content
-    left[0] = reading.TRIES
+    left[0] = TRIES
     assert "cannot be read now" in verify_folder(out).problems[0]
-    left[0] = reading.TRIES - 1
+    left[0] = TRIES - 1
     assert verify_folder(out).good
     assert left[0] == 0
+
+
+@pytest.mark.parametrize("make", [write, draw])
+def test_a_file_that_cannot_be_read_now_is_not_said_to_be_damaged(tmp_path, monkeypatch, make):
+    """Nor is it advised to remove it, unless another is damaged."""
+    out = tmp_path / "out"
+    path, plain, left = make(out)[1], pq.ParquetFile, [0]
+
+    def opened(source, *args, **kwargs):
+        if left[0] and source == path:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(source, *args, **kwargs)
+
+    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(pq, "ParquetFile", opened)
+    left[0] = TRIES - 1
+    assert verify_folder(out).good
+    assert left[0] == 0
+    left[0] = TRIES
+    found = verify_folder(out)
+    (problem,) = found.problems
+    assert f"{path} cannot be read now" in problem and "Input/output error" in problem and "is no damage" in problem
+    assert (
+        found.advice == "what could not be read now is left as it is; verify again when the disk or the store answers"
+    )
+    other = next(file for file in sorted(out.glob("*.parquet")) if file != path)
+    other.write_bytes(flip(other.read_bytes()))
+    left[0] = TRIES
+    found = verify_folder(out)
+    assert len(found.problems) == 2
+    assert "again" in found.advice and "what could not be read now is left" in found.advice
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shard-copy.parquet", "copy.parquet", "shard-00000000-of-00000009.parquet", "shard-00000007-of-00000007.parquet"],
+)
+def test_files_that_are_no_shards_of_the_simulations(tmp_path, name):
+    """They would be read with them, and rows come twice; what readers leave out is left alone."""
+    out = tmp_path / "out"
+    files = simulate(out)
+    for hidden in (".shard-00000000-of-00000007.parquet.0a", ".copy.parquet", "_copy.parquet", "notes.txt"):
+        shutil.copy(files[0], out / hidden)
+    assert verify_folder(out).good
+    assert len(distsbi.data.read_pairs(out).theta) == 40
+    shutil.copy(files[0], out / name)
+    found = verify_folder(out)
+    assert found.problems == (f"{out / name} is no shard of these simulations, but would be read with them.",)
+    assert found.advice.startswith("move files that are no shards of these simulations elsewhere")
+    with pytest.raises(ValueError, match=f"none of its 7 shards, such as {name}, .* move them elsewhere"):
+        simulate(out)
+    if name != "shard-00000007-of-00000007.parquet":  # training looks at names alone
+        with pytest.raises(ValueError, match=f"no shards of its simulations, such as {name}, .* move them elsewhere"):
+            distsbi.data.read_pairs(out)
+    (out / name).unlink()
+    files[3].unlink()
+    simulate(out)
+    assert verify_folder(out).good
+    assert len(distsbi.data.read_pairs(out).theta) == 40
+
+
+def test_other_files_in_a_folder_that_is_to_be_simulations(tmp_path):
+    shutil.copy(write(tmp_path / "pairs")[0], tmp_path / "shard-copy.parquet")
+    with pytest.raises(ValueError, match="holds other files, such as shard-copy.parquet, .* give a new folder"):
+        simulate(tmp_path)
 
 
 def test_draws_that_are_not_all_there(tmp_path):

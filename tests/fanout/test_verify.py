@@ -23,8 +23,8 @@ from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.provenance import call, command
 from distsbi.fanout.worker import Worker
-from distsbi.files import sha256_of
-from distsbi.store import layout, reading, schema, status, writer
+from distsbi.files import TRIES, sha256_of
+from distsbi.store import layout, schema, status, writer
 from distsbi.store.place import Place
 
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
@@ -204,7 +204,7 @@ def test_a_repair_that_makes_all_and_then_fails_is_no_success(out, monkeypatch, 
 @pytest.fixture
 def flaky(monkeypatch):
     """Reads of the file of this name raise `error` so many times."""
-    monkeypatch.setattr(reading, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
 
     class Flaky:
         name, times, error = "", 0, OSError(errno.EIO, "Input/output error")
@@ -229,9 +229,9 @@ def flaky(monkeypatch):
 def test_a_shard_that_cannot_be_read_now_is_not_bad(out, run, flaky, error):
     path = layout.shard_file(out, 2, 7)
     content, flaky.name, flaky.error = path.read_bytes(), path.name, error
-    flaky.times = reading.TRIES - 1
+    flaky.times = TRIES - 1
     assert verify.verify(out, fraction=0).good
-    flaky.times = reading.TRIES
+    flaky.times = TRIES
     found = verify.verify(out, fraction=0, repair=True, workers=0)
     assert [(problem.shard, problem.unread) for problem in found.problems] == [(2, True)]
     assert f"{path.name} cannot be read now ({error}), which is no damage" in found.problems[0].what
@@ -245,11 +245,11 @@ def test_a_shard_that_cannot_be_read_when_a_call_goes_on_stays(out, run, tmp_pat
     path = layout.shard_file(out, 5, 7)
     content, flaky.name, flaky.error = path.read_bytes(), path.name, OSError(errno.ESTALE, "Stale file handle")
     again = functools.partial(sample_catalog, run, tmp_path / "catalog.parquet", out, **QUICK, steps=3, seed=5)
-    flaky.times = 1 + reading.TRIES
+    flaky.times = 1 + TRIES
     with pytest.raises(OSError, match=f"{path.name} cannot be read now .*Stale file handle.*, which is no damage"):
         again()
     assert path.read_bytes() == content
-    flaky.times = 1 + reading.TRIES
+    flaky.times = 1 + TRIES
     assert open_catalog(out).status().damaged == (5,)
     flaky.times = 2
     assert again().shards_now == 0

@@ -1,5 +1,6 @@
 """A dataset of draws holds the bits of `sample`, however many processes drew it and however often they were stopped."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distsbi.environment import device_name
-from distsbi.files import one_holder
+from distsbi.files import TRIES, one_holder
 from distsbi.processes.meeting import free_port
 from distsbi.sampling import SolveError, Tile, dataset
 from distsbi.sampling.run import versions
@@ -87,6 +88,34 @@ def test_an_altered_part_is_named_and_drawn_again(tmp_path, posterior, draws):
         done.read()
     assert posterior.sample_dataset(out, 5, X, 1_000, rows_per_part=256).drawn == 256
     np.testing.assert_array_equal(values(out), draws)
+
+
+def test_a_part_that_cannot_be_read_now_is_not_drawn_over(tmp_path, posterior, monkeypatch):
+    out, plain, left = tmp_path / "draws", pq.ParquetFile, [0]
+    done = posterior.sample_dataset(out, 5, X, 1_000, rows_per_part=256)
+    part = out / "part-00002.parquet"
+    written = part.stat().st_mtime_ns
+
+    def opened(source, *args, **kwargs):
+        if left[0] and source == part:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return plain(source, *args, **kwargs)
+
+    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(pq, "ParquetFile", opened)
+    for read in (lambda: posterior.sample_dataset(out, 5, X, 1_000, rows_per_part=256), done.read):
+        left[0] = TRIES
+        with pytest.raises(
+            OSError, match=r"part-00002.parquet cannot be read now .*Stale file handle.*, which is no damage"
+        ):
+            read()
+    left[0] = TRIES - 1
+    assert posterior.sample_dataset(out, 5, X, 1_000, rows_per_part=256).drawn == 0
+    assert part.stat().st_mtime_ns == written
+    part.unlink()
+    with pytest.raises(ValueError, match=r"part-00002.parquet .*; give the same call again"):
+        done.read()
 
 
 def test_what_it_was_drawn_on_is_told(tmp_path, posterior, monkeypatch):
