@@ -59,7 +59,7 @@ class Task:
     shard: int
     rows: tuple[int, int] | None = None
     skip: tuple[tuple[int, str], ...] = ()
-    blame_rows: bool = False
+    blame_rows: bool = dataclasses.field(default=False, compare=False)  # the same task, tried in another way
 
 
 class MachinesFault(RuntimeError):

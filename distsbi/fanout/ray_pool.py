@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from typing import Any, Self
 
 from distsbi.fanout.agenda import Outcome, Task
-from distsbi.fanout.staff import Member, Staff
+from distsbi.fanout.staff import Member, Staff, cause
 from distsbi.fanout.stopping import Stop
 
 IN_FLIGHT = 2  # tasks per worker: one at work, one waiting
@@ -92,9 +92,9 @@ class RayPool:
             try:
                 outcomes.append(Outcome(task, self._ray.get(ref)))
                 self._staff.did(member)
-            except self._ray.exceptions.RayTaskError as error:
-                blamed = self._staff.raised(member, error.cause)
-                outcomes.append(Outcome(task, error=error.cause, blamed=blamed))
+            except self._staff.own_errors as error:
+                blamed = self._staff.raised(member, task, cause(error))
+                outcomes.append(Outcome(task, error=cause(error), blamed=blamed))
             except self._ray.exceptions.RayError as error:
                 return outcomes + self._bury(member, error)
             member.queue.popleft()

@@ -11,8 +11,8 @@ rest for a while, up to two minutes in all, before the tasks are blamed.
 import dataclasses
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from distsbi.fanout.agenda import one_line
@@ -21,7 +21,7 @@ from distsbi.fanout.patience import Backoff, Clock
 from distsbi.fanout.stopping import Stop
 
 PATIENCE = 60.0  # seconds without a worker before saying so, and without a machine for one before giving up
-SICK = 3  # tasks in a row at which a worker raises before it gets no more while others do better, and at which all do before they rest
+SICK = 3  # tasks in a row at which a worker raises before it gets no more while others do better, and workers that raise at one before they rest
 LONGEST_REST = 64.0  # seconds; rests double up to it, two minutes in all
 START_SECONDS = 900.0  # for a worker that has its machine to come up; up to twice that
 LOOK_SECONDS = 2.0  # between looks at what machines there are
@@ -53,6 +53,11 @@ class Member:
     def doubtful(self) -> bool:
         """Whether it may be sick; or its last tasks were at fault."""
         return len(self.raised) >= SICK
+
+
+def cause(error: Any) -> BaseException:
+    """What a worker raised; of what this process cannot make again (it lacks the class, or that does not unpickle) its last line."""
+    return getattr(error, "cause", None) or RuntimeError(str(error).strip().splitlines()[-1])
 
 
 class Staff:
@@ -98,12 +103,19 @@ class Staff:
         self._deaths = 0  # of workers that were starting while none was up,
         self._reason: BaseException | None = None  # and what the first of them raised
         self._dismissed = 0  # workers that were dismissed as sick since any did a task, and nobody did better
-        self._raised = 0  # tasks in a row at which anybody raised
+        self._raised = 0  # tasks in a row at which anybody raised,
+        # and at which of them who did, of those who had done others
+        self._raised_at: defaultdict[Hashable, set[Member]] = defaultdict(set)
         self._rest = self._rest_until = 0.0  # the last rest of all, since any did a task
         self._backoff, self.clock = Backoff(), Clock()
         self._looked = -LOOK_SECONDS
         self._held = False
         self._said = 0.0
+
+    @property
+    def own_errors(self) -> tuple[type[BaseException], ...]:
+        """What Ray raises for what a worker raised itself: it lives. See `cause`."""
+        return self.ray.exceptions.RayTaskError, self.ray.exceptions.UnserializableException
 
     @property
     def takers(self) -> list[Member]:
@@ -171,32 +183,43 @@ class Staff:
             self._backoff.well(member.node)
         member.useful, member.outdone, self._dismissed = True, False, 0
         self._raised = 0
+        self._raised_at.clear()
         self._rest = self._rest_until = 0.0
         member.raised.clear()
         for other in self.members:
             other.outdone = other.outdone or bool(other.raised)
 
-    def raised(self, member: Member, error: BaseException) -> bool:
+    def raised(self, member: Member, task: Hashable, error: BaseException) -> bool:
         """Notes that it raised at a task. Returns whether that is held against the task: if tasks were done up to now, by this worker too, or
-        if all have rested and there is nobody who may do better.
+        if all have rested and there is nobody who may do better: all are doubtful, or SICK workers who have done others raised at this one.
 
-        Tasks at which everybody raises come to an end by that: what is not held against them are at most a few raises of each worker, until all
-        that are up are doubtful, and those between the rests. Workers that come in the place of others are as few: see `sick`.
+        Tasks at which everybody raises come to an end by that: what is not held against them are a few raises at each, or a few of each worker
+        until all that are up are doubtful, and those between the rests. Workers that come in the place of others are as few: see `sick`.
         """
         sound = member.useful and not self._raised
         member.raised.append(error)
         self._raised += 1
+        if member.useful:
+            self._raised_at[task].add(member)
+        by_many = len(self._raised_at[task]) >= SICK
         rested = self._rest >= LONGEST_REST and not self.resting
-        held = sound or (rested and not any(m is not member and not m.doubtful for m in self.takers))
+        held = sound or (rested and (by_many or not any(m is not member and not m.doubtful for m in self.takers)))
         if not held:
             log.info(
                 "a worker on machine %s raised; another tries what it was at: %s", member.node[:8], one_line(error)
             )
-        alike = not self.resting and not rested and self._raised >= SICK and all(m.raised for m in self.takers)
-        if alike and not self._hope(self._dismissed):  # else another comes in the place of one: see `sick`
+        alike = self._raised >= SICK and (by_many or all(m.raised for m in self.takers))
+        if (
+            alike and not self.resting and not rested and (by_many or not self._hope(self._dismissed))
+        ):  # else another comes in the place of one: see `sick`
             self._rest = max(2.0, 2 * self._rest)
             self._rest_until = self.clock.now + self._rest
-            log.warning("all workers raise, and rest for %.0f s: %s", self._rest, one_line(error))
+            log.warning(
+                "%s raise, and rest for %.0f s: %s",
+                "all workers" if all(m.raised for m in self.takers) else "workers",
+                self._rest,
+                one_line(error),
+            )
         return held
 
     def sick(self) -> list[Member]:
@@ -273,8 +296,8 @@ class Staff:
             member = starting.pop(ref)
             try:
                 told = self.ray.get(ref)
-            except self.ray.exceptions.RayTaskError as error:
-                self._let_go(member, error.cause)
+            except self.own_errors as error:
+                self._let_go(member, cause(error))
                 continue
             except self.ray.exceptions.RayError as error:
                 self._let_go(member, error)

@@ -4,6 +4,7 @@ What Ray itself does is in test_ray.py and test_nodes.py.
 """
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -499,6 +500,16 @@ def test_a_worker_that_is_killed_for_want_of_memory_is_said_to_be(two):
     )
 
 
+def test_a_worker_that_raises_what_does_not_unpickle_here_lives(two):
+    pool, ray, actors = two
+    trace = "Traceback (most recent call last):\n  File ...\nstores.StoreError: the store is away\n"
+    ray.results[actors["a"], "do", 0] = ray.exceptions.UnserializableException(trace)
+    (outcome,) = pool.wait()
+    assert (outcome.task, outcome.died, type(outcome.error)) == ("a0", False, RuntimeError)
+    assert str(outcome.error) == "stores.StoreError: the store is away"
+    assert actors["a"].alive
+
+
 def test_a_worker_on_a_leaving_machine_finishes_its_task_and_goes(two):
     pool, ray, actors = two
     ray.draining, ray.free["c"] = {"a"}, 1
@@ -650,6 +661,18 @@ def test_what_raises_everywhere_is_given_up(make, workers, most):
         assert count(events, "done") == 20 - len(bad)
         assert made <= workers + 10
         assert ray.seconds < 300 + 2 * staffs.LONGEST_REST
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 32])
+@pytest.mark.parametrize("bad", [{0}, {150}, {199}, {10, 100, 190}])
+def test_few_attempts_are_made_at_what_raises_whatever_the_number_of_workers(make, workers, bad):
+    """At the end nothing else is left, whose success would tell that the shards are at fault; a mount may be away just then."""
+    pool, ray = make(workers, a=16, b=16)
+    tries, submit = Counter(), pool.submit
+    pool.submit = lambda task: (tries.update([task.shard]), submit(task))
+    events, _ = play(pool, ray, Agenda(Shards(200, 1, "f"), [], 3), lambda machine, shard: shard in bad)
+    assert {event["shard"] for event in events if event["event"] == "given_up"} == bad
+    assert max(tries.values()) <= 20
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
