@@ -281,12 +281,13 @@ def inject(bench: Bench, kind: str, out: Path, rng: random.Random) -> dict[str, 
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.process.pid, signal.SIGKILL)
+        expected = 1
     elif kind == "full_disk":
         expected = 4
     told["exit"] = driver.end(90 if kind == "head" else PATIENCE)
     if kind == "head":
         bench.restart()
-    elif told["exit"] != expected and not (
+    if told["exit"] != expected and not (
         kind == "sigterm" and told["exit"] == 0 and shards(out) == ROWS // ROWS_PER_SHARD
     ):
         # after SIGTERM the last shards may be done within the grace, and the catalog with them
@@ -294,7 +295,7 @@ def inject(bench: Bench, kind: str, out: Path, rng: random.Random) -> dict[str, 
     if kind == "full_disk":
         grow(out.parent)
     told["shards_kept"] = shards(out)
-    if expected or kind == "head":
+    if expected:
         again = Driver(bench, out, catalog, limit)
         told["calls"] = 2
         if code := again.end():

@@ -35,13 +35,14 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float |
     RAY_AUTH_MODE=disabled, asks who connects for a token; it is shut down at the end, and the environment variables
     which `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
 
-    Raises ValueError if no cluster answers at the address or it refuses the token, or if a worker asks for more than this machine has;
-    RuntimeError if a local Ray does not start.
+    Raises ValueError if no cluster answers at the address or it refuses the token, if another Ray is up in this process, or if a worker asks for
+    more than this machine has; RuntimeError if a local Ray does not start.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     import ray
 
     if ray.is_initialized():
+        _check_up(address)
         yield
         return
     joined = cluster_address(address)
@@ -57,6 +58,25 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float |
         for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
             del os.environ[name]
         os.environ.update(before)
+
+
+def _check_up(address: str | None) -> None:
+    """Raises ValueError if another Ray is asked for than the one that is up in this process."""
+    import ray
+    from ray._private import services
+
+    up = ray.get_runtime_context().gcs_address
+    if address is None or address == "auto" or "://" in address:
+        return
+    if address == "local":
+        same = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} <= {socket.gethostname()}
+    else:
+        same = up in (address, services.canonicalize_bootstrap_address(address))
+    if not same:
+        raise ValueError(
+            f"address={address!r} is not the Ray at {up} that is up in this process; leave address out to use that one, or call "
+            "ray.shutdown() first."
+        )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ SIGTERM stops it at any of these.
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ class Crew:
     gpus: float
     max_failures: int
     time_limit: float | None
-    most: int
+    most: float
     unlike: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
     check: Callable[[Mapping[str, Any]], None] = lambda told: None
 
@@ -143,8 +144,17 @@ def begun(folder: Place, crew: Crew, asked: Mapping[str, Any]) -> Iterator[Sessi
         there = {} if found is None else found["definition"]
         if found is not None:
             record.check_part(folder, asked, found, crew.of)
+        crew = dataclasses.replace(crew, most=min(crew.most, _left(folder, {**there, **asked})))
         pool = stack.enter_context(_pool(stack, crew, found, folder))
         yield Session(folder, crew, pool, writer, stop, pool.start(stop), there)
+
+
+def _left(folder: Place, known: Mapping[str, Any]) -> float:
+    """Shards that are not there yet, at least one (for others may be found damaged); infinity where their size is not known."""
+    if "rows_per_shard" not in known:
+        return math.inf
+    count = layout.shard_count(known["n_rows"], known["rows_per_shard"])
+    return max(1, count - len(layout.shards_done(folder, count)))
 
 
 def _pool(stack: contextlib.ExitStack, crew: Crew, found: Mapping[str, Any] | None, folder: Place) -> Pool:

@@ -86,7 +86,7 @@ class Staff:
         max_failures: int,
         check: Callable[[Mapping[str, Any]], None],
         unlike: Callable[[Mapping[str, Any], Mapping[str, Any]], str],
-        most: int,
+        most: float,
     ):
         import ray
         import ray.exceptions
@@ -282,7 +282,7 @@ class Staff:
             starting = sum(m.starting is not None for m in self.members)  # Ray may not have placed them yet
             wanted = cluster_room(self._cpus, self._gpus, leaving | avoid) - starting
             wanted = max(wanted, 1) if not self.members else wanted
-        for _ in range(min(wanted, self._most - staying)):
+        for _ in range(int(min(wanted, self._most - staying))):
             actor = self._make.options(label_selector=not_on(avoid)).remote(self._job)
             self.members.append(Member(actor, actor.ready.remote(own_process=True), self.clock.now, avoid))
 

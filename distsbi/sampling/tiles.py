@@ -122,8 +122,11 @@ def bytes_per_row(network: Any, standardizer: Standardizer) -> float:
         step = lambda t, theta, x: network(t, theta, encode(network, standardizer, x)[0])  # noqa: E731
         return _sizes(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.float32), theta, x).jaxpr)
 
+    few, many = list(sizes(128)), list(sizes(256))
+    if len(few) != len(many):  # the program is another for another number of draws
+        few, many = [max(few)], [max(many)]
     # array by array, for weights do not grow and may be the largest
-    return max(many - few for few, many in zip(sizes(128), sizes(256), strict=False)) / 128
+    return max(b - a for a, b in zip(few, many, strict=True)) / 128
 
 
 def _sizes(jaxpr: Any) -> Iterator[int]:

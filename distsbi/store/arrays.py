@@ -172,10 +172,15 @@ def _open_zarr(place: Place) -> Mapping[str, Any]:
         raise ValueError(f"{place} is a Zarr group, and zarr is not installed: pip install 'distsbi[zarr]'.") from error
     store: Any = place.path if place.local else zarr.storage.MemoryStore(_Objects(place), read_only=True)
     try:
-        group = zarr.open_group(store, mode="r")
-        return dict(group.arrays())
+        arrays = dict(zarr.open_group(store, mode="r").arrays())
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{place} is no readable Zarr group ({error}).") from error
+    for name, array in arrays.items():
+        if any(getattr(codec, "codec_id", "") == "pickle" for codec in (*array.filters, *array.compressors)):
+            raise ValueError(
+                f"the array {name!r} of {place} is pickled, and reading that may run any program; write it anew as numbers or fixed-length text."
+            )
+    return arrays
 
 
 class _Objects(MutableMapping[str, Any]):

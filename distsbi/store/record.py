@@ -49,7 +49,9 @@ def read_run(out: Where) -> dict[str, Any] | None:
             f"{place} is damaged ({type(error).__name__}); restore it, or sample into another folder."
         ) from error
     if not isinstance(version, int) or version > FORMAT:
-        raise ValueError(f"{out} has catalog format {version}; this distsbi reads up to {FORMAT}. Update distsbi.")
+        raise ValueError(
+            f"{as_place(out)} has catalog format {version}; this distsbi reads up to {FORMAT}. Update distsbi."
+        )
     return found
 
 

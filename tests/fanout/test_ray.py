@@ -16,7 +16,7 @@ import pytest
 from fake_posterior import ABORT, DEVICE, KILL_ONCE, RAISE, SLEEP, SLEEP_ONCE, draws_hash, make_run
 
 import distsbi
-from distsbi.fanout import catalog as catalog_module, cluster, sample_catalog
+from distsbi.fanout import catalog as catalog_module, cluster, sample_catalog, session
 from distsbi.fanout.cluster import connected, worker_environment
 from distsbi.store import layout
 
@@ -128,6 +128,38 @@ def test_a_shard_whose_device_always_fails_is_given_up_at_the_end(run, make_cata
         sample_catalog(run, catalog, tmp_path / "out", **ONE, max_failures=2)
     status = distsbi.open_catalog(tmp_path / "out").status()
     assert (status.shards_done, status.left, status.counts["ok"]) == (13, 3, 37)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_another_ray_than_the_one_that_is_up_is_refused():
+    import ray
+
+    for same in (None, "auto", "local", ray.get_runtime_context().gcs_address):
+        with cluster.connected(same, 1, 1, 0):
+            pass
+    with pytest.raises(
+        ValueError, match=r"'10\.0\.0\.1:6379' is not the Ray at .* up in this process; leave address out"
+    ):
+        cluster.connected("10.0.0.1:6379", 1, 1, 0).__enter__()
+    assert ray.is_initialized()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_more_workers_are_started_than_shards_are_left(run, make_catalog, tmp_path, monkeypatch):
+    most = []
+
+    class Seen(session.Staff):
+        def __init__(self, *given):
+            most.append(given[-1])
+            super().__init__(*given)
+
+    monkeypatch.setattr(session, "Staff", Seen)
+    catalog, out = make_catalog(), tmp_path / "out"
+    assert sample_catalog(run, catalog, out, **ONE).n_ok == 40
+    for shard in (3, 9):
+        layout.shard_file(out, shard, 14).unlink()
+    assert sample_catalog(run, catalog, out, **ONE).shards_now == 2
+    assert most == [14, 2]
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import threading
 import time
 import traceback
@@ -208,6 +209,18 @@ def test_zarr_by_columns(tmp_path, version):
     assert ids.to_pylist() == [2**63 + i for i in range(4, 9)]
     np.testing.assert_array_equal(rows, X[4:9])
     with pytest.raises(ValueError, match=r"has no column 'x' for x \(it has "):
+        open_source(SourceSpec(str(tmp_path / "c.zarr"), "name"))
+
+
+def test_a_pickled_zarr_array_is_refused(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(tmp_path / "c.zarr", mode="w", zarr_format=2)
+    group.create_array("x", data=X)
+    group.create_array("name", data=X[:, 0])
+    about = json.loads((tmp_path / "c.zarr/name/.zarray").read_text())
+    about |= {"dtype": "|O", "filters": [{"id": "vlen-utf8"}, {"id": "pickle", "protocol": 5}]}
+    (tmp_path / "c.zarr/name/.zarray").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="the array 'name' of .* is pickled"):
         open_source(SourceSpec(str(tmp_path / "c.zarr"), "name"))
 
 
