@@ -31,6 +31,22 @@ from distsbi.store import layout, record
 from distsbi.store.schema import ROW_GROUP_BYTES, Output
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
+ELEMENTWISE = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "max",
+    "min",
+    "neg",
+    "integer_pow",
+    "exp",
+    "tanh",
+    "logistic",
+    "erf",
+    "rsqrt",
+    "sqrt",
+}  # one operation a number
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
 # Of other devices, with which one worker and two to a GPU come out as on an H200 (float32; benchmarks/README.md): the share of the peak that small
 # networks reach, seconds of one evaluation however small (some dozens of kernels), and bytes/s of draws that a worker summarises, encodes and writes,
@@ -189,7 +205,7 @@ def _total(n_rows: int, n: int, rows: int, workers: int, rate: float, overhead: 
 
 
 def flops_per_draw(posterior: Any, **options: Any) -> tuple[float, int]:
-    """Floating-point operations of one draw, as XLA counts them for one evaluation of the network, times evaluations; and these."""
+    """Floating-point operations of one draw in all evaluations of the network, and how many these are."""
     import jax
     import jax.numpy as jnp
 
@@ -203,12 +219,29 @@ def flops_per_draw(posterior: Any, **options: Any) -> tuple[float, int]:
     x = jax.ShapeDtypeStruct((1, posterior.dim_x, posterior.ch_x), jnp.float32)
     context = jax.eval_shape(lambda x: encode(network, scales, x)[0], x)
     theta = jax.ShapeDtypeStruct((1, rows, posterior.dim_theta, posterior.ch_theta), jnp.float32)
-    step = jax.jit(lambda t, theta, context: network(t, theta, context))
-    lowered = step.lower(jax.ShapeDtypeStruct((), jnp.float32), theta, context)
-    cost = lowered.cost_analysis() or {}
-    # a scanned block is counted once; its repetitions are those of the weights
-    blocks = max((leaf.shape[0] for leaf in jax.tree.leaves(posterior.weights.params) if leaf.ndim > 2), default=1)
-    return evaluations * blocks * float(cost.get("flops", 0.0)) / rows, evaluations
+    step = lambda t, theta, context: network(t, theta, context)  # noqa: E731
+    one = _flops(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.float32), theta, context).jaxpr)
+    return evaluations * one / rows, evaluations
+
+
+def _flops(jaxpr: Any) -> float:
+    """Of a program, with the repetitions of its scans, which XLA's own analysis counts once."""
+    from jax.extend.core import jaxprs_in_params
+
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        total += params.get("length", 1) * sum(map(_flops, jaxprs_in_params(params)))
+        numbers = math.prod(getattr(equation.outvars[0].aval, "shape", ()))
+        if equation.primitive.name == "dot_general":
+            left = equation.invars[0].aval.shape
+            total += 2 * numbers * math.prod(left[i] for i in params["dimension_numbers"][0][0])
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            total += 2 * numbers * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
+        elif equation.primitive.name in ELEMENTWISE:
+            total += numbers
+    return total
 
 
 def _rehearse(
@@ -276,6 +309,8 @@ def made_up(posterior: Any, n: int) -> dict[str, np.ndarray]:
     scales, shape = posterior.weights.standardizer, (n, posterior.dim_x, posterior.ch_x)
     noise = np.random.default_rng(0).normal(size=shape)
     packed = (np.asarray(scales.x_mean) + np.asarray(scales.x_std) * noise).astype(np.float32)
+    if scales.x_bijection is not None:
+        packed = np.asarray(scales.x_bijection.inverse(packed))
     if posterior.layout.is_plain:
         return {"x": packed}
     parts = posterior.layout.unpack(packed)
