@@ -56,7 +56,7 @@ def driver(cluster, run, catalog, out, **options):
 def test_work_goes_to_who_is_there(cluster, make_catalog, tmp_path, end):
     """The only node is joined by another, and then dies or is drained: every row is done, and nobody is blamed."""
     catalog, out = make_catalog(), tmp_path / "out"
-    slow = make_run(tmp_path / "slow", seconds_per_row=0.3)
+    slow = make_run(tmp_path / "slow", seconds_per_row=1.5)
     with driver(cluster, slow, catalog, out) as process:
 
         def until(what):
