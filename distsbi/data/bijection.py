@@ -127,7 +127,9 @@ class Bijection:
             low, ratio = self._decades()
             theta = jnp.where(self._is(DECADES), low * jnp.exp(ratio * ndtr(u)), theta)
         if ABOVE in self.kinds or POSITIVE in self.kinds:
-            theta = jnp.where(self._is(ABOVE, POSITIVE), self.low + jnp.exp(jnp.clip(u, -_LOG_RANGE, _LOG_RANGE)), theta)
+            theta = jnp.where(
+                self._is(ABOVE, POSITIVE), self.low + jnp.exp(jnp.clip(u, -_LOG_RANGE, _LOG_RANGE)), theta
+            )
         if BELOW in self.kinds:
             theta = jnp.where(self._is(BELOW), self.high - jnp.exp(jnp.clip(-u, -_LOG_RANGE, _LOG_RANGE)), theta)
         if set(self.kinds) <= {REAL}:

@@ -29,6 +29,9 @@ from distsbi.store.source import glance
 from distsbi.store.status import count_reasons
 
 
+HEAD = 100  # rows of which one at least must have the right number of values
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """All that a worker needs to know. Plain values.
@@ -99,6 +102,7 @@ class Worker:
                 "changed since; give a path that all machines share, or the same copy everywhere, and leave it alone "
                 "while it is sampled."
             )
+        self._check_head()
         self.key = keys.as_key(job.seed) if isinstance(job.seed, int) else keys.from_words(job.seed)
         options = SampleOptions.parse(job.options)
         solver = options.make_solver(self.posterior.method, self.posterior.default_solver)
@@ -180,6 +184,22 @@ class Worker:
                 status[i], message[i] = schema.QUARANTINED, skip[row]
         draws = self._draw_rows(checked, observation_ids, status, message)
         return self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
+
+    def _check_head(self) -> None:
+        """Raises ValueError where none of the first HEAD rows has as many values as an observation: the column is another."""
+        p = self.posterior
+        values = self.source.read(0, min(HEAD, self.source.n_rows))[1]
+        sizes = [value.size for value in values if not isinstance(value, str) and value.ndim == 1]
+        if (
+            sizes
+            and len(sizes) == len([value for value in values if not isinstance(value, str)])
+            and p.dim_x * p.ch_x not in sizes
+        ):
+            raise ValueError(
+                f"none of the first {len(values)} rows of {as_place(self.job.source.path)} has an x that this posterior takes: the first has {sizes[0]} "
+                f"values in {', '.join(self.job.source.columns)}, and {p.dim_x * p.ch_x} are needed (dim_x {p.dim_x}, ch_x {p.ch_x}). Name the "
+                "right column by x_column, or by x_columns those that make up x."
+            )
 
     def _check(self, value: Row) -> Row:
         """x of shape (dim_x, ch_x), or why there is none."""

@@ -427,3 +427,15 @@ def test_summaries_only_and_thinned(run, make_catalog, tmp_path):
     assert "b_q2.5" in bare.summary().column_names
     np.testing.assert_array_equal(thin.draws("g5"), whole.draws("g5")[::4])
     assert thin.table(["mean"]) == whole.table(["mean"]) == bare.table(["mean"])
+
+
+def test_a_catalog_of_which_no_row_fits_is_refused_before_anything_is_drawn(run, tmp_path):
+    """A wrong column, which would else make a folder of nothing but invalid rows."""
+    table = pa.table({"id": [f"g{i}" for i in range(40)], "mag": np.arange(40.0), "x": list(np.zeros((40, 3)))})
+    pq.write_table(table, tmp_path / "catalog.parquet")
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"none of the first 40 rows .* the first has 1 values in mag, and 3 are needed"
+    ):
+        sample_catalog(run, tmp_path / "catalog.parquet", out, **QUICK, x_column="mag")
+    assert sample_catalog(run, tmp_path / "catalog.parquet", out, **QUICK).n_ok == 40  # nothing was begun there
