@@ -103,14 +103,18 @@ def split_id(ids: object) -> np.ndarray:
     if array.dtype == object:  # Python integers past int64
         array = np.asarray([_checked_id(i) for i in array.ravel()], np.uint64).reshape(array.shape)
     if array.dtype.kind not in "iu" or (array.dtype.kind == "i" and array.size and array.min() < 0):
-        raise ValueError(f"observation ids must be integers from 0 to 2**64 - 1; got {ids!r}.")
+        raise ValueError(
+            f"observation ids must be integers from 0 to 2**64 - 1 (of another id, distsbi.keys.hash_id of it); got {ids!r}."
+        )
     wide = array.astype(np.uint64)
     return np.stack([wide >> np.uint64(32), wide & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
 def _checked_id(value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
-        raise ValueError(f"observation ids must be integers from 0 to 2**64 - 1; got {value}.")
+        raise ValueError(
+            f"observation ids must be integers from 0 to 2**64 - 1 (of another id, distsbi.keys.hash_id of it); got {value}."
+        )
     return value
 
 

@@ -33,7 +33,8 @@ def place(tmp_path_factory, repo):
         "\nassert samples1.shape == (5_000, 2, 1) and many.shape == (100, 20, 2, 1) and logq.shape == (100,)"
         "\nassert abs(samples.mean(0).ravel() - [1.2, 0.5]).max() < 0.15"
         "\nassert flights.n_ok + len(flights.failures()) == 2_000 and flights.counts['failed'] == flights.n_bad > 0"
-        "\nassert result.n_ok == 40 and catalog.draws('galaxy-7').shape[0] == 200\n"
+        "\nassert result.n_ok == 40 and catalog.draws('galaxy-7').shape[0] == 200"
+        "\nassert np.allclose(alone, catalog['galaxy-7'], atol=1e-4)\n"
     )
     script = (
         "def main():\n"

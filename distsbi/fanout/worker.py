@@ -28,8 +28,7 @@ from distsbi.store.rows import Row
 from distsbi.store.source import glance
 from distsbi.store.status import count_reasons
 
-
-HEAD = 100  # rows of which one at least must have the right number of values
+FIRST_ROWS = 100  # rows of which one at least must have the right number of values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +185,9 @@ class Worker:
         return self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
 
     def _check_head(self) -> None:
-        """Raises ValueError where none of the first HEAD rows has as many values as an observation: the column is another."""
+        """Raises ValueError where none of the first FIRST_ROWS rows has as many values as an observation: the column is another."""
         p = self.posterior
-        values = self.source.read(0, min(HEAD, self.source.n_rows))[1]
+        values = self.source.read(0, min(FIRST_ROWS, self.source.n_rows))[1]
         sizes = [value.size for value in values if not isinstance(value, str) and value.ndim == 1]
         if (
             sizes
