@@ -201,7 +201,7 @@ def test_simulate_and_train_of_ones_own(distsbi: Cli, tmp_path: Path, monkeypatc
     code, out, _ = distsbi("status", "pairs")
     assert f"rows     {found[1]} ok, {found[2]} failed" in out
     assert f"bad      {found[2]} rows failed: AssertionError: too heavy" in out
-    assert "1 files of pairs checked" in distsbi("verify", "pairs")[1]
+    assert "1 file of pairs checked" in distsbi("verify", "pairs")[1]
     shard = tmp_path / "pairs" / "shard-00000000-of-00000001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
     code, _, err = distsbi("verify", "pairs")

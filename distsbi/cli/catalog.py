@@ -185,7 +185,7 @@ def _verify_folder(out: str, repair: bool) -> None:
         )
     found = verify_folder(out)
     click.echo(
-        f"{found.files:,} files of {found.what} checked"
+        f"{counted(found.files, 'file')} of {found.what} checked"
         + ("" if found.complete else "; not complete, the same command goes on")
     )
     for problem in found.problems:

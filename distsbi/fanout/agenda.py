@@ -19,7 +19,9 @@ from typing import Any
 
 from distsbi.store import layout
 
-_DIED = re.compile(r"Worker exit detail: (.*?)(?= There are some potential root causes|$)")  # of Ray's ActorDiedError
+_DIED = re.compile(
+    r"Worker exit detail: (.*?)(?= There are some potential root causes| Some common causes include|$)"
+)  # of Ray's ActorDiedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +255,7 @@ def one_line(error: BaseException | None) -> str:
     """An error in a sentence: Ray's are pages long, and of a worker that died say how at their end."""
     text = " ".join(str(error).split())
     if died := _DIED.search(text):
-        where = dict(re.findall(r"\b(pid|ip): (\S+)", text))
-        process = f"process {where.get('pid', '?')} on {where.get('ip', '?')}"
+        pid, ip = re.search(r"\b(?:Worker PID|pid): (\d+)", text), re.search(r"\b(?:Worker IP address|ip): (\S+)", text)
+        process = f"process {pid[1] if pid else '?'} on {ip[1] if ip else '?'}"
         return f"its worker ({process}) died: {died[1].rstrip('. ')}"[:300]
     return f"{type(error).__name__}: {text}"[:300]

@@ -235,6 +235,10 @@ def test_what_ray_says_of_a_dead_worker_is_a_sentence():
         "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a "
         "connection error code 2. End of file. There are some potential root causes. (1) The process is killed by SIGKILL"
     )
+    other = RuntimeError(
+        "A worker died. Worker IP address: 10.0.0.1 Worker port: 3 Worker PID: 12 Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly "
+        "exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer"
+    )
     says = "its worker (process 12 on 10.0.0.1) died: Worker unexpectedly exits with a connection error code 2. End of file"
-    assert one_line(error) == says
+    assert one_line(error) == one_line(other) == says
     assert one_line(ValueError("a\nb")) == "ValueError: a b"
