@@ -22,7 +22,7 @@ from distsbi.fanout.session import Crew, Done, begun
 from distsbi.fanout.worker import Job, Worker, unlike
 from distsbi.keys import words_of
 from distsbi.sampling.run import SPEC, instruments, read_spec
-from distsbi.store import Catalog, Output, SourceSpec, open_catalog, open_source, schema, source
+from distsbi.store import Catalog, Output, SourceSpec, open_catalog, open_source, source
 from distsbi.store.place import Place, as_place
 
 SHARD_BYTES = 128 * 2**20  # at most this much of draws in a worker's memory
@@ -167,22 +167,8 @@ def sample_catalog(
             "rows_per_shard": rows_per_shard,
         }
         shards = session.claim(definition, provenance.about(job, told))
-        counts, shards_now, rows_now, ok_now = session.work(shards, shards, nsamples, show_progress)
-        n_ok, seconds = counts[schema.OK], time.monotonic() - began
-        return CatalogResult(
-            *(
-                Path(folder.path) if folder.local else folder.url,
-                n_rows,
-                n_ok,
-                n_rows - n_ok,
-                dict(counts),
-                shards.count,
-                shards_now,
-                rows_now,
-                ok_now,
-                seconds,
-            )
-        )
+        made = session.work(shards, shards, nsamples, show_progress)
+        return CatalogResult.of(folder, shards, made, time.monotonic() - began)
 
 
 def choose_rows_per_shard(n_rows: int, nsamples: int, size: int, workers: int = 0) -> int:

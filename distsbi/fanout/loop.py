@@ -1,6 +1,7 @@
 """The loop of a catalog or a simulation: keeps the pool filled, journals what happens, stops when it is told to."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -23,6 +24,16 @@ GRACE_SECONDS = 25.0  # for shards at work when SIGTERM comes; Kubernetes and pr
 log = logging.getLogger("distsbi")
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a call did. `counts`: rows by status of the whole folder; `shards_now`: done in this call, with `rows_now` rows, `ok_now` of them good."""
+
+    counts: Counter[str]
+    shards_now: int
+    rows_now: int
+    ok_now: int
+
+
 ReadManifest = Callable[[Place], dict[str, Any]]  # rows by status, and the reasons of the bad ones, from a shard itself
 
 
@@ -38,8 +49,8 @@ def work(
     *,
     what: str = "catalog",
     read_manifest: ReadManifest = status.read_manifest,
-) -> tuple[Counter[str], int, int, int]:
-    """Does what is left. Returns rows by status of the whole catalog, and, of those done now, shards, rows and good rows.
+) -> Work:
+    """Does what is left.
 
     `what`: the bar's name; `read_manifest`: of a shard that the journal does not know.
 
@@ -114,7 +125,7 @@ def work(
             f"{shard} (rows {rows.start} to {rows.stop - 1}): {reason}. All others are finished in {out}; the same "
             "call tries these again."
         )
-    return counts, shards_now, rows_now, ok_now
+    return Work(counts, shards_now, rows_now, ok_now)
 
 
 def take_stock(

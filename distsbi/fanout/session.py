@@ -8,20 +8,19 @@ SIGTERM stops it at any of these.
 import contextlib
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from distsbi.fanout import cluster
 from distsbi.fanout.agenda import Shards
-from distsbi.fanout.loop import work
+from distsbi.fanout.loop import Work, work
 from distsbi.fanout.metrics import Metrics
 from distsbi.fanout.pool import InProcess, Pool
 from distsbi.fanout.ray_pool import RayPool
 from distsbi.fanout.staff import Staff
 from distsbi.fanout.stopping import Stop, says_how_far, told_to_stop
-from distsbi.store import layout, record
+from distsbi.store import layout, record, schema
 from distsbi.store.place import Place
 from distsbi.store.writer import Writer, one_writer
 
@@ -86,6 +85,23 @@ class Done:
     ok_now: int
     seconds: float
 
+    @classmethod
+    def of(cls, folder: Place, shards: Shards, made: Work, seconds: float) -> Self:
+        """Of the call that did `made`."""
+        n_ok = made.counts[schema.OK]
+        return cls(
+            path=Path(folder.path) if folder.local else folder.url,
+            n_rows=shards.n_rows,
+            n_ok=n_ok,
+            n_bad=shards.n_rows - n_ok,
+            counts=dict(made.counts),
+            shards=shards.count,
+            shards_now=made.shards_now,
+            rows_now=made.rows_now,
+            ok_now=made.ok_now,
+            seconds=seconds,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Session:
@@ -116,9 +132,7 @@ class Session:
         layout.remove_partial(self.folder)
         return Shards(definition["n_rows"], definition["rows_per_shard"], record.fingerprint(definition), step)
 
-    def work(
-        self, shards: Shards, plan: Any, nsamples: int, show_progress: bool, **more: Any
-    ) -> tuple[Counter[str], int, int, int]:
+    def work(self, shards: Shards, plan: Any, nsamples: int, show_progress: bool, **more: Any) -> Work:
         """Does what is left of `shards`; returns and raises as `loop.work`, which takes `more`. `plan`: what workers are told before;
         `nsamples`: as for `Metrics`."""
         self.pool.begin(plan)

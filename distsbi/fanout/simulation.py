@@ -37,7 +37,7 @@ from distsbi.fanout.simulation_worker import (
     unlike,
 )
 from distsbi.fanout.stopping import Stop
-from distsbi.store import layout, record, schema
+from distsbi.store import layout, record
 from distsbi.store.place import Place, as_place, is_url, shown
 from distsbi.store.status import Status, read_status
 
@@ -162,14 +162,9 @@ def simulate(
         source = {"simulator": definition["simulator"]["name"], "prior": texts, "fingerprint": shards.fingerprint}
         plan = Plan(shards, shape, tuple(told["parameter_names"]), source)
         mark_unfinished(Path(folder.path), n)
-        counts, shards_now, rows_now, ok_now = session.work(
-            shards, plan, 1, show_progress, what="simulations", read_manifest=read_manifest
-        )
+        made = session.work(shards, plan, 1, show_progress, what="simulations", read_manifest=read_manifest)
         mark_finished(Path(folder.path))
-        n_ok, taken = counts[schema.OK], time.monotonic() - began
-        return SimulationResult(
-            Path(folder.path), n, n_ok, n - n_ok, dict(counts), shards.count, shards_now, rows_now, ok_now, taken
-        )
+        return SimulationResult.of(folder, shards, made, time.monotonic() - began)
 
 
 def status(out: str | os.PathLike[str]) -> tuple[Status, str | None]:

@@ -204,8 +204,8 @@ def test_a_store_that_is_away_for_a_while_costs_no_line(store, caplog, error):
         store.away = len(tried) < 4
         return Outcome(task, error=ValueError("x")) if tried.count(1) == 1 and task.shard == 1 else done(task)
 
-    counts, *now = run(store.place, become)
-    assert (counts["ok"], *now) == (8, 4, 8, 8)
+    made = run(store.place, become)
+    assert (made.counts["ok"], made.shards_now, made.rows_now, made.ok_now) == (8, 4, 8, 8)
     assert store.refused > 1
     assert caplog.text.count("cannot be written now, and is kept and tried again: 503: slow down") == 1
     lines = layout.read_journal(store.place)
@@ -249,7 +249,8 @@ def test_a_disk_that_is_away_for_a_while_costs_no_line(disk, caplog):
         disk.error = OSError(errno.EIO, "Input/output error") if 1 < len(tried) < 4 else None
         return Outcome(task, error=ValueError("x")) if tried == [0, 1] else done(task)
 
-    assert run(disk.place, become)[1:] == (4, 8, 8)
+    made = run(disk.place, become)
+    assert (made.shards_now, made.rows_now, made.ok_now) == (4, 8, 8)
     assert disk.failed > 3
     assert caplog.text.count("cannot be written now, and is kept and tried again: [Errno 5]") == 1
     text = layout.journal_file(disk.place).read().decode()
