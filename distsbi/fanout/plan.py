@@ -31,7 +31,8 @@ from distsbi.store import layout, record
 from distsbi.store.schema import ROW_GROUP_BYTES, Output
 
 REHEARSED_SHARDS = 4  # for each worker, of either size
-ELEMENTWISE = {
+# which take one operation a number
+ELEMENTWISE = (
     "add",
     "sub",
     "mul",
@@ -46,7 +47,7 @@ ELEMENTWISE = {
     "erf",
     "rsqrt",
     "sqrt",
-}  # one operation a number
+)
 LARGER = 4  # times the rows of the smaller, as far as `seconds` allow
 # Of other devices, with which one worker and two to a GPU come out as on an H200 (float32; benchmarks/README.md): the share of the peak that small
 # networks reach, seconds of one evaluation however small (some dozens of kernels), and bytes/s of draws that a worker summarises, encodes and writes,

@@ -187,15 +187,11 @@ class Worker:
     def _check_head(self) -> None:
         """Raises ValueError where none of the first FIRST_ROWS rows has as many values as an observation: the column is another."""
         p = self.posterior
-        values = self.source.read(0, min(FIRST_ROWS, self.source.n_rows))[1]
-        sizes = [value.size for value in values if not isinstance(value, str) and value.ndim == 1]
-        if (
-            sizes
-            and len(sizes) == len([value for value in values if not isinstance(value, str)])
-            and p.dim_x * p.ch_x not in sizes
-        ):
+        rows = self.source.read(0, min(FIRST_ROWS, self.source.n_rows))[1]
+        values = [row for row in rows if not isinstance(row, str)]
+        if values and all(value.ndim == 1 and value.size != p.dim_x * p.ch_x for value in values):
             raise ValueError(
-                f"none of the first {len(values)} rows of {as_place(self.job.source.path)} has an x that this posterior takes: the first has {sizes[0]} "
+                f"none of the first {len(rows)} rows of {as_place(self.job.source.path)} has an x that this posterior takes: the first has {values[0].size} "
                 f"values in {', '.join(self.job.source.columns)}, and {p.dim_x * p.ch_x} are needed (dim_x {p.dim_x}, ch_x {p.ch_x}). Name the "
                 "right column by x_column, or by x_columns those that make up x."
             )
