@@ -208,15 +208,15 @@ class Staff:
             log.info(
                 "a worker on machine %s raised; another tries what it was at: %s", member.node[:8], one_line(error)
             )
-        alike = self._raised >= SICK and (by_many or all(m.raised for m in self.takers))
-        if (
-            alike and not self.resting and not rested and (by_many or not self._hope(self._dismissed))
-        ):  # else another comes in the place of one: see `sick`
+        all_raise = self._raised >= SICK and all(m.raised for m in self.takers)
+        # where another comes in the place of one nobody rests: see `sick`
+        tired = by_many or (all_raise and not self._hope(self._dismissed))
+        if tired and not self.resting and not rested:
             self._rest = max(2.0, 2 * self._rest)
             self._rest_until = self.clock.now + self._rest
             log.warning(
                 "%s raise, and rest for %.0f s: %s",
-                "all workers" if all(m.raised for m in self.takers) else "workers",
+                "all workers" if all_raise else "workers",
                 self._rest,
                 one_line(error),
             )
