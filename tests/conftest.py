@@ -3,6 +3,7 @@
 With DISTSBI_TEST_PLATFORMS=cuda,cpu (or tpu,cpu) they run on the GPUs that there are, and meshes get no larger; those marked `cpus` are left out.
 """
 
+import errno
 import gc
 import logging
 import math
@@ -108,6 +109,31 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         pytest.skip(f"a full disk needs a small file system, and mounting one is not permitted here ({error})")
     yield disk
     subprocess.run(["umount", "-l", str(disk.path)], check=True)
+
+
+class Away:
+    """A Parquet file whose disk does not answer: opening it raises an error of the disk `times` times."""
+
+    path: Path | None = None
+    times = 0
+    number = errno.ESTALE
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Away:
+    import pyarrow.parquet as pq
+
+    made, plain = Away(), pq.ParquetFile
+
+    def opened(source: object, *args: object, **kwargs: object) -> pq.ParquetFile:
+        if made.times and source == made.path:
+            made.times -= 1
+            raise OSError(made.number, os.strerror(made.number))
+        return plain(source, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(pq, "ParquetFile", opened)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -176,18 +176,30 @@ def check_file(path: Path) -> Footer:
     return footer
 
 
-def _read(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
-    """What `read` makes of a file. Raises ValueError if it is damaged, OSError if it cannot be read now."""
+def read_checked(
+    path: Path, read: Callable[[pq.ParquetFile], T], damaged: str, *, damage: tuple[type[OSError], ...] = ()
+) -> T:
+    """What `read` makes of a file, whose pages are compared with their checksums. `damaged`: what is said of one that is, with {path} and {error};
+    `damage`: errors of the disk that are taken for that.
+
+    Raises ValueError if it is damaged, OSError if it cannot be read now.
+    """
 
     def attempt() -> T:
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 return read(file)
         except (pa.ArrowException, OSError) as error:
-            if is_disks(error):
+            if is_disks(error) and not isinstance(error, damage):
                 raise
-            raise Damaged(
-                f"{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again; distsbi verify names all that are."
-            ) from error
+            raise Damaged(damaged.format(path=path, error=error)) from error
 
     return patiently(attempt, path)
+
+
+def _read(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
+    return read_checked(
+        path,
+        read,
+        "{path} cannot be read as Parquet and may be damaged ({error}). Remove it and make the pairs again; distsbi verify names all that are.",
+    )

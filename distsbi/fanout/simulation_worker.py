@@ -20,7 +20,7 @@ from distsbi.environment import device_name
 from distsbi.fanout import simulator
 from distsbi.fanout.agenda import Shards, Task
 from distsbi.fanout.worker import own_jax, who
-from distsbi.files import Damaged, is_disks, patiently, sha256_of, write_whole
+from distsbi.files import patiently, sha256_of, write_whole
 from distsbi.store import layout
 from distsbi.store.place import Place
 from distsbi.store.schema import OK, STATUSES
@@ -234,13 +234,5 @@ def checksums(shard: Path) -> dict[str, str | None]:
 
 def _read(file: Path) -> pa.Table:
     """Raises ValueError if it is damaged, OSError if it cannot be read now."""
-
-    def read() -> pa.Table:
-        try:
-            return pq.read_table(file, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            if is_disks(error):
-                raise
-            raise Damaged(f"{file} cannot be read ({error}); remove its shard and simulate again.") from error
-
-    return patiently(read, file)
+    says = "{path} cannot be read ({error}); remove its shard and simulate again."
+    return parquet.read_checked(file, lambda opened: opened.read(), says)

@@ -30,8 +30,9 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from distsbi import keys, processes
+from distsbi.data import parquet
 from distsbi.environment import device_name, versions
-from distsbi.files import Damaged, full_disk_says, is_disks, one_holder, patiently, write_json, write_whole
+from distsbi.files import full_disk_says, one_holder, patiently, write_json, write_whole
 from distsbi.sampling import tiles
 from distsbi.sampling.checks import SolveError, as_ids, unsolved
 from distsbi.sampling.fill import dispatches
@@ -293,17 +294,12 @@ def _is_of(part: pa.Table, digest: bytes) -> bool:
 
 def _read(part: Path) -> pa.Table:
     """Raises ValueError if it is not what was written, OSError if it cannot be read now."""
-
-    def read() -> pa.Table:
-        try:
-            with pq.ParquetFile(part, page_checksum_verification=True) as file:
-                return file.read()
-        except (pa.ArrowException, OSError) as error:
-            if is_disks(error) and not isinstance(error, FileNotFoundError):
-                raise
-            raise Damaged(f"{part} is damaged ({error}); give the same call again, which draws it anew.") from error
-
-    return patiently(read, part)
+    return parquet.read_checked(
+        part,
+        lambda file: file.read(),
+        "{path} is damaged ({error}); give the same call again, which draws it anew.",
+        damage=(FileNotFoundError,),
+    )
 
 
 def _share(missing: list[int], index: int, count: int) -> list[int]:

@@ -5,7 +5,6 @@ import re
 import shutil
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -130,57 +129,35 @@ def test_a_page_that_is_damaged_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("which", [layout.shard_file, lambda *shard: layout.failures_file(layout.shard_file(*shard))])
-def test_what_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, which):
+def test_what_cannot_be_read_now_is_not_removed(tmp_path, away, which):
     """The disk gives an error of its own, which has a number; pyarrow's of a page have none."""
     out = tmp_path / "out"
     simulate(out, "picky")
     layout.journal_file(out).unlink()
     shard = next(i for i in range(7) if layout.failures_file(layout.shard_file(out, i, 7)).exists())
-    path, plain, left = which(out, shard, 7), pq.ParquetFile, [0]
+    path = away.path = which(out, shard, 7)
     content = path.read_bytes()
-
-    def opened(source, *args, **kwargs):
-        if left[0] and source == path:
-            left[0] -= 1
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return plain(source, *args, **kwargs)
-
-    def read(source, **kwargs):
-        with opened(source, **kwargs) as file:
-            return file.read()
-
-    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(pq, "ParquetFile", opened)
-    monkeypatch.setattr(pq, "read_table", read)
-    left[0] = TRIES
+    away.times = TRIES
     with pytest.raises(OSError, match=f"{path.name} cannot be read now .*Stale file handle.*, which is no damage"):
         simulate(out, "picky")
     assert path.read_bytes() == content
-    left[0] = TRIES
+    away.times = TRIES
     assert "cannot be read now" in verify_folder(out).problems[0]
-    left[0] = TRIES - 1
+    away.times = TRIES - 1
     assert verify_folder(out).good
-    assert left[0] == 0
+    assert away.times == 0
 
 
 @pytest.mark.parametrize("make", [write, draw])
-def test_a_file_that_cannot_be_read_now_is_not_said_to_be_damaged(tmp_path, monkeypatch, make):
+def test_a_file_that_cannot_be_read_now_is_not_said_to_be_damaged(tmp_path, away, make):
     """Nor is it advised to remove it, unless another is damaged."""
     out = tmp_path / "out"
-    path, plain, left = make(out)[1], pq.ParquetFile, [0]
-
-    def opened(source, *args, **kwargs):
-        if left[0] and source == path:
-            left[0] -= 1
-            raise OSError(errno.EIO, "Input/output error")
-        return plain(source, *args, **kwargs)
-
-    monkeypatch.setattr("distsbi.files.PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(pq, "ParquetFile", opened)
-    left[0] = TRIES - 1
+    path = away.path = make(out)[1]
+    away.number = errno.EIO
+    away.times = TRIES - 1
     assert verify_folder(out).good
-    assert left[0] == 0
-    left[0] = TRIES
+    assert away.times == 0
+    away.times = TRIES
     found = verify_folder(out)
     (problem,) = found.problems
     assert f"{path} cannot be read now" in problem and "Input/output error" in problem and "is no damage" in problem
@@ -189,7 +166,7 @@ def test_a_file_that_cannot_be_read_now_is_not_said_to_be_damaged(tmp_path, monk
     )
     other = next(file for file in sorted(out.glob("*.parquet")) if file != path)
     other.write_bytes(flip(other.read_bytes()))
-    left[0] = TRIES
+    away.times = TRIES
     found = verify_folder(out)
     assert len(found.problems) == 2
     assert "again" in found.advice and "what could not be read now is left" in found.advice
