@@ -21,8 +21,8 @@ os.environ["JAX_PLATFORMS"] = PLATFORMS
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes of a test run share a GPU
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if version("jaxlib").startswith("0.10.") and "DISTSBI_TEST_OPTIMISED" not in os.environ:
-    # Tests compile more than they compute, and XLA's older emitters compile in two thirds of the time, of which LLVM's second level of
-    # optimisation is a quarter; tests of bits across processes set flags of their own.
+    # XLA's older emitters compile in two thirds of the time, of which LLVM's second level of optimisation is a quarter; tests of bits across
+    # processes set flags of their own.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -36,15 +36,15 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs(request: pytest.FixtureRequest):
-    """Programs of a file marked `lightly_compiled` skip most of XLA's optimisations, in processes that it starts too, unless
-    DISTSBI_TEST_OPTIMISED is set. What was compiled is let go after a file: thousands of programs cost gigabytes and slow every garbage
-    collection."""
+    """Tests compile more than they compute: XLA skips most of its optimisations, in processes that a test starts too, but in files marked
+    `optimised` and where DISTSBI_TEST_OPTIMISED is set. What was compiled is let go after a file: thousands of programs cost gigabytes and slow
+    every garbage collection."""
     import jax
 
-    lightly = request.node.get_closest_marker("lightly_compiled") and "DISTSBI_TEST_OPTIMISED" not in os.environ
-    jax.config.update("jax_disable_most_optimizations", bool(lightly))
+    lightly = not (request.node.get_closest_marker("optimised") or "DISTSBI_TEST_OPTIMISED" in os.environ)
+    jax.config.update("jax_disable_most_optimizations", lightly)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(bool(lightly))))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(lightly)))
         yield
     jax.clear_caches()
     gc.collect()

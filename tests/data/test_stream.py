@@ -231,7 +231,6 @@ class TestSource:
         assert make_source(folder, SHAPES).batches is not None
 
 
-@pytest.mark.lightly_compiled
 def test_training_from_a_stream(folder):
     from flax import nnx
 

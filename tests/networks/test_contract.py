@@ -23,8 +23,6 @@ from distsbi.networks import (
     network_name,
 )
 
-pytestmark = pytest.mark.lightly_compiled
-
 
 def _flux(dim_x: int, **options) -> Flux1Params:
     return Flux1Params.default(3, dim_x, **options)

@@ -12,8 +12,6 @@ from hypothesis import given, settings, strategies as st
 from distsbi.networks import CNN, MLP, CNNParams, Embedded, Layout, MLPParams, PatchEmbedding, PatchEmbeddingParams
 from distsbi.networks.embedding import embedded_shape
 
-pytestmark = pytest.mark.lightly_compiled
-
 INSTRUMENTS = Layout.of({"spectrum": 5, "image": (4, 6)}, {"spectrum": 2, "image": 3})
 
 

@@ -14,8 +14,6 @@ from distsbi.networks.flux1 import Flux1
 from distsbi.networks.flux1_params import Flux1Params
 from distsbi.networks.gensbi import from_gensbi, gensbi_paths, to_gensbi
 
-pytestmark = pytest.mark.lightly_compiled
-
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_flux1.npz"
 CASES = (
     "absolute",

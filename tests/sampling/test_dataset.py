@@ -20,6 +20,8 @@ from distsbi.sampling import SolveError, Tile, dataset
 from distsbi.sampling.run import versions
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
 
+pytestmark = pytest.mark.optimised
+
 X = np.full((1, 3, 1), 0.3, np.float32)
 TILE = Tile(4, 64)
 

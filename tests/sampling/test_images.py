@@ -21,6 +21,8 @@ from distsbi import (
 from distsbi.data import write_pairs
 from distsbi.networks import MLP, MLPParams
 
+pytestmark = pytest.mark.optimised
+
 PRIOR = Prior(row=dist.Uniform(0.0, 1.0), column=dist.Uniform(0.0, 1.0))
 QUICK = {"nsteps": 30, "batch_size": 64, "val_every": 15, "calibrate": False, "show_progress": False}
 SMALL = {"width": 16, "depth": 1, "embed_depth": 0}

@@ -11,7 +11,6 @@ from flax import nnx
 from distsbi import Flux1Params, MLPFlowPipeline, MLPParams, SimformerFlowPipeline, load
 from distsbi.networks import MLP, Flux1
 
-pytestmark = pytest.mark.lightly_compiled
 QUICK = {"nsteps": 20, "batch_size": 32, "val_every": 10, "calibrate": False, "show_progress": False}
 FLUX = Flux1Params(
     in_channels=1, context_in_dim=1, dim_obs=2, dim_cond=4, num_heads=2, axes_dim=(4, 0), depth=1, depth_single_blocks=2, missing=True

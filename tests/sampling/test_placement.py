@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.optimised
+
 PLACEMENTS = {
     "one device, one thread": ("1", "1", "whole"),
     "two devices, two threads": ("2", "2", "whole"),

@@ -5,11 +5,8 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from tests.sampling.wide import numbers
-
-pytestmark = pytest.mark.lightly_compiled
 
 
 def test_64_bit_numbers_change_nothing(tmp_path):
