@@ -1,5 +1,6 @@
 """The facade: the user's guide as it is written, runs taken up again, and what a failure after training leaves."""
 
+import dataclasses
 import inspect
 import pickle
 import re
@@ -27,6 +28,7 @@ from distsbi import (
     load,
 )
 from distsbi.cli import cli
+from distsbi.config import read_config
 from distsbi.data import write_pairs
 from distsbi.methods import FlowMatching, ScoreMatchingVP
 from distsbi.networks import MLP
@@ -34,8 +36,6 @@ from distsbi.pipelines import PIPELINES
 from distsbi.sampling import Posterior
 from distsbi.sampling.calibrate import calibrate
 from tests.gaussian import random_mlp_posterior
-
-pytestmark = pytest.mark.lightly_compiled
 
 TASK = get_task("two_moons")
 QUICK = {
@@ -67,6 +67,27 @@ def test_named_pipelines_say_where_they_are(name):
     made = PIPELINES[name]
     assert f"{made.__module__}.{made.__qualname__}" == f"distsbi.pipelines.{name}Pipeline"
     assert pickle.loads(pickle.dumps(made)) is made
+
+
+def test_what_a_script_for_gensbi_asks_of_a_pipeline(tmp_path):
+    config = Flux1FlowPipeline.get_default_training_config()
+    config |= {"nsteps": 2, "checkpoint_dir": str(tmp_path / "run"), "batch_size": 32, "calibrate": False}
+    small = {"num_heads": 2, "axes_dim": (4, 0), "depth": 1, "depth_single_blocks": 1}
+    params = dataclasses.replace(Flux1FlowPipeline.get_default_params(2, 2), **small)
+    pipeline = Flux1FlowPipeline(pairs(), None, 2, 2, params=params, training_config=config, mesh={"data": 1})
+    losses, val_losses = pipeline.train(nnx.Rngs(0), save_model=False)
+    assert len(losses) == len(val_losses) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_of_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "strategy: {model: simformer, method: edm, condition_mask: posterior}\nmodel: {depth: 1}\ntraining: {nsteps: 5, multistep: 2}\n"
+    )
+    made = read_config(tmp_path / "run.yaml").make_pipeline(None, None, 2, 3, prior=TASK.prior, checkpoint_dir="there")
+    assert type(made).__name__ == "SimformerDiffusionPipeline"
+    assert (made.model.params.depth, made.condition_mask, made.training_config.nsteps) == (1, "posterior", 10)
+    assert made.training_config.checkpoint_dir == "there"
 
 
 def test_the_inference_guide():

@@ -15,11 +15,18 @@ from distsbi.sampling import Dataset, Posterior
 
 
 class Answers(ABC):
-    """Every way to sample; a subclass says by which posterior."""
+    """Every way to sample; a subclass says by which posterior, and keeps it as `_asked`."""
+
+    _asked: Posterior | None = None
 
     @abstractmethod
     def _chosen(self, use_ema: bool) -> Posterior:
         """The posterior of the averaged weights, or of the last ones. Raises ValueError if there is none."""
+
+    @property
+    def last_check(self) -> dict[str, float] | None:
+        """What the last draw with `check=` found, of the weights that were last asked."""
+        return None if self._asked is None else self._asked.last_check
 
     def sample(
         self,

@@ -7,6 +7,7 @@ methods under that heading.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import warnings
@@ -26,20 +27,20 @@ from distsbi.data.standardise import Standardizer
 from distsbi.diagnostics.distance import distance
 from distsbi.environment import versions
 from distsbi.methods import FlowMatching, Method
-from distsbi.networks import Embedded, Layout, Network, Unconditional, network_name, takes_missing
+from distsbi.networks import Embedded, Layout, Network, takes_missing
 from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
 from distsbi.pipelines.answers import Answers
 from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed
 from distsbi.pipelines.identity import training_identity
+from distsbi.pipelines.saved import check_supports, saved_run
 from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.checks import standardised
 from distsbi.sampling.joint import JointPosterior
-from distsbi.sampling.run import check_place, load, model_spec, read_spec
+from distsbi.sampling.run import check_place
 from distsbi.solvers import Solver
 from distsbi.training import Trained, TrainingConfig, train
-from distsbi.training.checkpoints import differences
 from distsbi.training.loop import run_root
 from distsbi.training.update import Pose, conditional
 
@@ -162,7 +163,15 @@ class ConditionalPipeline(Answers):
         return Embedded(model, nets, self.layout)
 
     def _fit(self, theta: np.ndarray, x: np.ndarray) -> Standardizer:
-        return Standardizer.fit(theta, x, self._supports, decades=self.layout.is_plain, pool=self.layout.pooled)
+        return Standardizer.fit(
+            theta, x, self._supports, decades=self.layout.is_plain, pool=self.layout.pooled,
+            exchangeable=self._exchangeable,
+        )  # fmt: skip
+
+    @property
+    def _exchangeable(self) -> bool:
+        """Whether the data are a set, whose order must not matter."""
+        return bool(getattr(self.model, "exchangeable", False))
 
     def _make_posterior(
         self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
@@ -182,13 +191,14 @@ class ConditionalPipeline(Answers):
         return source.hold_out(self.training_config.val_fraction)
 
     def train(
-        self, rngs: nnx.Rngs | Any, nsteps: int | None = None, **overrides: Any
+        self, rngs: nnx.Rngs | Any, nsteps: int | None = None, save_model: bool = True, **overrides: Any
     ) -> tuple[list[float], list[float]]:
         """Trains, or goes on training from the present weights; returns (training losses, validation losses), one per validation.
 
         With `checkpoint_dir` in the training configuration the run directory is written while training; a killed run started
         again resumes from its last checkpoint and ends with the same bits. A directory holds one training: to go on from a finished
-        one, also with more simulations, `restore` it and give another `checkpoint_dir`. `overrides`: training options for this call.
+        one, also with more simulations, `restore` it and give another `checkpoint_dir`. `save_model=False`: nothing is written there. `overrides`:
+        training options for this call.
 
         Raises ValueError without a training set, or where `checkpoint_dir` holds another training.
         """
@@ -200,6 +210,7 @@ class ConditionalPipeline(Answers):
         base = dataclasses.replace(
             TrainingConfig.from_dict({**self.training_config.to_dict(), **overrides}),
             **({} if nsteps is None else {"nsteps": nsteps}),
+            **({} if save_model else {"checkpoint_dir": None}),
         )
         config = base.resolve(self._source.size)
         root = run_root(config)
@@ -300,12 +311,13 @@ class ConditionalPipeline(Answers):
 
     def _extent(self, scales: Standardizer) -> list[float]:
         """The largest absolute standardised value of every entry of x among pairs of the training set; one number for all where they are
-        many."""
+        many, or a set."""
         x = self._fit_pairs()[1]
         largest = np.zeros(x[0].size)
         for _, z in standardised(x, scales):
             largest = np.fmax(largest, np.fmax.reduce(z, axis=0))
-        return [float(f"{v:.4g}") for v in (largest if largest.size <= EXTENT_ENTRIES else [largest.max()])]
+        alike = largest.size > EXTENT_ENTRIES or self._exchangeable
+        return [float(f"{v:.4g}") for v in ([largest.max()] if alike else largest)]
 
     @property
     def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:
@@ -318,52 +330,16 @@ class ConditionalPipeline(Answers):
 
         Raises ValueError for a run of another network, method or prior's support, and as `distsbi.load` does.
         """
-        spec, sizes = read_spec(path), [self.dim_obs, self.ch_obs, self.dim_cond, self.ch_cond]
-        if list(spec["sizes"]) != sizes:
-            raise ValueError(
-                f"{path} holds a run of other sizes, (dim_theta, ch_theta, dim_x, ch_x) = {spec['sizes']}, than this pipeline, {sizes}; make the "
-                f"pipeline that it was trained with, or distsbi.load it."
-            )
-        found = load(path, mesh=self.mesh, network=self._own_for(spec["network"]))
-        if not isinstance(found, self.makes):
-            raise ValueError(
-                f"{path} holds one conditional of a joint model, or its student; distsbi.load it, or restore the run that it was made of."
-            )
-        scales = found.joint_standardizer if isinstance(found, JointPosterior) else found.weights.standardizer
-        made = self._make_posterior(nnx.state(self.model, nnx.Param), jax.tree.map(np.asarray, scales), None, {})
-        here, there = model_spec(made), model_spec(found)
-        differing = [name for name in ("network", "sizes", "method") if here[name] != there[name]]
-        if differing:
-            values = "; ".join(differences(*({name: spec[name] for name in differing} for spec in (there, here))))
-            raise ValueError(
-                f"{path} holds a run of another {' and '.join(differing)} than this pipeline ({values}); make the pipeline that it was trained "
-                f"with, or distsbi.load it."
-            )
-        self._check_supports(path, scales)
+        sizes = [self.dim_obs, self.ch_obs, self.dim_cond, self.ch_cond]
+        make = functools.partial(self._make_posterior, nnx.state(self.model, nnx.Param), solver=None, facts={})
+        found, scales = saved_run(path, self.model, self.makes, sizes, self.mesh, make)
+        if self.prior is not None:
+            check_supports(path, self.parameter_names, self._supports, scales)
         weights = found.joint if isinstance(found, JointPosterior) else found.network
         nnx.update(self.model, nnx.state(weights, nnx.Param))
-        self._standardizer, self._posterior, self._last = jax.tree.map(np.asarray, scales), found, None
+        self._standardizer, self._posterior, self._last = scales, found, None
         self.parameter_names = found.parameter_names
         return self
-
-    def _check_supports(self, path: str | os.PathLike[str], scales: Standardizer) -> None:
-        """Raises ValueError if this pipeline has a prior of another support than the run was trained with, whose scales cut others off."""
-        if self.prior is None:
-            return
-        for name, here, there in zip(self.parameter_names, self._supports, scales.bijection.supports, strict=False):
-            if (np.float32(here.low), np.float32(here.high)) != (there.low, there.high):
-                raise ValueError(
-                    f"{path} was trained with {name} in ({there.low:g}, {there.high:g}), and the prior of this pipeline has it in ({here.low:g}, "
-                    f"{here.high:g}): give the prior that it was trained with, or train anew."
-                )
-
-    def _own_for(self, described: dict[str, Any]) -> Any:
-        """Of this model what a run so described cannot make by itself: a user's own network, or one behind a user's own embedding nets."""
-        model, nets = self.model, described.get("embedded", {}).get("nets") or {}
-        inner = model.network if isinstance(model, (Embedded, Unconditional)) else model
-        if described["name"] is None and network_name(inner) is None:
-            return nnx.clone(inner if isinstance(model, Unconditional) else model)
-        return nnx.clone(model) if None in nets.values() and isinstance(model, Embedded) else None
 
     @property
     def posterior(self) -> Posterior:
@@ -376,13 +352,14 @@ class ConditionalPipeline(Answers):
 
     def _chosen(self, use_ema: bool) -> Posterior:
         posterior = self.posterior
-        if use_ema:
-            return posterior
-        if self._last is None:
-            raise ValueError(
-                "the weights before averaging are not kept in a saved run; use_ema=False works after train() only."
-            )
-        return self._last
+        if not use_ema:
+            if self._last is None:
+                raise ValueError(
+                    "the weights before averaging are not kept in a saved run; use_ema=False works after train() only."
+                )
+            posterior = self._last
+        self._asked = posterior
+        return posterior
 
     def distill(self, segments: int = 2, **options: Any) -> Posterior:
         """A student that draws in `segments` evaluations, trained on the data x of the training set without new simulations; a
@@ -394,7 +371,7 @@ class ConditionalPipeline(Answers):
         if self._source is None:
             raise ValueError("distilling needs data x: make the pipeline with its training set.")
         _, xs = self._fit_pairs()
-        student, _ = distill(self.posterior, xs, DistillConfig(segments=segments, **options))
+        student, _ = distill(self.posterior, xs, DistillConfig.from_dict({"segments": segments, **options}))
         student.facts["distance"] = distance(self.posterior, student, self._held_out()[1])
         return student
 

@@ -20,7 +20,7 @@ from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline
 from distsbi.pipelines.given import check_module, check_output
 from distsbi.sampling import Dataset, Posterior
-from distsbi.sampling.joint import JointPosterior, X, pattern_key
+from distsbi.sampling.joint import JointPosterior, X, pattern_key, token_names
 from distsbi.solvers import Solver
 from distsbi.training import ConditionMasks, TrainingConfig
 from distsbi.training.update import MASK_SHARES
@@ -34,17 +34,24 @@ class JointPipeline(ConditionalPipeline):
     Args:
         model: a joint network over dim_obs + dim_cond tokens (`Flux1Joint`, `Simformer`), or an `nnx.Module` with
             `encode(values, mask)` and `__call__(t, v_t, context)` over all tokens; see `distsbi.networks.JointNetwork`.
-        condition_mask: how masks are drawn, "structured", "bernoulli" or "posterior"; see `ConditionMasks`.
+        condition_mask: how masks are drawn, "structured" (the default), "bernoulli" or "posterior"; see `ConditionMasks`. `condition_mask_kind`, GenSBI's
+            word, means the same.
         other arguments: as for `ConditionalPipeline`; parameters and data need the same channels.
     """
 
     makes = JointPosterior
 
-    def __init__(self, *args: Any, condition_mask: str = "structured", **options: Any):
+    def __init__(
+        self, *args: Any, condition_mask: str | None = None, condition_mask_kind: str | None = None, **options: Any
+    ):
+        if condition_mask is not None and condition_mask_kind is not None:
+            raise ValueError("condition_mask and condition_mask_kind mean the same; give one of them.")
+        condition_mask = condition_mask or condition_mask_kind or "structured"
         if condition_mask not in MASK_SHARES:
             raise ValueError(f"condition_mask must be one of {', '.join(MASK_SHARES)}; got {condition_mask!r}.")
-        self.pose = ConditionMasks(condition_mask)
+        self.condition_mask, self.pose = condition_mask, ConditionMasks(condition_mask)
         super().__init__(*args, **options)
+        token_names(self.parameter_names, self.dim_cond)  # its errors come here, not after training
 
     def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
         if nets is not None or not self.layout.is_plain:
@@ -78,7 +85,7 @@ class JointPipeline(ConditionalPipeline):
         network = nnx.merge(nnx.graphdef(self.model), params)
         return JointPosterior(
             network, self.method, standardizer, self.dim_obs,
-            names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts,
+            names=self.parameter_names, solver=solver, mesh=self.mesh, facts={**facts, "condition_mask": self.condition_mask},
         )  # fmt: skip
 
     def calibrate(self, given: Sequence[str] = (X,)) -> dict[str, Any]:
@@ -180,7 +187,12 @@ def _with_nothing(theta: Any) -> Any:
         )
     if isinstance(theta, (str, os.PathLike)):
         theta = read_pairs(theta).theta
-    array = np.asarray(theta, np.float32)
+    try:
+        array = np.asarray(theta, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"theta must be an array of numbers, [n, dim] or [n, dim, channels], or a folder of pairs; got {type(theta).__name__}."
+        ) from None
     if array.ndim not in (2, 3):
         raise ValueError(f"theta must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.")
     return array, np.zeros((len(array), 1, 1), np.float32)

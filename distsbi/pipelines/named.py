@@ -72,7 +72,8 @@ class _Named:
             raise ValueError(
                 f"params must be {self.make_params.__name__}, or a dict of its fields; got {type(params).__name__}."
             )
-        known = ("augment", "method", *(["condition_mask"] if isinstance(self, JointPipeline) else []))
+        of_joint = ("condition_mask", "condition_mask_kind") if isinstance(self, JointPipeline) else ()
+        known = ("augment", "method", *of_joint)
         for name in options:
             if name not in known:
                 every = [*inspect.signature(_Named.__init__).parameters][1:-1] + list(known)
@@ -88,6 +89,16 @@ class _Named:
             train_dataset, val_dataset, dim_obs, dim_cond, ch_obs, ch_cond, training_config,
             mesh=mesh, prior=prior, **{"method": self._method(sde_type), "embedding": nets, **options},
         )  # fmt: skip
+
+    @classmethod
+    def get_default_training_config(cls) -> dict[str, Any]:
+        """The keys of `training_config` and their defaults, a dict to change; None: chosen from the number of simulations."""
+        return TrainingConfig().to_dict()
+
+    @classmethod
+    def get_default_params(cls, dim_obs: int, dim_cond: int, ch_obs: int = 1, ch_cond: int = 1) -> Any:
+        """The size of the network that is made where none is given."""
+        return cls.make_params.default(dim_obs, dim_cond, ch_obs, ch_cond)
 
     def _method(self, sde_type: str | None) -> Method:
         if sde_type is None:

@@ -65,7 +65,7 @@ class JointPosterior(Posterior):
             names=names, solver=solver, tile=tile, mesh=mesh, facts=facts,
         )  # fmt: skip
         self.joint_network, self.joint_standardizer = network, standardizer
-        self.token_names = (*self.parameter_names, *(f"x_{i}" for i in range(total - dim_theta)))
+        self.token_names = token_names(self.parameter_names, total - dim_theta)
         self._patterns: dict[tuple[tuple[int, ...], tuple[int, ...]], Posterior] = {(free, given): self}
 
     @property
@@ -100,13 +100,19 @@ class JointPosterior(Posterior):
         """The posterior of all other tokens where those named `given` are: x of `sample` and `log_prob` has them in token order.
 
         It uses the grid calibrated for this pattern, if there is one, else that of p(theta | x), and says so in its
-        `facts["certificate"]`.
+        `facts["certificate"]`. Raises ValueError for a name that does not exist, if nothing is left to draw, and for a run that was trained on
+        p(theta | x) alone.
         """
         fixed = tuple(sorted(self.tokens(given)))
         free = tuple(i for i in range(len(self.token_names)) if i not in fixed)
         if not free:
             raise ValueError("all tokens are given; leave out at least one to draw it.")
         if (free, fixed) not in self._patterns:
+            if self.facts.get("condition_mask") == "posterior":
+                raise ValueError(
+                    'this run learned p(theta | x) alone (condition_mask="posterior"), no other conditional: train one with '
+                    'condition_mask="structured", the default, to draw with given=.'
+                )
             known = self.facts.get("patterns", {}).get(pattern_key(fixed))
             facts = {
                 **{
@@ -148,14 +154,19 @@ class JointPosterior(Posterior):
         `of`: the names wanted, in this order; the rest is drawn too and left out (the exact marginal of the model). Values are
         scalars, or arrays [tokens, ch] or [1, tokens, ch]. See `Posterior.sample`.
 
-        Raises ValueError for a name that does not exist, a value of a wrong shape or outside its prior, or NaN.
+        Raises ValueError for a name that does not exist, x given twice, a value of a wrong shape or outside its prior, NaN, and as `pattern` does.
         """
         if given is None and of is None:
             return super().sample(key, x_o, nsamples, rng=rng, **options)
+        given = dict(given or {})
         if x_o is not None:
-            given = {X: x_o, **(given or {})}
-        posterior, x = self.condition(given or {})
+            if X in given:
+                raise ValueError("x is given twice, as x_o and in given; leave one of them out.")
+            given = {X: x_o, **given}
+        posterior, x = self.condition(given)
         drawn = Posterior.sample(posterior, one_of("rng", rng, "key", key), x, nsamples, **options)
+        if options.get("check"):
+            self.last_check = posterior.last_check
         if of is None:
             return drawn
         index = []
@@ -189,6 +200,17 @@ class JointPosterior(Posterior):
             else np.zeros((1, 0, self.ch_theta), np.float32)
         )
         return posterior, x
+
+
+def token_names(parameters: Sequence[str], dim_x: int) -> tuple[str, ...]:
+    """The names of all tokens. Raises ValueError for a parameter named as data are, or all of either."""
+    data = tuple(f"x_{i}" for i in range(dim_x))
+    for name in parameters:
+        if name in (X, *data) or (name == THETA and len(parameters) > 1):
+            raise ValueError(
+                f"a parameter cannot be called {name!r}: in given= it means data, or all of the parameters. Give it another name."
+            )
+    return (*parameters, *data)
 
 
 def pattern_key(given: Sequence[int]) -> str:

@@ -18,8 +18,6 @@ from distsbi.networks import NETWORKS, Conditional, Flux1Joint, Flux1JointParams
 from distsbi.sampling.joint import JointPosterior
 from distsbi.training import ConditionMasks
 
-pytestmark = pytest.mark.lightly_compiled
-
 JOINT = {
     "Flux1Joint": Flux1JointParams(in_channels=1, dim_joint=5, num_heads=2, depth_single_blocks=2, val_emb_dim=8),
     "Flux1Joint concat": Flux1JointParams(
@@ -213,6 +211,44 @@ def test_certificates_and_densities_of_patterns(trained, tmp_path, monkeypatch):
 def test_errors_of_given(trained, options, says):
     with pytest.raises(ValueError, match=says):
         trained.sample(rng=0, nsamples=5, **options)
+
+
+def test_a_run_of_the_posterior_alone_draws_nothing_else(tmp_path):
+    """Other conditionals were never learned; their draws would be noise."""
+    params = dataclasses.replace(JOINT["Flux1Joint"], dim_joint=4)
+    pipeline = Flux1JointFlowPipeline(
+        None, None, 2, 2, params=params, prior=prior(), condition_mask_kind="posterior", mesh={"data": 1}
+    )
+    made = pipeline._make_posterior(nnx.state(pipeline.model, nnx.Param), Standardizer.identity(4, 0), None, {})
+    made.save(tmp_path / "run")
+    for posterior in (made, load(tmp_path / "run", mesh={"data": 1})):
+        assert posterior.sample(0, np.zeros((1, 2, 1)), 3).shape == (3, 2, 1)
+        with pytest.raises(ValueError, match=r"this run learned p\(theta \| x\) alone"):
+            posterior.sample(0, given={"a": 0.3}, nsamples=3)
+    with pytest.raises(ValueError, match="mean the same"):
+        Flux1JointFlowPipeline(None, None, 2, 2, condition_mask="posterior", condition_mask_kind="posterior")
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("x_1", "y"), ("theta", "y")])
+def test_a_parameter_is_not_named_as_data(names):
+    import numpyro.distributions as dist
+
+    with pytest.raises(ValueError, match=f"a parameter cannot be called '{names[0]}'"):
+        Flux1JointFlowPipeline(None, None, 2, 2, prior=Prior(**dict.fromkeys(names, dist.Normal(0.0, 1.0))))
+
+
+def test_x_is_not_given_twice(trained):
+    with pytest.raises(ValueError, match="x is given twice"):
+        trained.sample(rng=0, x_o=np.zeros((1, 2, 1)), given={"x": [1.0, 0.5]}, nsamples=3)
+
+
+def test_the_check_of_a_pattern_is_reported(trained):
+    trained.sample(rng=0, given={"b": 0.4}, nsamples=10, check=0.5)
+    found = trained.posterior.last_check
+    assert found["draws"] == 5
+    assert trained.last_check is found
+    trained.sample(rng=0, given={"b": 0.4}, nsamples=10)
+    assert trained.posterior.last_check is found
 
 
 def test_channels_of_given_are_not_guessed():
