@@ -58,9 +58,11 @@ class Standardizer:
         linear: bool = True,
         decades: bool = True,
         pool: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+        exchangeable: bool = False,
     ) -> Self:
         """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares. `decades`: the logarithm of
         entries of x that are positive and span decades. `pool`: makes (means, standard deviations) of x equal where entries share a scale.
+        `exchangeable`: the entries of x are a set: they share all scales, and least squares is on their sum.
 
         Raises ValueError if there are not as many supports as parameters.
         """
@@ -68,16 +70,26 @@ class Standardizer:
             raise ValueError(f"the prior has {len(supports)} parameters, theta has {theta.shape[1]}.")
         theta, x = np.asarray(theta, np.float32), np.asarray(x)
         bijection = Bijection.of_parameters(theta, supports)
+        n, size = x.shape[:2]
+        if exchangeable:  # one entry, of so many more observations
+            x = x.reshape(n * size, 1, -1)
         x_bijection = Bijection.of_data(x) if decades else None
         u, x = _unbounded(theta, bijection), x if x_bijection is None else _unbounded(x, x_bijection)
         mean, std = _scales(u)
         x_mean, x_std = _scales(x)
         if pool is not None:
             x_mean, x_std = pool(x_mean, x_std)
+        if exchangeable:
+            x = _scored(x, x_mean, x_std).reshape(n, size, -1).mean(1)
         eye = np.eye(mean.size, dtype=np.float32)
         slope, root, inverse_root = np.zeros((x_mean.size, mean.size)), eye, eye
         if linear:
-            slope, root, inverse_root = _least_squares(u, (mean, std), x, (x_mean, x_std))
+            slope, root, inverse_root = _least_squares(
+                u, (mean, std), x, (0.0, 1.0) if exchangeable else (x_mean, x_std)
+            )
+        if exchangeable:
+            x_bijection = None if x_bijection is None else x_bijection.rows([0] * size)
+            x_mean, x_std, slope = (np.tile(a, (size, 1)) for a in (x_mean, x_std, slope / size))
         arrays: Any = (mean, std, x_mean, x_std, slope, root, inverse_root)
         return cls(bijection, *(array.astype(np.float32) for array in arrays), x_bijection=x_bijection)
 
@@ -189,7 +201,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _least_squares(
-    u: np.ndarray, u_scales: tuple[np.ndarray, np.ndarray], x: np.ndarray, x_scales: tuple[np.ndarray, np.ndarray]
+    u: np.ndarray, u_scales: tuple[Any, Any], x: np.ndarray, x_scales: tuple[Any, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(A', S^(1/2), S^(-1/2)) of u [n, ...] on x [n, ...], z-scored with (means, standard deviations) and flattened; no slope where there
     are too few rows for the columns."""

@@ -27,10 +27,12 @@ class Network(nnx.Module):
     A network of your own on GPUs or TPUs: give its matrix products `precision="highest"`. JAX's default there is TF32 or bfloat16, with which
     draws of another tile shape differ by more than 1e-4 posterior standard deviations.
 
-    `cpu_compiler_options`: XLA's options for training it on CPUs, where a default does not suit it.
+    `cpu_compiler_options`: XLA's options for training it on CPUs, where a default does not suit it. `exchangeable`: the data are a set, whose order
+    must not matter: then entries of x share their scales, and what is said linearly is of their sum.
     """
 
     cpu_compiler_options: ClassVar[Mapping[str, str]] = {}
+    exchangeable: bool = False
 
     params: Any
     dim_theta: int
@@ -59,6 +61,17 @@ class Network(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class NetworkParams:
     """Plain, JSON-able numbers that rebuild a network."""
+
+    def _name_dtypes(self) -> None:
+        """Makes `dtype` and `param_dtype` names. Raises ValueError for what is none."""
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, jnp.dtype(value).name)
+            except TypeError:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be {' or '.join(DTYPES)}; got {value!r}."
+                ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""

@@ -197,6 +197,12 @@ class Embedded(Network):
         """Those of the network."""
         return getattr(self.network, "cpu_compiler_options", {})
 
+    @property
+    def exchangeable(self) -> bool:  # type: ignore[override]
+        """Whether the observation is a set: one array, and what sees it first says so."""
+        first = self.network if self.nets is None else next(iter(self.nets.values()))
+        return self.layout.is_plain and getattr(first, "exchangeable", False)
+
     def encode(self, x: Float[Array, "batch size ch"], mask: Bool[Array, "batch size"] | None = None) -> Context:
         parts = self.layout.unpack(x)
         if self.nets is None:

@@ -46,6 +46,8 @@ from distsbi.networks.flux1_blocks import (
 from distsbi.networks.flux1_params import Flux1Params
 from distsbi.networks.weights import TIME_FEATURES, Maker, long_axis_last, timestep_features, weights_of
 
+NO_TABLE = ("rope", "none")  # strategies that add nothing to a token
+
 
 class Flux1(Network):
     """The transformer. Identical blocks are stacked along a leading axis and scanned.
@@ -75,7 +77,7 @@ class Flux1(Network):
         normal, dense = make.normal, make.dense
 
         def token_in(channels: int, strategy: str) -> nnx.Dict:
-            size = hidden**-0.5 if p.id_merge_mode == "sum" and not strategy.startswith("rope") else 1.0
+            size = hidden**-0.5 if p.id_merge_mode == "sum" and not strategy.startswith(NO_TABLE) else 1.0
             return make.token_in(channels, p.value_width, size)
 
         self.obs_in = token_in(p.in_channels, p.id_embedding_strategy[0])
@@ -109,6 +111,11 @@ class Flux1(Network):
         )
         if p.pooled:
             self.pooled_in = nnx.Dict(in_layer=dense(hidden, hidden), out_layer=dense(hidden, hidden, scale=0.0))
+
+    @property
+    def exchangeable(self) -> bool:  # type: ignore[override]
+        """Whether the data are a set."""
+        return self.params.id_embedding_strategy[1] == "none"
 
     def encode(self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None) -> Context:
         """The data's tokens ("joint"), or their keys and values in every block ("one_way"); with `missing` and the mask.
@@ -243,9 +250,11 @@ class Flux1(Network):
         p = self.params
         h = linear(weights_of(getattr(self, f"{side}_in")), values.astype(jnp.float32))
         strategy = p.id_embedding_strategy[0 if side == "obs" else 1]
-        if strategy.startswith("rope"):
+        if strategy.startswith(NO_TABLE) and p.id_merge_mode == "sum":
             return h
-        if strategy == "absolute":
+        if strategy == "none":
+            table = jnp.zeros((values.shape[1], p.id_width))
+        elif strategy == "absolute":
             table = weights_of(getattr(self, f"{side}_ids_embedder"))["embedding"]
         elif strategy == "pos1d":
             table = _sinusoidal(jnp.arange(values.shape[1]), p.id_width)

@@ -70,8 +70,7 @@ class Flux1JointParams(NetworkParams):
         for name in ("in_channels", "dim_joint", "num_heads", "depth_single_blocks", "val_emb_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Flux1JointParams.{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)).name)
+        self._name_dtypes()
         for name, known in (
             ("dtype", DTYPES), ("param_dtype", DTYPES), ("conditioning", CONDITIONINGS),
             ("id_merge_mode", ("sum", "concat")), ("id_embedding_strategy", ("absolute",)), ("guidance_embed", (False,)),

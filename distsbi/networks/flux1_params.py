@@ -4,12 +4,11 @@ import dataclasses
 import math
 from typing import Any, Self
 
-import jax.numpy as jnp
 from flax import nnx
 
 from distsbi.networks.base import CONDITIONINGS, DTYPES, NetworkParams
 
-ID_STRATEGIES = ("absolute", "pos1d", "pos2d", "rope1d", "rope2d")
+ID_STRATEGIES = ("absolute", "pos1d", "pos2d", "rope1d", "rope2d", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class Flux1Params(NetworkParams):
         depth, depth_single_blocks: double and single blocks, at least one of each.
         qkv_bias: biases of q, k, v in the double blocks.
         id_embedding_strategy: of (parameters, data): "absolute" (learned), "pos1d" (sine and cosine of the index), "pos2d" (of row and
-            column), "rope1d" or "rope2d".
+            column), "rope1d" or "rope2d"; of the data also "none": they are a set, whose order does not matter.
         obs_grid, cond_grid: (rows, columns) of the tokens, for the strategies in two dimensions; None: a square.
         id_merge_mode: "sum" or "concat".
         theta: base of RoPE's frequencies; None for 10 (dim_obs + dim_cond).
@@ -86,8 +85,8 @@ class Flux1Params(NetworkParams):
         put("id_embedding_strategy", tuple(self.id_embedding_strategy))
         put("axes_dim", None if self.axes_dim is None else tuple(int(n) for n in self.axes_dim))
         put("theta", 10 * (self.dim_obs + self.dim_cond) if self.theta is None else self.theta)
+        self._name_dtypes()
         for name in ("dtype", "param_dtype"):
-            put(name, jnp.dtype(getattr(self, name)).name)
             _one_of(name, getattr(self, name), DTYPES)
         _one_of("conditioning", self.conditioning, CONDITIONINGS)
         if self.pooled and self.conditioning == "joint":
@@ -99,6 +98,10 @@ class Flux1Params(NetworkParams):
             )
         for strategy in self.id_embedding_strategy:
             _one_of("id_embedding_strategy", strategy, ID_STRATEGIES)
+        if self.id_embedding_strategy[0] == "none":
+            raise ValueError(
+                'id_embedding_strategy "none" is for data alone: parameters without ids could not be told apart.'
+            )
         if self.guidance_embed:
             raise ValueError("Flux1 takes no guidance; set guidance_embed=False.")
         for name, dim, strategy in zip(

@@ -154,7 +154,8 @@ def read_safetensors(path: Any) -> dict[Path, np.ndarray]:
 class GenSBIModel(Network):
     """A model written to GenSBI's signature, `model(t=, obs=, obs_ids=, cond=, cond_ids=)`, as a `Network`.
 
-    It sees the data at every step, so nothing is encoded ahead; ids are 0, 1, 2, ... on each side.
+    It sees the data at every step, so nothing is encoded ahead. Ids [1, tokens, 2] are those of GenSBI's `ConditionalPipeline`: the index of the
+    token, and 0 for parameters or 1 for data. For conditional models; joint ones (`node_ids`, `condition_mask`) are not taken.
 
     Args:
         model: the module; obs are the parameters [batch, dim_obs, ch_obs], cond the data [batch, dim_cond, ch_cond].
@@ -173,7 +174,8 @@ class GenSBIModel(Network):
     ) -> Float[Array, "batch draws dim_theta ch_theta"]:
         shape = theta_t.shape
         rows = lambda a: jnp.broadcast_to(a, (*shape[:2], *a.shape[2:])).reshape(-1, *a.shape[2:])  # noqa: E731
-        ids = [jnp.arange(n)[None, :, None] for n in (self.dim_theta, self.dim_x)]
+        sides = enumerate((self.dim_theta, self.dim_x))
+        ids = [np.stack([np.arange(n), np.full(n, side)], -1)[None].astype(np.int32) for side, n in sides]
         out = self.model(  # type: ignore[operator]
             t=rows(broadcast_time(t)), obs=rows(theta_t), obs_ids=ids[0], cond=rows(context[:, None]), cond_ids=ids[1]
         )

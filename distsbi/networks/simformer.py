@@ -64,8 +64,7 @@ class SimformerParams(NetworkParams):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"SimformerParams.{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)).name)
+        self._name_dtypes()
         for name, known in (("dtype", DTYPES), ("param_dtype", DTYPES), ("conditioning", CONDITIONINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(
