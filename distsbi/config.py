@@ -2,7 +2,8 @@
 
 The sections are GenSBI's, so that its files are read as they are, plus `data` (from what), `mesh` (on what) and `seed`:
 
-    strategy:  {method: flow, model: mlp}        # method: flow, diffusion (EDM) or score_matching (with sde_type: VP or VE)
+    strategy:  {method: flow, model: mlp}        # method: flow, diffusion (EDM) or score_matching (with sde_type: VP or VE); of a joint
+                                                 # model also condition_mask: structured, bernoulli or posterior
     data:      {task: two_moons, n: 30000}       # or path: a folder that `distsbi simulate` wrote, and stream: true
     model:     {width: 128, depth: 4}            # parameters of the network: fields of MLPParams or Flux1Params
     optimizer: {max_lr: 1.0e-3, warmup_steps: 500}
@@ -11,6 +12,9 @@ The sections are GenSBI's, so that its files are read as they are, plus `data` (
     path:      {tilt: 4}                         # options of the method: fields of FlowMatching, EDM, ScoreMatchingVP or -VE
     mesh:      {data: 2}
     seed:      0
+
+With `multistep: k` (gradients of k updates make one step of the optimiser) nsteps, warmup_steps and val_every count steps of the optimiser in a file, as
+in GenSBI's, and updates everywhere else.
 
 `model`, `optimizer` and `training` hold only what the file says: their defaults, which depend on the data, are written
 once, in the network's parameters and in `distsbi.training.TrainingConfig`.
@@ -49,6 +53,9 @@ OPTIMIZER_KEYS = (
     "ema_decay",
 )
 
+# Counts of steps of the optimiser.
+OF_OPTIMIZER = ("nsteps", "warmup_steps", "val_every")
+
 # Keys that are decided elsewhere, and where.
 ELSEWHERE = {
     **dict.fromkeys(("dim_theta", "ch_theta", "dim_x", "ch_x", "dim_obs", "dim_cond"), "it follows from the data"),
@@ -77,6 +84,7 @@ class Strategy:
     method: str = "flow"
     model: str = "mlp"
     sde_type: str | None = None
+    condition_mask: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +136,30 @@ class RunConfig:
 
     @property
     def training_config(self) -> dict[str, Any]:
-        """`optimizer` and `training` together: the `training_config` of a pipeline."""
-        return {**self.optimizer, **self.training}
+        """`optimizer` and `training` together: the `training_config` of a pipeline, which counts updates."""
+        options = {**self.optimizer, **self.training}
+        every = options.get("multistep") or 1
+        counted = {name: every * options[name] for name in OF_OPTIMIZER if options.get(name) is not None}
+        return {**options, **counted}
+
+    def make_pipeline(self, train_dataset: Any, val_dataset: Any, dim_obs: int, dim_cond: Any, **options: Any) -> Any:
+        """The pipeline that the file describes, for these data. `options`: keywords of the pipeline beside `params`, `training_config` and `method`, and
+        `checkpoint_dir`. Raises as the pipeline does."""
+        from distsbi.pipelines import PIPELINES
+
+        training = {**self.training_config, "checkpoint_dir": options.pop("checkpoint_dir", None)}
+        if self.strategy.condition_mask is not None:
+            options["condition_mask"] = self.strategy.condition_mask
+        return PIPELINES[self.pipeline](
+            train_dataset,
+            val_dataset,
+            dim_obs,
+            dim_cond,
+            params=dict(self.model),
+            training_config=training,
+            method=self.method,
+            **options,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `parse_config` gives the same configuration back. Sections that say nothing are left out."""

@@ -129,6 +129,19 @@ def test_joint_files_of_gensbi() -> None:
     assert parse_config(config.to_dict()) == config
 
 
+def test_steps_of_the_optimiser() -> None:
+    """GenSBI's files count them, training options count updates."""
+    config = parse_config(
+        {
+            "training": {"nsteps": 1_000, "multistep": 4, "val_every": 100, "save_every": 800},
+            "optimizer": {"warmup_steps": 50},
+        }
+    )
+    expected = {"nsteps": 4_000, "multistep": 4, "val_every": 400, "save_every": 800, "warmup_steps": 200}
+    assert config.training_config == expected
+    assert parse_config(config.to_dict()).training_config == expected
+
+
 def test_methods_and_their_options() -> None:
     config = parse_config({"strategy": {"method": "score_matching", "sde_type": "VE"}, "path": {"sigma_max": "30"}})
     assert (type(config.method).__name__, config.method.sigma_max) == ("ScoreMatchingVE", 30.0)

@@ -169,7 +169,6 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
     from distsbi.data.pairs import open_pairs
     from distsbi.data.prior import parse_prior
     from distsbi.data.stream import StreamedPairs
-    from distsbi.pipelines import PIPELINES
     from distsbi.tasks import TASKS, get_task
     from distsbi.training.checkpoints import SPEC
     from distsbi.training.loop import run_root
@@ -194,18 +193,8 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
         prior = task.prior
         dataset = task if config.data.n is None else task.pairs(keys.pairs_key(keys.as_key(config.seed)), config.data.n)
-    pipeline = PIPELINES[config.pipeline](
-        dataset,
-        None,
-        dim_theta,
-        dim_x,
-        ch_obs=ch_theta,
-        ch_cond=ch_x,
-        params=dict(config.model),
-        training_config={**config.training_config, "checkpoint_dir": str(out)},
-        mesh=axes,
-        prior=prior,
-        method=config.method,
+    pipeline = config.make_pipeline(
+        dataset, None, dim_theta, dim_x, ch_obs=ch_theta, ch_cond=ch_x, checkpoint_dir=str(out), mesh=axes, prior=prior
     )
     root = run_root(pipeline.training_config)
     before = (Path(root or out) / SPEC).exists()

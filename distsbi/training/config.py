@@ -5,7 +5,7 @@ import math
 import numbers
 from typing import Any, Self
 
-from distsbi.hints import did_you_mean
+from distsbi.hints import refuse_unknown
 
 OPTIMIZERS = ("muon", "adamw")
 COUNTS = (
@@ -104,12 +104,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:
         """From a dict. Raises ValueError naming an unknown key and the nearest known."""
-        known = sorted(f.name for f in dataclasses.fields(cls))
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"unknown training option {name!r};{did_you_mean(name, known)} The options are {', '.join(known)}."
-                )
+        refuse_unknown("training option", options, cls)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

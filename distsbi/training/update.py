@@ -255,7 +255,10 @@ class Learner:
             )
             updates, opt = self.optimizer.update(grads, state.opt, state.params)  # type: ignore[attr-defined]
             params = optax.apply_updates(state.params, updates)
-            ema = averaged(state.ema, params, state.step, self.config.ema_decay)
+            every = self.config.multistep
+            ema = averaged(state.ema, params, state.step // every, self.config.ema_decay)
+            if every > 1:  # between steps of the optimiser the weights stand still
+                ema = jax.tree.map(lambda new, old: jnp.where((state.step + 1) % every == 0, new, old), ema, state.ema)
             return dataclasses.replace(state, step=state.step + 1, params=params, ema=ema, opt=opt, order=order), loss
 
         state, losses = jax.lax.scan(update, state, data if self.draw is None else None, length=count)

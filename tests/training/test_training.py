@@ -191,6 +191,12 @@ def test_batches_on_the_devices_are_bounded_in_bytes(monkeypatch, bytes_, expect
         _pipeline(_batches(_pairs()), _pairs(100, seed=1)).train(nnx.Rngs(0))
 
 
+def test_nothing_is_written_unless_asked_for(run_dir):
+    """GenSBI's word."""
+    _pipeline(nsteps=2, checkpoint_dir=str(run_dir)).train(nnx.Rngs(0), save_model=False)
+    assert not run_dir.exists()
+
+
 def test_a_batch_that_the_mesh_does_not_divide_warns(monkeypatch):
     def learner(*args, **options):
         raise _Stop
@@ -201,6 +207,19 @@ def test_a_batch_that_the_mesh_does_not_divide_warns(monkeypatch):
         pytest.raises(_Stop),
     ):
         _pipeline(batch_size=31).train(nnx.Rngs(0))
+
+
+def test_the_average_moves_with_the_optimiser():
+    """Of eight updates, two steps: between steps the weights stand still, and are not averaged in again."""
+    options = {"multistep": 4, "decay_transition": 1.0, "warmup_steps": 0, "val_every": 8}
+    first, second = _pipeline(nsteps=4, **options), _pipeline(nsteps=8, **options)
+    start = jax.tree.leaves(nnx.state(first.model))
+    for pipeline in (first, second):
+        pipeline.train(nnx.Rngs(0))
+    once, twice = (jax.tree.leaves(p._last.weights.params) for p in (first, second))
+    for found, p0, p1, p2 in zip(jax.tree.leaves(second.posterior.weights.params), start, once, twice, strict=True):
+        after_one = p0 + 0.9 * (p1 - p0)  # decays 1 / 10 and 2 / 11
+        np.testing.assert_allclose(found, after_one + 9 / 11 * (p2 - after_one), atol=1e-6)
 
 
 def test_whole_floats_are_integers():
