@@ -318,11 +318,16 @@ def table(arguments: argparse.Namespace) -> None:
             f"{np.mean([line['c2st'] for line in lines]):.3f}",
             f"{max(line['c2st'] for line in lines):.3f}",
             f"{np.mean(forest):.3f}" if forest else "",
-            f"{np.mean([first['seconds_training'] for first in firsts]):.0f}",
+            f"{np.mean([training_seconds(first) for first in firsts]):.0f}",
             " ".join(sorted({str(first["evaluations"]) for first in firsts if "evaluations" in first})),
             *(f"{np.mean(found):,.0f}" if None not in found else "" for found in rates),
         ]
         print(f"| {' | '.join(map(str, columns))} |")
+
+
+def training_seconds(line: dict[str, Any]) -> float:
+    """How long training takes; on one core its CPU seconds, which do not count what shared the core meanwhile."""
+    return line["cpu_seconds_training" if line["hardware"].get("cores") == 1 else "seconds_training"]
 
 
 def words_of_train(one: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ from distsbi.sampling import JointPosterior, Posterior, Tile
 from distsbi.solvers import RULES
 from distsbi.training import TrainingConfig
 from distsbi.training.update import ConditionMasks, Learner, conditional
+from tests.compilations import Compilations
 
 NETWORK_ROWS = {
     "MLP": MLPParams(2, 3, width=8, depth=1, embed_depth=1),
@@ -60,8 +61,6 @@ def with_cnn(rngs):
 
 
 SOLVER_ROWS = [*RULES, "tsit5", "dopri5", "dopri8"]
-pytestmark = pytest.mark.lightly_compiled
-
 PLACES = ["one device", "mesh of 8", "Ray worker"]
 TABLES = [sorted(METHODS), sorted(NETWORK_ROWS), SOLVER_ROWS, PLACES]
 X = np.asarray([[[0.3], [-0.5], [0.8]]], np.float32)
@@ -191,6 +190,9 @@ def test_contract(method, network, solver, place, request, tmp_path):
     assert draws.shape == (50, 2, 1)
     assert draws.dtype == np.float32
     assert (np.abs(draws) <= 1).all()
+    with Compilations() as count:
+        posterior.sample(7, 2 * X, 50, **options)
+    assert not count.programs
     np.testing.assert_array_equal(posterior.sample(7, X, 21, **options), draws[:21])
     posterior.save(tmp_path / "run")
     if place == "Ray worker":

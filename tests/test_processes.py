@@ -137,6 +137,17 @@ def test_what_the_launcher_does_not_say():
         find_rank(environment=pod)
 
 
+def test_open_mpi_on_ipv6():
+    at = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp6://[2001:db8::1,fe80::1]:41011"}
+    rank = find_rank(environment=MPI | at)
+    assert rank is not None and rank.host == "2001:db8::1"
+    five = {name: value for name, value in MPI.items() if "uri" not in name} | {
+        "PMIX_SERVER_URI2": "prterun-a-7@0.1;tcp6://[::1]:41231"
+    }
+    with pytest.raises(ValueError, match="Open MPI does not say"):
+        find_rank(environment=five | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+
+
 def test_jobs_of_open_mpi_do_not_share_a_port():
     uris = [f"{family << 16}.0;tcp://10.0.0.1:1" for family in range(100)]
     ranks = [find_rank(environment=MPI | {"OMPI_MCA_orte_hnp_uri": uri}) for uri in uris]

@@ -119,7 +119,10 @@ class Method(ABC):
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"{cls.__name__} has no options {unknown}; it has {sorted(known)}.")
-        return cls(**options)
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise ValueError(f"an option of {cls.__name__} has a wrong type ({error}); got {options}.") from error
 
 
 @jax.tree_util.register_dataclass

@@ -128,11 +128,15 @@ def _open_mpi(env: Mapping[str, str]) -> Rank | None:
         return None
     mpirun = env.get("OMPI_MCA_orte_hnp_uri", "")
     uri = mpirun or env.get("PMIX_SERVER_URI2") or env.get("PMIX_SERVER_URI21") or ""
-    count, found = _number(env, "OMPI_COMM_WORLD_SIZE"), re.search(r"tcp[46]?://\[?([^\s,\]]+?)[\],:]", uri)
+    count, found = (
+        _number(env, "OMPI_COMM_WORLD_SIZE"),
+        re.search(r"tcp[46]?://(?:\[([^\],]+)[^\]]*\]|([^\s,:]+))", uri),
+    )
     if count == 1:
         return None
     several = env.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(count)) != str(count)
-    if found is None or (several and (not mpirun or found[1] == "::1" or found[1].startswith("127."))):
+    host = found and (found[2] or found[1])
+    if host is None or (several and (not mpirun or host == "::1" or host.startswith("127."))):
         raise ValueError(  # Open MPI 5 tells each host's own server, which listens on the loopback interface
             "Open MPI does not say where mpirun runs (OMPI_MCA_orte_hnp_uri); export JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES "
             "and JAX_PROCESS_ID instead."
@@ -140,7 +144,8 @@ def _open_mpi(env: Mapping[str, str]) -> Rank | None:
     job = uri.partition(";")[0]
     port = PORTS[zlib.crc32(job.encode()) % len(PORTS)]  # Open MPI 4 numbers jobs in steps of 65,536
     local = _local(env, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return Rank(f"{found[1]}:{port}", count, _number(env, "OMPI_COMM_WORLD_RANK"), local, f"Open MPI job {job}")
+    address = f"[{host}]" if ":" in host else host
+    return Rank(f"{address}:{port}", count, _number(env, "OMPI_COMM_WORLD_RANK"), local, f"Open MPI job {job}")
 
 
 def _tpu_pod(env: Mapping[str, str]) -> Rank | None:
@@ -175,10 +180,12 @@ def first_host(nodes: str) -> str:
 
     >>> first_host("node[007-015,20],login"), first_host("a1,b[1-2]"), first_host("10.0.0.1,10.0.0.2")
     ('node007', 'a1', '10.0.0.1')
+    >>> first_host("rack[2-3]node[03-04],a1")
+    'rack2node03'
     """
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    found = re.match(r"([^,\[]|\[\d[^\]]*\])+", nodes)
     if found is None:
         raise ValueError(
             f"SLURM's list of nodes {nodes!r} cannot be read; give --coordinator, --num-processes and --process-id."
         )
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])

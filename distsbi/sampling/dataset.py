@@ -87,9 +87,9 @@ def write(
     cannot be read now; parts that are complete stay.
     """
     chosen = SampleOptions.parse(options, ("path", *ONE, "rows_per_part", "overwrite"), posterior.no_given)
-    if chosen.return_trajectory or chosen.check or chosen.coupled:
+    if chosen.on_the_way or chosen.check or chosen.coupled:
         raise ValueError(
-            "a dataset takes draws that can be divided: leave out return_trajectory, check and coupled, or use sample."
+            "a dataset takes draws that can be divided: leave out return_trajectory, time_grid, check and coupled, or use sample."
         )
     solver = posterior.solver_for(chosen)
     tile = chosen.make_tile(posterior.tile).for_draws(nsamples, posterior.most_slots)

@@ -113,9 +113,10 @@ class Densities:
 
     def _density_options(self, options: dict[str, Any], words: Sequence[str]) -> SampleOptions:
         chosen = SampleOptions.parse(options, words, self.no_given)
-        for name in ("check", "return_trajectory"):
-            if getattr(chosen, name):
-                raise ValueError(f"{name} goes with sample; leave it out where a log_prob is asked for.")
+        if chosen.check or chosen.on_the_way:
+            raise ValueError(
+                "check, return_trajectory and time_grid go with sample; leave them out where a log_prob is asked for."
+            )
         return chosen
 
     def _density_solver(self, chosen: SampleOptions) -> Solver:

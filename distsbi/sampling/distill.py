@@ -17,7 +17,7 @@ Two other objectives learn the same averages, for comparison; both train u(s, Y)
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
+from distsbi.hints import refuse_unknown
 from distsbi.methods import FlowMatching, Method, Moment
 from distsbi.networks.base import encode
 from distsbi.sampling.flow import denoise, make_field
@@ -38,6 +39,7 @@ from distsbi.training import TrainingConfig
 from distsbi.training.update import as_kept, averaged, in_float32, make_optimizer
 
 DISPATCH = 50  # updates per dispatch
+FEWEST_STEPS = 8  # of the teacher in a segment
 OBJECTIVES = ("endpoint", "consistency", "mean_flow")
 
 
@@ -52,7 +54,7 @@ class DistillConfig:
         nsteps, batch_size: updates, and noise draws per update, each with its own x.
         max_lr: learning rate after warm-up. ema_decay: of the averaged weights, which are the student's.
         softness: of the pseudo-L1 loss sqrt(r^2 + softness^2), in standardised units per parameter.
-        teacher_steps: of the teacher's solver, each segment's share at least two.
+        teacher_steps: of the teacher's solver, each segment's share at least 8, or all of them.
         on_policy: share of the batch that begins a segment where the student arrives.
         objective: "endpoint" (measured to be the best), "consistency" or "mean_flow"; see the module.
         seed: of noise, order and choice. show_progress: None: on a terminal.
@@ -72,12 +74,25 @@ class DistillConfig:
     seed: int = 0
     show_progress: bool | None = None
 
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        """From a dict. Raises ValueError naming an unknown key and the nearest known."""
+        refuse_unknown("distill option", options, cls)
+        return cls(**options)
+
     def __post_init__(self) -> None:
-        if not 1 <= self.segments <= 8:
+        for name in ("segments", "nsteps", "batch_size", "teacher_steps"):
+            value: Any = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float, np.number))
+                or int(value) != value
+                or value < 1
+            ):
+                raise ValueError(f"distill option {name} must be a positive integer; got {value!r}.")
+            object.__setattr__(self, name, int(value))
+        if self.segments > 8:
             raise ValueError(f"a student has 1 to 8 segments; got {self.segments}.")
-        for name in ("nsteps", "batch_size", "teacher_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"distill option {name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.on_policy <= 1 or not self.softness > 0 or not self.power > 0 or not 0 < self.ema_decay < 1:
             raise ValueError("distill options on_policy and ema_decay are fractions, softness and power positive.")
         if self.objective not in OBJECTIVES:
@@ -161,7 +176,9 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
 
     def segment_times(k: int) -> tuple[float, ...]:
         """The teacher's times from s_k to s_{k+1}, in its own time; graded towards the data in the last segment."""
-        steps = max(2, round(config.teacher_steps * (grid[k + 1] - grid[k]) ** 0.5))
+        # each segment begins with a step of first order
+        fewest = min(FEWEST_STEPS, config.teacher_steps)
+        steps = max(fewest, round(config.teacher_steps * (grid[k + 1] - grid[k]) ** 0.5))
         u = np.linspace(0.0, 1.0, steps + 1)
         tau = grid[k] + (grid[k + 1] - grid[k]) * (1 - (1 - u) ** flow.power if k == last else u)
         times = np.asarray(

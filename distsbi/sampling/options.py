@@ -24,8 +24,9 @@ class SampleOptions:
         solver, steps, step_size, time_grid, rtol, atol, coupled, solver_options: see `distsbi.solvers.make_solver`; all None: the calibrated grid.
         tile: rows worked on at a time, `Tile(slots, draws)`; None: the run's.
         chunk_size: an upper bound on draws in one dispatch of a device, for devices with little memory.
-        return_trajectory: theta at every time of the grid, with a leading axis of times.
-        check: a share of the draws, in (0, 1], that is solved again with half the steps; what that changes is reported in
+        return_trajectory: theta at every time of the grid, with a leading axis of times; of a `time_grid`, which the steps then go through, at its
+            times, whatever this says.
+        check: a share of the draws, in (0, 1], that is solved again with every step halved; what that changes is reported in
             `Posterior.last_check`, and warned of where it is large.
         show_progress: a progress bar; None: on a terminal, where the work takes more than a few seconds.
     """
@@ -76,6 +77,11 @@ class SampleOptions:
             raise ValueError(
                 f"tile must be a distsbi.sampling.Tile, such as Tile(slots=8, draws=256); got {self.tile!r}."
             )
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether theta is wanted at times before the last, too."""
+        return self.return_trajectory or self.time_grid is not None
 
     def make_solver(self, method: Method, default: Solver) -> Solver:
         """The solver these options describe."""

@@ -212,7 +212,8 @@ class Posterior(Densities):
         """`nsamples` draws for each of many observations.
 
         `observation_ids`: 64-bit unsigned integers that name the observations for the random numbers; default 0, 1, 2, ...
-        `options`: see `SampleOptions`. With `return_trajectory` the draws have a leading axis of times, from noise to data.
+        `options`: see `SampleOptions`. With `return_trajectory`, or a `time_grid`, the draws have a leading axis of times, from noise to
+        data.
 
         Raises ValueError for a wrong shape, NaN or inf in xs, nsamples <= 0 or an unknown keyword; `SolveError` if a solve
         did not end in finite numbers, when all others are done.
@@ -226,7 +227,7 @@ class Posterior(Densities):
         solver = chosen.make_solver(self.method, self.default_solver)
         if chosen.check and solver.stochastic:
             raise ValueError(
-                f"check compares a solve with one of half the steps, whose noise would be another: leave it out with {chosen.solver!r}."
+                f"check compares a solve with one of twice as many steps, whose noise would be another: leave it out with {chosen.solver!r}."
             )
         if self.is_student and (solver != self.default_solver or chosen.check):
             raise ValueError(
@@ -252,15 +253,17 @@ class Posterior(Densities):
             raise ValueError(
                 "check compares with the sd of the draws, which one draw has not: draw more, or leave it out."
             )
-        if chosen.return_trajectory:
+        if chosen.on_the_way:
             if chosen.check:
                 raise ValueError(
-                    "check compares draws, not trajectories: leave out one of check and return_trajectory."
+                    "check compares draws, not trajectories: leave out check, or return_trajectory and time_grid."
                 )
             if not isinstance(solver, FixedGrid):
-                raise ValueError("return_trajectory needs a fixed grid: give steps, step_size or time_grid.")
+                raise ValueError("return_trajectory needs a fixed grid: give steps or step_size.")
             out = np.empty((len(xs), nsamples, len(solver.times), *shape), np.float32)
             fill(self, (out,), tiles.TRAJECTORY, key, xs, ids, solver, tile, chosen.show_progress)
+            if chosen.time_grid is not None:
+                out = out[:, :, [solver.times.index(float(t)) for t in chosen.time_grid]]
             return np.moveaxis(out, 2, 0)
         out = np.empty((len(xs), nsamples, *shape), np.float32)
         fill(self, (out,), tiles.DRAWS, key, xs, ids, solver, tile, chosen.show_progress)
@@ -312,7 +315,7 @@ class Posterior(Densities):
             """Draws, (nsamples, dim_theta, ch_theta)."""
             key = keys.as_key(one_of("rng", rng, "key", key))
             drawn = self._draw(key, x, ids, check_nsamples(nsamples), chosen)
-            return drawn[:, 0] if chosen.return_trajectory else drawn[0]
+            return drawn[:, 0] if chosen.on_the_way else drawn[0]
 
         return sampler
 

@@ -30,15 +30,29 @@ def make_solver(
 ) -> Solver:
     """The solver that the options describe.
 
+    `time_grid`: times that the steps go through, from 0 (noise) to 1 (data), beside those of the solver that the other options describe.
     Nothing given: `default` (the calibrated grid of a trained run). `step_size=0.01`: 100 equal steps (Euler's unless
     `solver` says otherwise); of 0.3 four of 0.25, the fewest that are no longer. `steps`: that many on the method's graded grid
-    (midpoint unless `solver` says otherwise). `time_grid`: those times. `rtol`, `atol`: adaptive, "tsit5" unless `solver` says
+    (midpoint unless `solver` says otherwise). Times of your own: `solver=FixedGrid("midpoint", times)`. `rtol`, `atol`: adaptive, "tsit5" unless `solver` says
     otherwise; `coupled`: with one error control for all draws of a tile. `solver_options`: numbers of a stochastic solver, such as
     {"churn": 20}.
 
     Raises ValueError for unknown names and for options that contradict each other.
     """
-    given = {"steps": steps, "step_size": step_size, "time_grid": time_grid}
+    if time_grid is not None:
+        if np.ndim(time_grid) != 1 or np.asarray(time_grid).dtype.kind not in "fiu":
+            raise ValueError(f"time_grid must be a list of times; got {time_grid!r}.")
+        _check_ends("time_grid", time_grid)
+        plain = make_solver(
+            method, solver=solver, steps=steps, step_size=step_size, rtol=rtol, atol=atol, coupled=coupled,
+            solver_options=solver_options, default=default,
+        )  # fmt: skip
+        if not isinstance(plain, FixedGrid):
+            raise ValueError(
+                f"{plain.name} chooses its own times: for those of a time_grid give steps, step_size or a fixed solver."
+            )
+        return plain.through(time_grid)
+    given = {"steps": steps, "step_size": step_size}
     sizes = [name for name, value in given.items() if value is not None]
     tolerances = [name for name, value in {"rtol": rtol, "atol": atol}.items() if value is not None]
     if isinstance(solver, (FixedGrid, Adaptive)):
@@ -57,7 +71,7 @@ def make_solver(
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
             raise ValueError(f"{name} must be a number; got {value!r}.")
     if len(sizes) > 1:
-        raise ValueError(f"give one of steps, step_size and time_grid; got {' and '.join(sizes)}.")
+        raise ValueError("give one of steps and step_size; got both.")
     name = solver.lower() if isinstance(solver, str) else None
     if name is not None and name not in RULES and name not in SOLVERS:
         raise ValueError(
@@ -79,11 +93,6 @@ def make_solver(
     if tolerances:
         raise ValueError(f"{tolerances[0]} needs an adaptive solver ({', '.join(SOLVERS)}); got {name or sizes[0]}.")
     options = tuple((solver_options or {}).items())
-    if time_grid is not None:
-        if np.ndim(time_grid) != 1 or np.asarray(time_grid).dtype.kind not in "fiu":
-            raise ValueError(f"time_grid must be a list of times; got {time_grid!r}.")
-        _check_ends("time_grid", time_grid)
-        return FixedGrid(name or "midpoint", tuple(time_grid), options)
     if step_size is not None:
         if not 0 < step_size <= 1:
             raise ValueError(f"step_size must be in (0, 1]; got {step_size}. For 100 equal steps pass step_size=0.01.")

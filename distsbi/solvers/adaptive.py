@@ -6,6 +6,7 @@ of a tile share their steps, which is faster and depends on the tile.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -40,8 +41,8 @@ class Adaptive:
     def __post_init__(self) -> None:
         if self.name not in SOLVERS:
             raise ValueError(f"unknown solver {self.name!r}; known are {', '.join(SOLVERS)}.")
-        if not (self.rtol > 0 and self.atol > 0):
-            raise ValueError(f"rtol and atol must be positive; got {self.rtol} and {self.atol}.")
+        if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
+            raise ValueError(f"rtol and atol must be positive and finite; got {self.rtol} and {self.atol}.")
 
     @property
     def evaluations(self) -> None:

@@ -12,7 +12,8 @@ so that a solver is hashable, JSON-able and one compiled executable.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -234,7 +235,7 @@ class FixedGrid:
             raise ValueError(f"unknown solver {self.rule!r}; known are {', '.join(RULES)}.")
         object.__setattr__(self, "times", tuple(float(t) for t in self.times))
         times = np.asarray(self.times)
-        if times.size < 2 or times[0] < 0 or times[-1] > 1 or np.any(np.diff(times) <= 0):
+        if times.size < 2 or times[0] < 0 or times[-1] > 1 or not np.all(np.diff(times) > 0):
             raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {self.times}.")
         # a step of no length changes nothing, but a rule that divides by the noise left at its start finds none there
         if not RULES[self.rule].of_velocity and np.any(np.diff(times.astype(np.float32)) <= 0):
@@ -246,7 +247,7 @@ class FixedGrid:
             if name not in defaults:
                 known = f"it has {', '.join(defaults)}" if defaults else "it has none"
                 raise ValueError(f"solver {self.rule!r} has no option {name!r}; {known}.")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"option {name} of solver {self.rule!r} must be a number, 0 or more; got {value!r}.")
         object.__setattr__(self, "options", tuple((name, float(given.get(name, v))) for name, v in defaults.items()))
 
@@ -264,6 +265,12 @@ class FixedGrid:
     def gives_density(self) -> bool:
         """Whether log p can be integrated along."""
         return RULES[self.rule].of_velocity
+
+    def through(self, times: Sequence[float]) -> "FixedGrid":
+        """The same rule on a grid that has these times too. Raises ValueError for times that no grid has."""
+        asked = FixedGrid(self.rule, tuple(times)).times
+        own = [t for t in self.times if min(abs(t - other) for other in asked) > 1e-6]
+        return dataclasses.replace(self, times=tuple(sorted((*own, *asked))))
 
     def refined(self) -> "FixedGrid":
         """The same rule with every step halved."""

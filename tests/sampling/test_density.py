@@ -15,8 +15,6 @@ from distsbi.sampling.flow import Divergence, log_density
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
 from tests.solvers.test_solvers import MEAN, SD, gaussian_field, time_of
 
-pytestmark = pytest.mark.lightly_compiled
-
 X = np.asarray([[[0.4], [-1.0]]], np.float32)
 
 
@@ -193,7 +191,7 @@ def test_maximum_a_posteriori():
         ({"solver": "multistep"}, "solver 'multistep' gives no log_prob; euler, midpoint, heun, rk3, rk4, tsit5"),
         ({"solver": "zero_ends"}, "gives no log_prob"), ({"divergence": "trace"}, '"exact" or "hutchinson"'),
         ({"divergence": "hutchinson", "probes": 0}, "probes >= 1"), ({"steps": 0}, "positive integer"),
-        ({"check": 0.1}, "check goes with sample; leave it out"), ({"return_trajectory": True}, "return_trajectory goes with sample"),
+        ({"check": 0.1}, "go with sample; leave them out"), ({"return_trajectory": True}, "go with sample"), ({"time_grid": [0, 1]}, "go with sample"),
         ({"observation_id": 3}, "The keywords are theta, x_o, divergence"),
     ],
 )  # fmt: skip
@@ -213,6 +211,12 @@ def test_trajectories_and_the_check_at_run_time():
     assert path.shape == (6, 300, 2, 1)
     np.testing.assert_allclose(path[-1], posterior.sample(0, xs[:1], 300, steps=5), atol=1e-5)  # two programs
     assert posterior.sample_batched(0, xs, 7, steps=5, return_trajectory=True).shape == (6, 7, 2, 2, 1)
+    some = posterior.sample(
+        0, xs[:1], 300, steps=5, time_grid=[0, 0.5, 1]
+    )  # GenSBI's word: what theta is at these times
+    assert some.shape == (3, 300, 2, 1)
+    np.testing.assert_allclose(some[0], path[0], atol=1e-5)
+    np.testing.assert_allclose(some[2], path[-1], atol=0.1)
     with pytest.raises(ValueError, match="fixed grid"):
         posterior.sample(0, xs[:1], 5, solver="tsit5", return_trajectory=True)
     with pytest.raises(ValueError, match="check compares draws, not trajectories"):

@@ -13,7 +13,10 @@ from distsbi.diagnostics import sliced_wasserstein
 from distsbi.diagnostics.distance import distance
 from distsbi.networks import MLP
 from distsbi.sampling import DistillConfig, distill
+from distsbi.solvers import FixedGrid
 from tests.gaussian import random_mlp_posterior
+
+pytestmark = pytest.mark.optimised
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_two_steps_come_near_many(pipeline, student):
     """Against the teacher's own two Euler steps, the student's distance from the teacher is less than a third."""
     x = np.zeros((1, 2, 1), np.float32)
     many = pipeline.sample(rng=0, x_o=x, nsamples=4_000)[..., 0]
-    few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver="euler", time_grid=student.default_solver.times)[..., 0]
+    few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver=FixedGrid("euler", student.default_solver.times))[..., 0]
     drawn = student.sample(1, x, 4_000)[..., 0]
     assert sliced_wasserstein(drawn, many) < sliced_wasserstein(few, many) / 3
     assert student.default_solver.evaluations == 2
@@ -60,7 +63,7 @@ def test_the_other_objectives_come_near_too(pipeline, objective, monkeypatch):
     made = pipeline.distill(2, nsteps=400, batch_size=256, objective=objective, show_progress=False)
     x = np.zeros((1, 2, 1), np.float32)
     many = pipeline.sample(rng=0, x_o=x, nsamples=4_000)[..., 0]
-    few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver="euler", time_grid=made.default_solver.times)[..., 0]
+    few = pipeline.sample(rng=1, x_o=x, nsamples=4_000, solver=FixedGrid("euler", made.default_solver.times))[..., 0]
     assert sliced_wasserstein(made.sample(1, x, 4_000)[..., 0], many) < sliced_wasserstein(few, many) / 2
 
 
@@ -106,7 +109,8 @@ def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"segments": 0}, "1 to 8 segments"), ({"nsteps": 0}, "nsteps must be at least 1"),
+        ({"segments": 9}, "1 to 8 segments"), ({"nsteps": 0}, "nsteps must be a positive integer"), ({"segments": 2.5}, "a positive integer; got 2.5"),
+        ({"nstep": 3}, "unknown distill option 'nstep'; Did you mean nsteps"),
         ({"segments": 3, "boundaries": (0.5,)}, "need 2 increasing boundaries"),
         ({"boundaries": (1.5,)}, "increasing boundaries"), ({"on_policy": 2.0}, "fractions"),
         ({"objective": "adversarial"}, "must be one of endpoint, consistency, mean_flow; got 'adversarial'"),
@@ -114,7 +118,7 @@ def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
 )  # fmt: skip
 def test_errors(options, says):
     with pytest.raises(ValueError, match=says):
-        DistillConfig(**options)
+        DistillConfig.from_dict(options)
 
 
 def test_sliced_wasserstein_of_shifted_sets():

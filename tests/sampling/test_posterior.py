@@ -12,7 +12,10 @@ from distsbi.methods import FlowMatching
 from distsbi.networks import MLP, MLPParams
 from distsbi.sampling import Posterior, SolveError, Tile, fill as fill_module, tiles
 from distsbi.solvers import make_solver
+from tests.compilations import Compilations
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
+
+pytestmark = pytest.mark.optimised
 
 X = np.asarray([[[0.4], [-1.2]]], np.float32)
 KEY = jax.random.key(3)
@@ -89,7 +92,7 @@ def test_one_executable():
     for key in (jax.random.PRNGKey(0), 0):  # small programs of jax's own take these keys apart and together
         posterior.sample(key, np.ones((1, 3, 1)), 10)
     posterior.sample(KEY, np.ones((1, 3, 1)), 10)
-    count = _Compilations()
+    count = Compilations()
     with count:
         for seed in range(3):
             posterior.sample(jax.random.key(seed), np.full((1, 3, 1), seed), 10 + 100 * seed)
@@ -102,24 +105,6 @@ def test_one_executable():
     with count:
         posterior.sample(KEY, np.zeros((1, 3, 1)), 99, step_size=0.5)
     assert 0 < first == count.programs
-
-
-class _Compilations:
-    """Counts programs compiled (or fetched from the compilation cache) while it is entered."""
-
-    def __init__(self):
-        self.programs = 0
-
-    def _heard(self, event, *args, **kwargs):
-        if self.on and event == "/jax/core/compile/backend_compile_duration":
-            self.programs += 1
-
-    def __enter__(self):
-        self.on = True
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def __exit__(self, *exc):
-        self.on = False
 
 
 def test_no_draw_leaves_the_prior():

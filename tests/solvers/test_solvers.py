@@ -150,7 +150,9 @@ def test_options():
     assert make_solver(METHOD, solver="Heun", steps=4).rule == "heun"  # type: ignore[union-attr]
     assert make_solver(METHOD, solver="dopri5", rtol=1e-3) == Adaptive("dopri5", rtol=1e-3)
     assert make_solver(METHOD, atol=1e-3) == Adaptive("tsit5", atol=1e-3)
-    assert make_solver(METHOD, time_grid=[0, 0.5, 1]).times == (0, 0.5, 1)  # type: ignore[union-attr]
+    through = make_solver(METHOD, time_grid=[0, 0.3, 1], step_size=0.25)
+    assert through == FixedGrid("euler", (0, 0.25, 0.3, 0.5, 0.75, 1))
+    assert make_solver(METHOD, time_grid=[0, 1], solver=through) == through
     default = FixedGrid("rk4", (0, 1))
     assert make_solver(METHOD, default=default) is default
     assert make_solver(METHOD, solver=default) is default
@@ -171,7 +173,9 @@ def test_options():
         ({"solver": "tsit5", "steps": 3}, "chooses its own steps"),
         ({"steps": 3, "rtol": 0.1}, "needs an adaptive solver"),
         ({"rtol": -1.0}, "must be positive"),
-        ({"time_grid": [0, 0.5, 0.4, 1]}, "increasing times"),
+        ({"time_grid": [0, 0.5, 0.4, 1]}, "increasing times"), ({"time_grid": [0, np.nan, 1]}, "increasing times"),
+        ({"time_grid": [0, 0.5, 1], "solver": "tsit5"}, "tsit5 chooses its own times"), ({"rtol": np.inf}, "positive and finite"),
+        ({"solver": "zero_ends", "solver_options": {"strength": np.inf}}, "must be a number"),
         ({"solver": "multistep", "steps": 1_100}, "1100 steps of 'multistep' is too fine for float32 near t = 1; give fewer steps"),
         ({"solver": "heun", "solver_options": {"churn": 1}}, "has no option 'churn'; it has none"),
         ({"solver": "stochastic_heun", "solver_options": {"chrun": 1}}, "it has churn, s_min"),

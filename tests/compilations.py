@@ -1,0 +1,22 @@
+"""What JAX compiles while something runs."""
+
+import jax
+
+
+class Compilations:
+    """Counts programs compiled (or fetched from the compilation cache) while it is entered."""
+
+    def __init__(self):
+        self.programs = 0
+
+    def _heard(self, event, *args, **kwargs):
+        if self.on and event == "/jax/core/compile/backend_compile_duration":
+            self.programs += 1
+
+    def __enter__(self):
+        self.on = True
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *exc):
+        self.on = False
