@@ -88,7 +88,8 @@ class ScoreMatchingVP(Method):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreMatchingVE(Method):
-    """Variance-exploding score matching. `sigma_min` < `sigma_max`: the noise at t = 1 and at t = 0."""
+    """Variance-exploding score matching. `sigma_min` < `sigma_max`: the noise at t = 1 and at t = 0. Song et al. take 0.01 for images; posteriors
+    may be narrower, so it is EDM's 0.002 here."""
 
     sigma_min: float = 0.002
     sigma_max: float = 50.0

@@ -32,7 +32,7 @@ class Densities:
     """What `Posterior` inherits: `log_prob`, `log_prob_batched`, `sample_and_log_prob` and `map`.
 
     It needs of that class what is declared first: the network and its sizes, where to draw, the default tile and what fits (`most_slots`,
-    `_most_rows`), and the checks of observations (`check_xs`, `_one`).
+    `_most_rows`), and the checks of observations (`_many`, `_one`).
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -47,7 +47,7 @@ class Densities:
     no_given: str = NO_GIVEN  # what is said to a call that has no given=
     _most_rows: float
     _one: Callable[[Any], np.ndarray]
-    check_xs: Callable[[Any], np.ndarray]
+    _many: Callable[[Any], np.ndarray]
 
     def log_prob(
         self,
@@ -86,7 +86,7 @@ class Densities:
         **options: Any,
     ) -> Float[np.ndarray, "n batch"]:
         """log p(theta[:, i] | xs[i]) for many observations, shaped as `sample_batched` gives its draws. See `log_prob`."""
-        data = self.check_xs(xs)
+        data = self._many(xs)
         shape = np.shape(theta)
         n = shape[0] if len(shape) == 4 else 1
         points = as_array(theta, (n, len(data), self.dim_theta, self.ch_theta), "theta", many=(0,))

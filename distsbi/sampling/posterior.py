@@ -91,7 +91,8 @@ class Posterior(Densities):
     def __repr__(self) -> str:
         x, solver = self.layout.describe(), self.default_solver
         given = "" if self.is_unconditional else f" given x {x}"
-        how = f"{solver.evaluations} evaluations a draw" if solver.evaluations else "adaptive"
+        count = solver.evaluations and solver.evaluations + self.method.denoises
+        how = f"{count} evaluations a draw" if count else "adaptive"
         return (
             f"<{type(self).__name__} of {', '.join(self.parameter_names)}{given}: {type(self.method).__name__}, {how}>"
         )
@@ -197,6 +198,10 @@ class Posterior(Densities):
             xs, (shape[0] if len(shape) == 3 else 1, self.dim_x, self.ch_x), "xs", many=(0,), missing=self.missing
         )
         return check_inside(xs, self.scales, self.given_names)
+
+    def _many(self, xs: Any) -> Float[np.ndarray, "batch dim_x ch_x"]:
+        """Many observations, packed and checked; warns of those far outside the simulations."""
+        return warn_far(self.check_xs(xs), self.scales, self.facts.get("x_extent"))
 
     # Draws
 
@@ -356,7 +361,7 @@ class Posterior(Densities):
             raise ValueError(
                 "a density without conditions has no observations to draw for; use sample(key, nsamples=...)."
             )
-        xs = warn_far(self.check_xs(one_of("xs", xs, "x_o", x_o)), self.scales, self.facts.get("x_extent"))
+        xs = self._many(one_of("xs", xs, "x_o", x_o))
         drawn = self._draw(key, xs, as_ids(observation_ids, len(xs)), check_nsamples(nsamples), chosen)
         return np.moveaxis(drawn, -4, -3)
 
