@@ -80,7 +80,10 @@ class Standardizer:
         if pool is not None:
             x_mean, x_std = pool(x_mean, x_std)
         if exchangeable:
-            x = _scored(x, x_mean, x_std).reshape(n, size, -1).mean(1)
+            x = x.reshape(n, size, -1)
+            x = np.concatenate(
+                [_scored(x[part], x_mean, x_std).reshape(-1, *x.shape[1:]).mean(1) for part in _parts(x)]
+            )
         eye = np.eye(mean.size, dtype=np.float32)
         slope, root, inverse_root = np.zeros((x_mean.size, mean.size)), eye, eye
         if linear:

@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-KILLS = {"quick": 2, "full": 20}
+QUICK, FULL = (2, 600), (20, 1_500)  # kills, updates
 
 
-def _start(path) -> subprocess.Popen:
+def _start(path, nsteps) -> subprocess.Popen:
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
-    command = [sys.executable, "-m", "tests.training.victim", str(path)]
+    command = [sys.executable, "-m", "tests.training.victim", str(path), str(nsteps)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,13 +40,13 @@ def _writing(path) -> bool:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [KILLS["quick"], pytest.param(KILLS["full"], marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, kills):
-    undisturbed = _finish(_start(tmp_path / "whole"))
+@pytest.mark.parametrize(("kills", "nsteps"), [QUICK, pytest.param(*FULL, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, kills, nsteps):
+    undisturbed = _finish(_start(tmp_path / "whole", nsteps))
     path, rng = tmp_path / "killed", random.Random(kills)
     killed, during_write = 0, 0
     while killed < kills:
-        process = _start(path)
+        process = _start(path, nsteps)
         before = _steps(path)
         progress = rng.choice((0, 0, 50, 100, 150))
         while process.poll() is None and _steps(path) < max(before, 0) + progress:
@@ -65,6 +65,6 @@ def test_killed_at_random_moments(tmp_path, kills):
         killed += 1
     assert killed == kills, "the run was too short to be killed so often"
     assert during_write >= 1
-    assert _finish(_start(path)) == undisturbed
-    assert _steps(path) == 1_500
+    assert _finish(_start(path, nsteps)) == undisturbed
+    assert _steps(path) == nsteps
     print(f"{killed} kills, {during_write} while a checkpoint was being written")

@@ -1,4 +1,4 @@
-"""Run as a process of its own, to be killed: trains into argv[1] and prints a hash of the weights at the end."""
+"""Run as a process of its own, to be killed: trains into argv[1] for argv[2] updates and prints a hash of the weights at the end."""
 
 import sys
 
@@ -11,11 +11,11 @@ from distsbi.sampling.run import weights_digest
 from distsbi.tasks import get_task
 
 
-def main(path: str) -> None:
+def main(path: str, nsteps: str) -> None:
     task = get_task("two_moons")
     pairs = tuple(np.asarray(a) for a in task.pairs(jax.random.key(0), 600))
     config = {
-        "nsteps": 1_500, "val_every": 50, "save_every": 50, "batch_size": 64, "calibrate": False,
+        "nsteps": int(nsteps), "val_every": 50, "save_every": 50, "batch_size": 64, "calibrate": False,
         "early_stopping": False, "checkpoint_dir": path, "show_progress": False,
     }  # fmt: skip
     params = MLPParams(2, 2, width=64, depth=2)
@@ -27,4 +27,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
