@@ -262,7 +262,11 @@ def test_info(distsbi: Cli, untrained: Path) -> None:
     assert "MLP" in out
     assert "theta_0 in (-1, 1), theta_1 in (-1, 1)" in out
     assert json.loads(distsbi("info", untrained, "--json")[1])["network"]["name"] == "MLP"
-    from distsbi.cli.info import _certificate
+    from distsbi.cli.info import _certificate, _training
+
+    facts = {"steps": 300, "best_val_loss": 1.23456, "config": {"batch_size": 64}}
+    assert _training(facts) == [("training", "300 updates of 64 pairs, best validation loss 1.2346")]
+    assert not _training(None)
 
     says = _certificate({"met": False, "chosen": {"q95": None}})  # of grids that all failed
     assert says == "NOT under tolerance: more than 5 % of draws are not finite"

@@ -26,6 +26,7 @@ def info(run: Path, as_json: bool) -> None:
         ("network", spec["network"]["name"] or "a user's own module"),
         *([("embedding", json.dumps(spec["network"]["embedded"]["nets"]))] if "embedded" in spec["network"] else []),
         ("method", spec["method"]["name"]),
+        *_training(spec["facts"].get("training")),
         ("parameters", f"({dim_theta}, {ch_theta}): {_parameters(spec)}"),
         ("data", _data(spec)),
         ("solver", json.dumps(spec["solver"])),
@@ -35,6 +36,15 @@ def info(run: Path, as_json: bool) -> None:
     ]
     for name, value in rows:
         click.echo(f"{name:<12} {value}")
+
+
+def _training(facts: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """How it was trained; nothing of a run that does not say, such as one that was imported."""
+    if not facts or "steps" not in facts:
+        return []
+    config, loss = facts.get("config", {}), facts.get("best_val_loss")
+    best = "" if loss is None else f", best validation loss {loss:.4f}"
+    return [("training", f"{facts['steps']} updates of {config.get('batch_size')} pairs{best}")]
 
 
 def _parameters(spec: dict[str, Any]) -> str:
@@ -61,7 +71,14 @@ def _data(spec: dict[str, Any]) -> str:
         if len(logs) == dim_x
         else f"entries {', '.join(map(str, logs[:8]))}{', ...' if len(logs) > 8 else ''}"
     )
-    return f"({dim_x}, {ch_x})" + (f"; positive over decades, and taken by their logarithm: {which}" if logs else "")
+    missing = (
+        "; entries may be missing (NaN)"
+        if spec["network"]["params"] and spec["network"]["params"].get("missing")
+        else ""
+    )
+    return f"({dim_x}, {ch_x}){missing}" + (
+        f"; positive over decades, and taken by their logarithm: {which}" if logs else ""
+    )
 
 
 def _certificate(found: dict[str, Any] | None) -> str:

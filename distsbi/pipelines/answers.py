@@ -71,7 +71,7 @@ class Answers(ABC):
         """`sample` into a Parquet dataset, a folder of parts. See `Posterior.sample_dataset`."""
         return self._chosen(use_ema).sample_dataset(path, key, x_o, nsamples, **options)
 
-    def log_prob(self, theta: Any, x_o: Any, *, use_ema: bool = True, **options: Any) -> Float[np.ndarray, "n"]:
+    def log_prob(self, theta: Any, x_o: Any = None, *, use_ema: bool = True, **options: Any) -> Float[np.ndarray, "n"]:
         """log p(theta | x_o). See `Posterior.log_prob`."""
         return self._chosen(use_ema).log_prob(theta, x_o, **options)
 
@@ -88,7 +88,7 @@ class Answers(ABC):
         return self._chosen(use_ema).sample_and_log_prob(key, x_o, nsamples, **options)
 
     def map(
-        self, x_o: Any, *, use_ema: bool = True, **options: Any
+        self, x_o: Any = None, *, use_ema: bool = True, **options: Any
     ) -> tuple[Float[np.ndarray, "dim_obs ch_obs"], float]:
         """(theta, log p) at the maximum a posteriori. See `Posterior.map`."""
         return self._chosen(use_ema).map(x_o, **options)

@@ -33,10 +33,10 @@ from distsbi.networks.observation import Dims
 from distsbi.pipelines.answers import Answers
 from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed
 from distsbi.pipelines.identity import training_identity
-from distsbi.pipelines.saved import check_supports, saved_run
+from distsbi.pipelines.saved import check_prior, saved_run
 from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
-from distsbi.sampling.checks import standardised
+from distsbi.sampling.checks import extent
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.run import check_place
 from distsbi.solvers import Solver
@@ -45,7 +45,6 @@ from distsbi.training.loop import run_root
 from distsbi.training.update import Pose, conditional
 
 UNFINISHED = "training was interrupted before the grid was chosen; give it again, or restore it in its pipeline and call calibrate()"
-EXTENT_ENTRIES = 4_096
 AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside training
 
 log = logging.getLogger("distsbi")
@@ -271,7 +270,7 @@ class ConditionalPipeline(Answers):
         assert self._source is not None
         facts: dict[str, Any] = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
-        self._last.facts["x_extent"] = self._extent(self._last.scales)
+        self._last.facts |= self._extents(self._last)
         self._posterior = self._make_posterior(trained.params, standardizer, None, self._last.facts)
         nnx.update(self.model, trained.params)
 
@@ -309,15 +308,10 @@ class ConditionalPipeline(Answers):
         """The posteriors of the averaged weights and, after training, of the last."""
         return [posterior for posterior in (self._posterior, self._last) if posterior is not None]
 
-    def _extent(self, scales: Standardizer) -> list[float]:
-        """The largest absolute standardised value of every entry of x among pairs of the training set; one number for all where they are
-        many, or a set."""
-        x = self._fit_pairs()[1]
-        largest = np.zeros(x[0].size)
-        for _, z in standardised(x, scales):
-            largest = np.fmax(largest, np.fmax.reduce(z, axis=0))
-        alike = largest.size > EXTENT_ENTRIES or self._exchangeable
-        return [float(f"{v:.4g}") for v in ([largest.max()] if alike else largest)]
+    def _extents(self, posterior: Posterior) -> dict[str, list[float]]:
+        """How far pairs of the training set lie from their mean, by which `Posterior.far` tells what is far outside; one number where the entries
+        of x are many, or a set."""
+        return {"x_extent": extent(self._fit_pairs()[1], posterior.scales, alike=self._exchangeable)}
 
     @property
     def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:
@@ -334,7 +328,7 @@ class ConditionalPipeline(Answers):
         make = functools.partial(self._make_posterior, nnx.state(self.model, nnx.Param), solver=None, facts={})
         found, scales = saved_run(path, self.model, self.makes, sizes, self.mesh, make)
         if self.prior is not None:
-            check_supports(path, self.parameter_names, self._supports, scales)
+            check_prior(path, self.parameter_names, self._supports, found, scales)
         weights = found.joint if isinstance(found, JointPosterior) else found.network
         nnx.update(self.model, nnx.state(weights, nnx.Param))
         self._standardizer, self._posterior, self._last = scales, found, None

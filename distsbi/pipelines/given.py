@@ -32,7 +32,13 @@ def check_output(model: Any, context: Callable[[Any], Any], dim: int, channels: 
         return network(jnp.zeros((2, 3)), jnp.zeros(shape), context(network))
 
     shape, (graphdef, state) = (2, 3, dim, channels), nnx.split(model)
-    found = jax.eval_shape(predict, state)
+    try:
+        found = jax.eval_shape(predict, state)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} fails on theta_t of [batch, draws, dim, channels], {list(shape)}, t of [2, 3] and what it encodes of two "
+            f"observations: {error} See distsbi.networks.Network."
+        ) from error
     if getattr(found, "shape", None) != shape:
         raise ValueError(
             f"{type(model).__name__} must predict [batch, draws, dim, channels], {list(shape)} for theta_t of that shape and t of [2, 3]; it gives "

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +21,7 @@ from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline
 from distsbi.pipelines.given import check_module, check_output
 from distsbi.sampling import Dataset, Posterior
+from distsbi.sampling.checks import extent
 from distsbi.sampling.joint import JointPosterior, X, pattern_key, token_names
 from distsbi.solvers import Solver
 from distsbi.training import ConditionMasks, TrainingConfig
@@ -87,6 +89,13 @@ class JointPipeline(ConditionalPipeline):
             network, self.method, standardizer, self.dim_obs,
             names=self.parameter_names, solver=solver, mesh=self.mesh, facts={**facts, "condition_mask": self.condition_mask},
         )  # fmt: skip
+
+    def _extents(self, posterior: Posterior) -> dict[str, list[float]]:
+        assert isinstance(posterior, JointPosterior)
+        pairs, scales = self._fit_pairs(), jax.tree.map(np.asarray, posterior.joint_standardizer)
+        every = range(self.dim_obs + self.dim_cond)
+        tokens = extent(np.concatenate(pairs, 1), scales.restrict([], every))
+        return {**super()._extents(posterior), "token_extent": tokens}
 
     def calibrate(self, given: Sequence[str] = (X,)) -> dict[str, Any]:
         """Chooses and certifies the sampling grid of the pattern where the tokens named are given, on validation pairs; it is used from

@@ -37,9 +37,11 @@ def saved_run(
             f"pipeline that it was trained with, or distsbi.load it."
         )
     found = load(path, mesh=mesh, network=_own_for(spec["network"], model))
-    if not isinstance(found, makes):
+    if type(found) is not makes:
         raise ValueError(
             f"{path} holds one conditional of a joint model, or its student; distsbi.load it, or restore the run that it was made of."
+            if issubclass(makes, JointPosterior)
+            else f"{path} holds a joint model; restore it in the pipeline that it was trained with, or distsbi.load it."
         )
     scales = found.joint_standardizer if isinstance(found, JointPosterior) else found.weights.standardizer
     scales = jax.tree.map(np.asarray, scales)
@@ -54,10 +56,20 @@ def saved_run(
     return found, scales
 
 
-def check_supports(
-    path: str | os.PathLike[str], names: Sequence[str], supports: Sequence[Support], scales: Standardizer
+def check_prior(
+    path: str | os.PathLike[str],
+    names: Sequence[str],
+    supports: Sequence[Support],
+    found: Posterior,
+    scales: Standardizer,
 ) -> None:
-    """Raises ValueError if a prior has another support than the run was trained with, whose scales cut others off."""
+    """Raises ValueError if a prior is of other parameters than the run was trained with, or has another support, whose scales cut others off."""
+    unnamed = tuple(f"theta_{i}" for i in range(len(names)))
+    if tuple(names) != found.parameter_names and unnamed not in (tuple(names), found.parameter_names):
+        raise ValueError(
+            f"{path} was trained with the parameters {', '.join(found.parameter_names)}, and the prior of this pipeline is of {', '.join(names)}: "
+            f"give the prior that it was trained with."
+        )
     for name, here, there in zip(names, supports, scales.bijection.supports, strict=False):
         if (np.float32(here.low), np.float32(here.high)) != (there.low, there.high):
             raise ValueError(

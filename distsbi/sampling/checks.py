@@ -16,6 +16,7 @@ from distsbi.sampling import tiles
 
 BLOCK_ROWS = 4_096  # observations that are looked at together
 CHECK_WARNS = 0.1  # posterior sd, 95 % quantile: what `check=` warns of
+EXTENT_ENTRIES = 4_096  # above which one extent serves all
 FAR = 2.0  # times the training set's most extreme value: what is warned of
 
 
@@ -41,14 +42,16 @@ def as_array(
     with np.errstate(over="ignore"):  # beyond float32 becomes inf, which is refused below
         array = array.astype(np.float32, copy=False)
     if array.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {says} for this posterior; got {array.shape}.{_reshape_hint(array.shape, shape, name)}"
-        )
+        hint = _reshape_hint(array.shape, shape, name)
+        if missing and not hint and array.ndim == len(shape) and array.shape[-2:-1] < shape[-2:-1]:
+            hint = " Fill up with NaN what is missing."
+        raise ValueError(f"{name} must have shape {says} for this posterior; got {array.shape}.{hint}")
     bad = ~(np.isfinite(array) | (np.isnan(array) if missing else False))
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
+        kind = "infinite (NaN is what is missing)" if missing else "NaN or infinite"
         raise ValueError(
-            f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at {where}; remove or impute them"
+            f"{name} has {int(bad.sum())} values that are {kind}, the first at {where}; remove or impute them"
             f"{', or train with missing=True (on the command line --missing)' if missing is False else ''}."
         )
     return array
@@ -95,6 +98,14 @@ def far_rows(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | Non
             entry = int(z[i].argmax())
             far[start + int(i)] = float(z[i, entry]), entry
     return far
+
+
+def extent(xs: np.ndarray, scales: Standardizer, *, alike: bool = False) -> list[float]:
+    """The largest absolute standardised value of every entry among xs; one number for all where they are `alike`, or many."""
+    largest = np.zeros(xs[0].size)
+    for _, z in standardised(xs, scales):
+        largest = np.fmax(largest, np.fmax.reduce(z, axis=0))
+    return [float(f"{v:.4g}") for v in ([largest.max()] if alike or largest.size > EXTENT_ENTRIES else largest)]
 
 
 def far_says(x: np.ndarray, times: float, entry: int) -> str:

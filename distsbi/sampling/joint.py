@@ -134,6 +134,9 @@ class JointPosterior(Posterior):
             )  # fmt: skip
             # all patterns share the weights on the devices: the paths are the same
             made.weights = Weights(self.weights.params, made.weights.standardizer)
+            far = self.facts.get("token_extent", ())
+            if len(far) == len(self.token_names) * self.ch_theta:
+                made.facts["x_extent"] = np.reshape(far, (-1, self.ch_theta))[list(fixed)].ravel().tolist()
             made.given_names = tuple(self.token_names[i] for i in fixed)
             self._patterns[free, fixed] = made
         return self._patterns[free, fixed]
