@@ -271,7 +271,7 @@ def test_params_round_trip():
     [
         (dict(depth=0), "depth must be at least 1; got 0"),
         (dict(conditioning="both"), "'one_way', 'joint'; got 'both'"),
-        (dict(id_embedding_strategy=("absolute", "rope3d")), "'rope1d', 'rope2d'; got 'rope3d'"),
+        (dict(id_embedding_strategy=("absolute", "rope3d")), "'rope2d', 'none'; got 'rope3d'"),
         (dict(id_embedding_strategy=("absolute", "rope2d")), "3 even axes_dim, .side, row, column"),
         (
             dict(id_embedding_strategy=("absolute", "pos2d"), cond_grid=(3, 2)),
