@@ -270,7 +270,7 @@ class ConditionalPipeline(Answers):
         assert self._source is not None
         facts: dict[str, Any] = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
         self._last = self._make_posterior(trained.last, standardizer, None, facts)
-        self._last.facts |= self._extents(self._last)
+        self._last.facts |= self._extents(self._fit_pairs(), self._last)
         self._posterior = self._make_posterior(trained.params, standardizer, None, self._last.facts)
         nnx.update(self.model, trained.params)
 
@@ -308,10 +308,10 @@ class ConditionalPipeline(Answers):
         """The posteriors of the averaged weights and, after training, of the last."""
         return [posterior for posterior in (self._posterior, self._last) if posterior is not None]
 
-    def _extents(self, posterior: Posterior) -> dict[str, list[float]]:
-        """How far pairs of the training set lie from their mean, by which `Posterior.far` tells what is far outside; one number where the entries
+    def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, list[float]]:
+        """How far these pairs lie from their mean, by which `Posterior.far` tells what is far outside; one number where the entries
         of x are many, or a set."""
-        return {"x_extent": extent(self._fit_pairs()[1], posterior.scales, alike=self._exchangeable)}
+        return {"x_extent": extent(pairs[1], posterior.scales, alike=self._exchangeable)}
 
     @property
     def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:

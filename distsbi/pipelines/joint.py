@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from distsbi.data.bijection import Support
 from distsbi.data.pairs import read_pairs
+from distsbi.data.source import Pairs
 from distsbi.data.standardise import Standardizer
 from distsbi.networks import MLP, JointNetwork, MLPParams, Unconditional
 from distsbi.networks.flux1_joint import check_channels
@@ -90,12 +91,12 @@ class JointPipeline(ConditionalPipeline):
             names=self.parameter_names, solver=solver, mesh=self.mesh, facts={**facts, "condition_mask": self.condition_mask},
         )  # fmt: skip
 
-    def _extents(self, posterior: Posterior) -> dict[str, list[float]]:
+    def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, list[float]]:
         assert isinstance(posterior, JointPosterior)
-        pairs, scales = self._fit_pairs(), jax.tree.map(np.asarray, posterior.joint_standardizer)
+        scales = jax.tree.map(np.asarray, posterior.joint_standardizer)
         every = range(self.dim_obs + self.dim_cond)
         tokens = extent(np.concatenate(pairs, 1), scales.restrict([], every))
-        return {**super()._extents(posterior), "token_extent": tokens}
+        return {**super()._extents(pairs, posterior), "token_extent": tokens}
 
     def calibrate(self, given: Sequence[str] = (X,)) -> dict[str, Any]:
         """Chooses and certifies the sampling grid of the pattern where the tokens named are given, on validation pairs; it is used from
