@@ -1,8 +1,11 @@
 """The group that every command of `distsbi` belongs to."""
 
+from typing import Any
+
 import click
 
 from distsbi import __version__
+from distsbi.compile_cache import use_compile_cache
 
 
 class Command(click.Command):
@@ -14,6 +17,10 @@ class Command(click.Command):
             if isinstance(option, click.Option) and not (option.multiple or option.is_flag) and order.count(option) > 1:
                 raise click.UsageError(f"{option.opts[-1]} is given twice; keep one.", ctx)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        use_compile_cache()  # a command's process is its own; before jax is imported
+        return super().invoke(ctx)
 
 
 class Group(click.Group):

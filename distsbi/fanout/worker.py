@@ -9,17 +9,16 @@ import hashlib
 import importlib
 import itertools
 import os
-import platform
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from distsbi.environment import bit_versions, cpu_lines, device_name
+from distsbi.compile_cache import use_compile_cache
+from distsbi.environment import bit_versions, device_name
 from distsbi.fanout.agenda import MachinesFault, Shards, Task
 from distsbi.fanout.blame import machines_fault
 from distsbi.store import Format, Output, SourceSpec, layout, open_source, schema
@@ -283,7 +282,7 @@ def own_jax() -> None:
     """Settings of jax in a process that is a worker's alone. Before jax is imported."""
     if "XLA_CLIENT_MEM_FRACTION" in os.environ:  # jax refuses to have both names
         os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
-    _use_compile_cache()
+    use_compile_cache()
 
 
 def check_gpus() -> None:
@@ -303,25 +302,3 @@ def _gpus() -> list[str]:
     import ray
 
     return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-
-
-def _use_compile_cache() -> None:
-    """Compiled programs on disk, so that later workers of this machine start quickly.
-
-    The folder is named by the processor and jax: one home folder may be shared by machines on which each other's
-    programs would crash. JAX_COMPILATION_CACHE_DIR, where set, is left alone.
-    """
-    import jax
-
-    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    machine = platform.machine() + jax.__version__
-    machine += "".join(cpu_lines(("model name", "flags", "Features", "CPU part")))
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "distsbi" / f"jax-{hashlib.blake2b(machine.encode(), digest_size=8).hexdigest()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
