@@ -140,16 +140,22 @@ class RunConfig:
         options = {**self.optimizer, **self.training}
         every = options.get("multistep") or 1
         counted = {name: every * options[name] for name in OF_OPTIMIZER if options.get(name) is not None}
+        if counted.get("val_every") and options.get("save_every"):  # of updates; only after validations
+            counted["save_every"] = -(-options["save_every"] // counted["val_every"]) * counted["val_every"]
         return {**options, **counted}
 
     def make_pipeline(self, train_dataset: Any, val_dataset: Any, dim_obs: int, dim_cond: Any, **options: Any) -> Any:
-        """The pipeline that the file describes, for these data. `options`: keywords of the pipeline beside `params`, `training_config` and `method`, and
-        `checkpoint_dir`. Raises as the pipeline does."""
+        """The pipeline that the file describes, for these data, its prior and its mesh among them; its sections `data` and `seed` are the command's.
+        `options`: keywords of the pipeline beside `params`, `training_config` and `method`, and `checkpoint_dir`. Raises as the pipeline does."""
         from distsbi.pipelines import PIPELINES
 
         training = {**self.training_config, "checkpoint_dir": options.pop("checkpoint_dir", None)}
         if self.strategy.condition_mask is not None:
             options["condition_mask"] = self.strategy.condition_mask
+        if self.prior:
+            options.setdefault("prior", self.prior)
+        if self.mesh is not None:
+            options.setdefault("mesh", dict(self.mesh))
         return PIPELINES[self.pipeline](
             train_dataset,
             val_dataset,

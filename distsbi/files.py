@@ -69,23 +69,34 @@ class Damaged(ValueError):
     """A file holds something else than was written."""
 
 
-def patiently(read: Callable[[], T], what: object) -> T:
-    """What `read` returns, tried TRIES times; Damaged passes at once.
+class Unreadable(OSError):
+    """A file cannot be read now; `number` is the disk's for it, or None."""
 
-    Raises OSError that names `what` if it cannot be read.
+    number: int | None = None
+
+
+def patiently(read: Callable[[], T], what: object) -> T:
+    """What `read` returns, tried TRIES times; Damaged and MemoryError pass at once.
+
+    Raises Unreadable that names `what` if it cannot be read.
     """
     tries = 0
     while True:
         try:
             return read()
-        except Damaged:
+        except (Damaged, MemoryError):
             raise
         except Exception as error:  # fsspec's stores raise errors of their own
             tries += 1
             if tries == TRIES:
-                raise OSError(
-                    f"{what} cannot be read now ({error}), which is no damage; try again when the disk or the store answers"
-                ) from error
+                then = (
+                    "mend its permissions"
+                    if isinstance(error, PermissionError)
+                    else "try again when the disk or the store answers"
+                )
+                unreadable = Unreadable(f"{what} cannot be read now ({error}), which is no damage; {then}")
+                unreadable.number = getattr(error, "errno", None)
+                raise unreadable from error
         time.sleep(PAUSE_SECONDS)
 
 

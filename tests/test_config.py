@@ -140,6 +140,8 @@ def test_steps_of_the_optimiser() -> None:
     expected = {"nsteps": 4_000, "multistep": 4, "val_every": 400, "save_every": 800, "warmup_steps": 200}
     assert config.training_config == expected
     assert parse_config(config.to_dict()).training_config == expected
+    often = parse_config({"training": {"multistep": 4, "val_every": 100, "save_every": 1_000}}).training_config
+    assert (often["val_every"], often["save_every"]) == (400, 1_200)  # after a validation
 
 
 def test_methods_and_their_options() -> None:

@@ -29,7 +29,8 @@ from distsbi import (
 )
 from distsbi.cli import cli
 from distsbi.config import read_config
-from distsbi.data import write_pairs
+from distsbi.data import Support, write_pairs
+from distsbi.data.stream import StreamedPairs
 from distsbi.methods import FlowMatching, ScoreMatchingVP
 from distsbi.networks import MLP
 from distsbi.pipelines import PIPELINES
@@ -84,10 +85,14 @@ def test_a_pipeline_of_a_file(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "strategy: {model: simformer, method: edm, condition_mask: posterior}\nmodel: {depth: 1}\ntraining: {nsteps: 5, multistep: 2}\n"
     )
-    made = read_config(tmp_path / "run.yaml").make_pipeline(None, None, 2, 3, prior=TASK.prior, checkpoint_dir="there")
+    config = read_config(tmp_path / "run.yaml")
+    made = config.make_pipeline(None, None, 2, 3, prior=TASK.prior, checkpoint_dir="there")
     assert type(made).__name__ == "SimformerDiffusionPipeline"
     assert (made.model.params.depth, made.condition_mask, made.training_config.nsteps) == (1, "posterior", 10)
     assert made.training_config.checkpoint_dir == "there"
+    told = dataclasses.replace(config, prior={"a": "Uniform(0, 1)", "b": "Normal(0, 1)"}, mesh={"data": 2})
+    made = told.make_pipeline(None, None, 2, 3)
+    assert (made.parameter_names, made.mesh.size) == (("a", "b"), 2)
 
 
 def test_the_inference_guide():
@@ -147,6 +152,23 @@ def test_a_run_of_something_else_is_not_taken_up(tmp_path, kind, params, says):
     with pytest.raises(ValueError, match=says):
         other.restore(tmp_path / "run")
     assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(nnx.state(other.model)), strict=True))
+
+
+def test_a_run_of_other_parameters_is_not_taken_up(tmp_path):
+    """Without a prior too; a run or a pipeline that has no names takes the other's."""
+    random_mlp_posterior(names=("spin", "mass")).save(tmp_path / "run")
+    random_mlp_posterior().save(tmp_path / "unnamed")
+    theta, x = pairs(60)
+
+    def pipeline(*names):
+        folder = tmp_path / "-".join(("pairs", *names))
+        write_pairs(folder, theta, np.concatenate([x, x[:, :1]], 1), names=names or None)
+        return MLPFlowPipeline(folder, None, 2, 3, params={"width": 16, "depth": 2})
+
+    with pytest.raises(ValueError, match="trained with the parameters spin, mass, and this pipeline is of mass, spin"):
+        pipeline("mass", "spin").restore(tmp_path / "run")
+    assert pipeline("spin", "mass").restore(tmp_path / "unnamed").parameter_names == ("spin", "mass")
+    assert pipeline().restore(tmp_path / "run").parameter_names == ("spin", "mass")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +264,13 @@ def test_a_model_of_other_sizes_is_refused_at_once(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"the model was made for .* and these data need \(2, 1, "):
             call()
+    network = MLP(MLPParams(2, 1))
+    random_mlp_posterior(dim_x=1, network=network).save(tmp_path / "given")
+    with pytest.raises(ValueError, match="given holds a posterior given data"):
+        UnconditionalPipeline(None, None, None, 2).restore(tmp_path / "given")
+    random_mlp_posterior(dim_x=1, network=network, facts={"unconditional": True}).save(tmp_path / "density")
+    with pytest.raises(ValueError, match="density holds a density without conditions"):
+        MLPFlowPipeline(None, None, 2, 1).restore(tmp_path / "density")
     random_mlp_posterior(dim_x=3).save(tmp_path / "run")
     with pytest.raises(ValueError, match=r"of other sizes, .* \[2, 1, 3, 1\], than this pipeline, \[2, 1, 1, 1\]"):
         UnconditionalPipeline(None, None, None, 2).restore(tmp_path / "run")
@@ -374,6 +403,24 @@ def test_a_prior_of_other_names_than_the_pairs_is_refused(tmp_path):
             MLPFlowPipeline(tmp_path / "pairs", None, 2, 2, params=SMALL, prior=prior)
     good = Prior(tau=dist.HalfNormal(1.0), drive=dist.HalfNormal(1.0))
     assert MLPFlowPipeline(tmp_path / "pairs", None, 2, 2, params=SMALL, prior=good).parameter_names == ("tau", "drive")
+
+
+def test_a_folder_of_simulations_brings_its_prior(tmp_path):
+    """No draw leaves a prior that the folder knows, though none is given; one that is given is taken."""
+    theta, x = pairs(60)
+    for folder, source in (
+        ("own", {"prior": {"a": "Uniform(-2, 2)", "b": "Normal(0, 3)"}}),
+        ("task", {"task": TASK.name}),
+        ("none", {}),
+    ):
+        write_pairs(tmp_path / folder, theta, x, names=["a", "b"] if folder == "own" else None, source=source)
+    found = lambda folder, **options: MLPFlowPipeline(tmp_path / folder, None, 2, 2, params=SMALL, **options)._supports  # noqa: E731
+    assert found("own") == [Support(-2.0, 2.0), Support()]
+    assert found("task") == [Support(-1.0, 1.0)] * 2
+    assert found("none") == [Support()] * 2
+    assert found("own", prior={"a": "Uniform(-3, 3)", "b": "Uniform(-3, 3)"}) == [Support(-3.0, 3.0)] * 2
+    streamed = MLPFlowPipeline(StreamedPairs(tmp_path / "own"), pairs(9), 2, 2, params=SMALL)
+    assert streamed._supports == [Support(-2.0, 2.0), Support()]
 
 
 def test_an_observation_far_outside_the_simulations_is_warned_of():

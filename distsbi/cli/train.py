@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory.")
 @click.option("--method", help="flow, diffusion (EDM) or score_matching. Default: flow.")
 @click.option("--seed", type=int, help="Seed of order and noise. Default: 0.")
-@click.option("--nsteps", type=click.IntRange(min=1), help="Updates. Default: scaled to the data.")
+@click.option(
+    "--nsteps",
+    type=click.IntRange(min=1),
+    help="Updates (of --config with multistep: steps of the optimiser, as there). Default: scaled to the data.",
+)
 @DEVICES
 @MESH
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run in --out.")
@@ -167,34 +171,31 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
 
     from distsbi import keys
     from distsbi.data.pairs import open_pairs
-    from distsbi.data.prior import parse_prior
     from distsbi.data.stream import StreamedPairs
-    from distsbi.tasks import TASKS, get_task
+    from distsbi.pipelines.given import prior_of
+    from distsbi.tasks import get_task
     from distsbi.training.checkpoints import SPEC
     from distsbi.training.loop import run_root
 
+    options: dict[str, Any] = {}
     if config.data.path is not None:
         folder = open_pairs(config.data.path)
         (dim_theta, ch_theta), (*grid, ch_x) = folder.theta_shape, folder.x_shape
         dim_x: Any = tuple(grid) if len(grid) > 1 else grid[0]
         dataset: Any = StreamedPairs(config.data.path) if config.data.stream else config.data.path
-        source = folder.source.get("task")
-        kept = folder.source.get("prior")  # of simulations of a user's own
-        prior = get_task(source).prior if source in TASKS else parse_prior(kept) if kept else None
         if config.prior and len(config.prior) != dim_theta:
-            carried = "" if prior is None else ", or leave the prior out, for these pairs carry theirs"
+            carried = "" if prior_of(folder) is None else ", or leave the prior out, for these pairs carry theirs"
             raise ValueError(
                 f"the prior is of {', '.join(config.prior)}, but the pairs in {config.data.path} have the parameters {', '.join(folder.names)}; "
                 f"give a distribution of each, in this order{carried}."
             )
-        prior = parse_prior(config.prior) if config.prior else prior
     else:
         task = get_task(config.data.task or "")
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
-        prior = task.prior
+        options["prior"] = task.prior
         dataset = task if config.data.n is None else task.pairs(keys.pairs_key(keys.as_key(config.seed)), config.data.n)
     pipeline = config.make_pipeline(
-        dataset, None, dim_theta, dim_x, ch_obs=ch_theta, ch_cond=ch_x, checkpoint_dir=str(out), mesh=axes, prior=prior
+        dataset, None, dim_theta, dim_x, ch_obs=ch_theta, ch_cond=ch_x, checkpoint_dir=str(out), mesh=axes, **options
     )
     root = run_root(pipeline.training_config)
     before = (Path(root or out) / SPEC).exists()

@@ -189,6 +189,8 @@ def read_checked(
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 return read(file)
+        except MemoryError:  # Arrow's is one of its own exceptions too
+            raise
         except (pa.ArrowException, OSError) as error:
             if is_disks(error) and not isinstance(error, damage):
                 raise

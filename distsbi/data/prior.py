@@ -219,6 +219,38 @@ def describe(prior: Any) -> dict[str, str] | str:
     return f"{kind.__name__}({', '.join(f'{name}={_numbers(value)}' for name, value in given.items())})"
 
 
+def as_texts(prior: Any) -> dict[str, str] | None:
+    """What `parse_prior` makes this very prior of; None where no text does, as for parts of several entries.
+
+    >>> as_texts(parse_prior({"mass": "LogNormal(0, 0.5)", "spin": "Uniform(-1, 1)"}))
+    {'mass': 'LogNormal(loc=0.0, scale=0.5)', 'spin': 'Uniform(low=-1.0, high=1.0)'}
+    """
+    if not isinstance(prior, Prior):
+        return None
+    texts = {name: _text(part) for name, part in prior.parts.items()}
+    try:
+        made = parse_prior(texts)
+    except ValueError:
+        return None
+    return texts if describe(made) == describe(prior) and supports(made) == supports(prior) else None
+
+
+def _text(part: Any) -> str:
+    """The class and the arguments of a distribution, of which each is one number where `parse_prior` is to take it."""
+    kind, held = type(part).__name__, [part]
+    if "Truncated" in kind and (made_by := f"Truncated{type(part.base_dist).__name__}") in MADE_BY_FUNCTIONS:
+        kind, held = made_by, [part.base_dist, part]
+    given = {argument: getattr(of, argument, None) for of in held for argument in type(of).arg_constraints}
+    return f"{kind}({', '.join(f'{argument}={_exactly(value)}' for argument, value in given.items())})"
+
+
+def _exactly(value: Any) -> str:
+    try:
+        return repr(float(value)) if np.ndim(value) == 0 else "?"
+    except (TypeError, ValueError):
+        return "?"
+
+
 def _numbers(value: Any) -> str:
     return " ".join(f"{number:.7g}" for number in np.ravel(np.asarray(value, np.float64)).tolist())
 

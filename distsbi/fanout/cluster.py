@@ -74,8 +74,8 @@ def _check_up(address: str | None) -> None:
         same = up in (address, services.canonicalize_bootstrap_address(address))
     if not same:
         raise ValueError(
-            f"address={address!r} is not the Ray at {up} that is up in this process; leave address out to use that one, or call "
-            "ray.shutdown() first."
+            f"address={address!r} is not the Ray at {up} that is up in this process; call ray.shutdown() first, or leave "
+            "address out to use that one."
         )
 
 

@@ -17,13 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from distsbi.compile_cache import use_compile_cache
 from distsbi.fanout.cluster import cluster_address, connected, own_cpus, worker_environment
+from distsbi.files import Unreadable
 from distsbi.processes import Rank
 from distsbi.processes.meeting import free_port
 
 RESTARTS = 3  # of all workers, after one or its machine was lost
 # Errors of a disk that stay until the user gives another place or makes room.
 USERS = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+ENOUGH = (
+    "RESOURCE_EXHAUSTED",
+    "INVALID_ARGUMENT",
+    "UNIMPLEMENTED",
+)  # what jax says of a batch that does not fit, and the like
 STAYING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 STORAGE = "ray-train"  # Ray Train's own files, in the run directory until the training is done
 CONTROLLER_FAILURES = 3  # of Ray Train's own process: without a number it tries for ever
@@ -200,13 +207,16 @@ def _may_pass(error: Exception) -> bool:
 
     if number := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore, which raises ValueError
         error = OSError(int(number[1]), "")
+    if isinstance(error, Unreadable) and error.number:
+        error = OSError(error.number, "")  # of the class that goes with it
     if isinstance(error, OSError):
         return not isinstance(error, USERS) and error.errno not in STAYING
-    return isinstance(error, JaxRuntimeError)
+    return isinstance(error, JaxRuntimeError) and not str(error).startswith(ENOUGH)
 
 
 def _member(given: dict[str, Any]) -> Any:
     """What each worker runs."""
+    use_compile_cache()
     import ray
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero

@@ -22,6 +22,7 @@ from distsbi.fanout.staff import Staff
 from distsbi.fanout.stopping import Stop, says_how_far, told_to_stop
 from distsbi.store import layout, record, schema
 from distsbi.store.place import Place
+from distsbi.store.status import known_bad, manifests
 from distsbi.store.writer import Writer, one_writer
 
 
@@ -164,11 +165,13 @@ def begun(folder: Place, crew: Crew, asked: Mapping[str, Any]) -> Iterator[Sessi
 
 
 def _left(folder: Place, known: Mapping[str, Any]) -> float:
-    """Shards that are not there yet, at least one (for others may be found damaged); infinity where their size is not known."""
+    """Shards that are not there as they were written, at least one (for others may be found damaged); infinity where their size is not known."""
     if "rows_per_shard" not in known:
         return math.inf
     count = layout.shard_count(known["n_rows"], known["rows_per_shard"])
-    return max(1, count - len(layout.shards_done(folder, count)))
+    lines = layout.read_journal(folder)
+    whole = manifests(lines, layout.shard_sizes(folder, count)).keys() - known_bad(lines).keys()
+    return max(1, count - len(whole))
 
 
 def _pool(stack: contextlib.ExitStack, crew: Crew, found: Mapping[str, Any] | None, folder: Place) -> Pool:

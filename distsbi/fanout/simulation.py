@@ -97,7 +97,7 @@ def simulate(
             `distsbi.fanout.simulator`. A function that cannot be imported (a lambda, one of the script itself) is carried over by Ray. Numbers and
             words that it was made with (closure, defaults, partial, attributes, globals of a script; lists too) are part of it: keep counters elsewhere.
         prior: a numpyro distribution, `distsbi.Prior`, any object with `sample(key, shape)`, `log_prob` and `support`, or texts by name as {"mass":
-            "LogNormal(0, 0.5)"}, which training then knows of itself. Names of its parameters go into the files.
+            "LogNormal(0, 0.5)"}. Texts, and a `Prior` that has such (scalar parts), go into the folder, and training takes them from there. Names of its parameters go into the files.
         n: rows. Those that fail are not made up for.
         out: the output folder, made if missing; with a cluster, one that all its machines share. A shard is there if and only if it is complete. One call at a time
             writes in a folder.
@@ -158,7 +158,7 @@ def simulate(
         size = size or _shard_size(n, step, seconds, 4 * math.prod(shape), max(session.room(), 1), time_limit)
         definition = {**told["definition"], "n_rows": n, "rows_per_shard": size, "x": list(shape)}
         shards = session.claim(definition, _about(job, told), step)
-        texts = dict(job.prior) if isinstance(job.prior, Mapping) else None
+        texts = dict(job.prior) if isinstance(job.prior, Mapping) else _texts(job.prior)
         source = {"simulator": definition["simulator"]["name"], "prior": texts, "fingerprint": shards.fingerprint}
         plan = Plan(shards, shape, tuple(told["parameter_names"]), source)
         mark_unfinished(Path(folder.path), n)
@@ -288,6 +288,12 @@ def _folder(out: str | os.PathLike[str]) -> Place:
                 f"them elsewhere (distsbi verify {out} names all), and give the same call again."
             )
     return place
+
+
+def _texts(prior: Any) -> dict[str, str] | None:
+    from distsbi.data.prior import as_texts
+
+    return as_texts(prior)
 
 
 def _checked(prior: Any) -> Any:

@@ -189,10 +189,12 @@ class Worker:
         rows = self.source.read(0, min(FIRST_ROWS, self.source.n_rows))[1]
         values = [row for row in rows if not isinstance(row, str)]
         if values and all(value.ndim == 1 and value.size != p.dim_x * p.ch_x for value in values):
+            short = all(value.size < p.dim_x * p.ch_x for value in values)
+            fill = " If what is left of them is missing, fill it up with NaN." if p.missing and short else ""
             raise ValueError(
                 f"none of the first {len(rows)} rows of {as_place(self.job.source.path)} has an x that this posterior takes: the first has {values[0].size} "
                 f"values in {', '.join(self.job.source.columns)}, and {p.dim_x * p.ch_x} are needed (dim_x {p.dim_x}, ch_x {p.ch_x}). Name the "
-                "right column by x_column, or by x_columns those that make up x."
+                f"right column by x_column, or by x_columns those that make up x.{fill}"
             )
 
     def _check(self, value: Row) -> Row:

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
+from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer
@@ -31,9 +32,9 @@ from distsbi.networks import Embedded, Layout, Network, takes_missing
 from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
 from distsbi.pipelines.answers import Answers
-from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed
+from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed, prior_of
 from distsbi.pipelines.identity import training_identity
-from distsbi.pipelines.saved import check_prior, saved_run
+from distsbi.pipelines.saved import check_prior, common_names, saved_run
 from distsbi.sampling import DistillConfig, Posterior, distill
 from distsbi.sampling.calibrate import calibrate
 from distsbi.sampling.checks import extent
@@ -72,7 +73,8 @@ class ConditionalPipeline(Answers):
         training_config: a dict or `TrainingConfig`; see there.
         mesh: where to train: None or "auto" (all devices, of several processes those of all), a dict of axis sizes, or a `jax.sharding.Mesh`.
         prior: gives parameter names and the support that no draw leaves: a numpyro distribution, `distsbi.Prior`, texts by name such as
-            {"mass": "LogNormal(0, 0.5)"}, or any object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own.
+            {"mass": "LogNormal(0, 0.5)"}, or any object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own, and so do
+            folders that `simulate` wrote.
         method: what is learned; default flow matching.
         augment: `augment(key, theta, x) -> (theta, x)`, traceable: noise or nuisances added afresh to every training batch.
         embedding: an `nnx.Module` that makes tokens (batch, tokens, features) of x (batch, ...), or a dict with one for each instrument.
@@ -106,7 +108,11 @@ class ConditionalPipeline(Answers):
         self.method = method or FlowMatching()
         self.mesh = meshes.make_mesh(mesh, shared=True)
         prior = parse_prior(prior) if isinstance(prior, Mapping) else prior
-        self.prior = prior if prior is not None else getattr(train_dataset, "prior", None)
+        carried, names = getattr(train_dataset, "prior", None), getattr(train_dataset, "parameter_names", None)
+        if isinstance(train_dataset, (str, os.PathLike)):
+            folder = open_pairs(train_dataset)
+            carried, names = prior_of(folder), names_of(train_dataset, folder, prior)
+        self.prior = prior if prior is not None else carried
         self.augment = augment if augment is None or self.layout.is_plain else on_packed(augment, self.layout)
         self.training_config = (
             training_config
@@ -115,9 +121,6 @@ class ConditionalPipeline(Answers):
         )
         self._shapes = Shapes((dim_obs, ch_obs), self.layout.packed, takes_missing(self.model), self.layout)
         self._supports = supports(self.prior, dim_obs)
-        names = getattr(train_dataset, "parameter_names", None)
-        if isinstance(train_dataset, (str, os.PathLike)):
-            names = names_of(train_dataset, prior)
         self.parameter_names = tuple(names) if names and prior is None else parameter_names(self.prior, dim_obs)
         self._source, self._validation = self._datasets(train_dataset, val_dataset)
         self._standardizer: Standardizer | None = None
@@ -269,7 +272,7 @@ class ConditionalPipeline(Answers):
         """Makes the posteriors of the averaged weights and of the last."""
         assert self._source is not None
         facts: dict[str, Any] = {"training": trained.facts, "data": self._source.fingerprint, "versions": versions()}
-        self._last = self._make_posterior(trained.last, standardizer, None, facts)
+        self._last, self._asked = self._make_posterior(trained.last, standardizer, None, facts), None
         self._last.facts |= self._extents(self._fit_pairs(), self._last)
         self._posterior = self._make_posterior(trained.params, standardizer, None, self._last.facts)
         nnx.update(self.model, trained.params)
@@ -322,17 +325,17 @@ class ConditionalPipeline(Answers):
         """Takes up a saved run of the same network and method: its weights, scales and sampling grid, to sample from or to go on training
         from. Returns the pipeline.
 
-        Raises ValueError for a run of another network, method or prior's support, and as `distsbi.load` does.
+        Raises ValueError for a run of another network, method, parameters' names or prior's support, and as `distsbi.load` does.
         """
         sizes = [self.dim_obs, self.ch_obs, self.dim_cond, self.ch_cond]
         make = functools.partial(self._make_posterior, nnx.state(self.model, nnx.Param), solver=None, facts={})
         found, scales = saved_run(path, self.model, self.makes, sizes, self.mesh, make)
+        self.parameter_names = common_names(path, self.parameter_names, found)
         if self.prior is not None:
-            check_prior(path, self.parameter_names, self._supports, found, scales)
+            check_prior(path, self.parameter_names, self._supports, scales)
         weights = found.joint if isinstance(found, JointPosterior) else found.network
         nnx.update(self.model, nnx.state(weights, nnx.Param))
-        self._standardizer, self._posterior, self._last = scales, found, None
-        self.parameter_names = found.parameter_names
+        self._standardizer, self._posterior, self._last, self._asked = scales, found, None, None
         return self
 
     @property

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from distsbi.data.pairs import open_pairs
+from distsbi.data.pairs import PairsFolder
+from distsbi.data.prior import parse_prior
 from distsbi.networks import Layout
+from distsbi.tasks import TASKS, get_task
 
 
 def check_module(model: Any) -> None:
@@ -76,14 +78,21 @@ def on_packed(augment: Callable[..., tuple[Array, Any]], layout: Layout) -> Call
     return packed
 
 
-def names_of(folder: str | os.PathLike[str], prior: Any) -> tuple[str, ...]:
+def prior_of(folder: PairsFolder) -> Any:
+    """The prior that a folder says its pairs were drawn from: a task's, or distributions of numbers by name. None where it says none."""
+    task, texts = folder.source.get("task"), folder.source.get("prior")
+    if task in TASKS:
+        return get_task(task).prior
+    return parse_prior(texts) if texts and isinstance(texts, Mapping) else None
+
+
+def names_of(path: str | os.PathLike[str], folder: PairsFolder, prior: Any) -> tuple[str, ...]:
     """The parameters of a folder of pairs. Raises ValueError if the prior has other names for them, or another order."""
-    names = open_pairs(folder).names
-    given = getattr(prior, "names", None)
+    names, given = folder.names, getattr(prior, "names", None)
     unnamed = names == tuple(f"theta_{i}" for i in range(len(names)))
     if given is not None and not unnamed and len(given) == len(names) and tuple(given) != names:
         raise ValueError(
-            f"the pairs in {folder} are of {', '.join(names)}, in this order; the prior is of {', '.join(given)}. Give the prior in the order of "
+            f"the pairs in {path} are of {', '.join(names)}, in this order; the prior is of {', '.join(given)}. Give the prior in the order of "
             f"the pairs, with their names."
         )
     return names

@@ -23,7 +23,7 @@ from distsbi.pipelines.base import ConditionalPipeline
 from distsbi.pipelines.given import check_module, check_output
 from distsbi.sampling import Dataset, Posterior
 from distsbi.sampling.checks import extent
-from distsbi.sampling.joint import JointPosterior, X, pattern_key, token_names
+from distsbi.sampling.joint import JointPosterior, X, check_names, pattern_key
 from distsbi.solvers import Solver
 from distsbi.training import ConditionMasks, TrainingConfig
 from distsbi.training.update import MASK_SHARES
@@ -54,7 +54,7 @@ class JointPipeline(ConditionalPipeline):
             raise ValueError(f"condition_mask must be one of {', '.join(MASK_SHARES)}; got {condition_mask!r}.")
         self.condition_mask, self.pose = condition_mask, ConditionMasks(condition_mask)
         super().__init__(*args, **options)
-        token_names(self.parameter_names, self.dim_cond)  # its errors come here, not after training
+        check_names(self.parameter_names, self.dim_cond)  # its errors come here, not after training
 
     def _adopted(self, model: Any, dim_obs: int, ch_obs: int, nets: dict[str, Any] | None) -> Any:
         if nets is not None or not self.layout.is_plain:

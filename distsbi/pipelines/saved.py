@@ -38,14 +38,23 @@ def saved_run(
         )
     found = load(path, mesh=mesh, network=_own_for(spec["network"], model))
     if type(found) is not makes:
+        if not isinstance(found, JointPosterior) and spec["network"].get("view") == "conditional":
+            raise ValueError(
+                f"{path} holds one conditional of a joint model, or its student; distsbi.load it, or restore the run that it was made of."
+            )
+        kind = "joint" if isinstance(found, JointPosterior) else "conditional"
         raise ValueError(
-            f"{path} holds one conditional of a joint model, or its student; distsbi.load it, or restore the run that it was made of."
-            if issubclass(makes, JointPosterior)
-            else f"{path} holds a joint model; restore it in the pipeline that it was trained with, or distsbi.load it."
+            f"{path} holds a {kind} model; restore it in the pipeline that it was trained with, or distsbi.load it."
         )
     scales = found.joint_standardizer if isinstance(found, JointPosterior) else found.weights.standardizer
     scales = jax.tree.map(np.asarray, scales)
-    here, there = model_spec(make(scales)), model_spec(found)
+    made = make(scales)
+    if made.is_unconditional != found.is_unconditional:
+        what = "a density without conditions" if found.is_unconditional else "a posterior given data"
+        raise ValueError(
+            f"{path} holds {what}; restore it in the pipeline that it was trained with, or distsbi.load it."
+        )
+    here, there = model_spec(made), model_spec(found)
     differing = [name for name in ("network", "sizes", "method") if here[name] != there[name]]
     if differing:
         values = "; ".join(differences(*({name: spec[name] for name in differing} for spec in (there, here))))
@@ -56,20 +65,24 @@ def saved_run(
     return found, scales
 
 
+def common_names(path: str | os.PathLike[str], names: tuple[str, ...], found: Posterior) -> tuple[str, ...]:
+    """The names of the parameters, of the run or of the pipeline where one of them has none. Raises ValueError if they are of other parameters."""
+    unnamed = tuple(f"theta_{i}" for i in range(len(names)))
+    if names != found.parameter_names and unnamed not in (names, found.parameter_names):
+        raise ValueError(
+            f"{path} was trained with the parameters {', '.join(found.parameter_names)}, and this pipeline is of {', '.join(names)}: give the prior, "
+            f"or the pairs, that it was trained with."
+        )
+    return names if found.parameter_names == unnamed else found.parameter_names
+
+
 def check_prior(
     path: str | os.PathLike[str],
     names: Sequence[str],
     supports: Sequence[Support],
-    found: Posterior,
     scales: Standardizer,
 ) -> None:
-    """Raises ValueError if a prior is of other parameters than the run was trained with, or has another support, whose scales cut others off."""
-    unnamed = tuple(f"theta_{i}" for i in range(len(names)))
-    if tuple(names) != found.parameter_names and unnamed not in (tuple(names), found.parameter_names):
-        raise ValueError(
-            f"{path} was trained with the parameters {', '.join(found.parameter_names)}, and the prior of this pipeline is of {', '.join(names)}: "
-            f"give the prior that it was trained with."
-        )
+    """Raises ValueError if a prior has another support than the one that the run was trained with, whose scales cut others off."""
     for name, here, there in zip(names, supports, scales.bijection.supports, strict=False):
         if (np.float32(here.low), np.float32(here.high)) != (there.low, there.high):
             raise ValueError(

@@ -17,6 +17,7 @@ Two other objectives learn the same averages, for comparison; both train u(s, Y)
 """
 
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -86,6 +87,7 @@ class DistillConfig:
             if (
                 isinstance(value, bool)
                 or not isinstance(value, (int, float, np.number))
+                or not math.isfinite(value)
                 or int(value) != value
                 or value < 1
             ):

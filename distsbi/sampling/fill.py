@@ -33,8 +33,10 @@ def fill(
     show_progress: bool | None,
     divergence: Divergence = EXACT,
     theta: np.ndarray | None = None,
+    at: tuple[int, ...] | None = None,
 ) -> None:
-    """Streams tiles into arrays [batch, nsamples, ...] as np.empty makes them; `theta` [batch, nsamples, ...] is what a density is asked of.
+    """Streams tiles into arrays [batch, nsamples, ...] as np.empty makes them; `theta` [batch, nsamples, ...] is what a density is asked of;
+    `at`: numbers of the solver's times that a trajectory is wanted at.
 
     Raises SolveError if some are not finite, when all others are there.
     """
@@ -51,7 +53,9 @@ def fill(
     asked = payload if theta is not None else None
     flat, first = [array.reshape(-1, *array.shape[2:]) for array in out], 0
     with _progress(len(xs) * nsamples, unit, show_progress) as bar:
-        for _, start, made in dispatches(posterior, make, key, xs, ids, nsamples, solver, tile, divergence, asked):
+        for _, start, made in dispatches(
+            posterior, make, key, xs, ids, nsamples, solver, tile, divergence, asked, at=at
+        ):
             parts = [part.reshape(-1, *part.shape[2:]) for part in made]
             wanted = (start[:, None] + np.arange(tile.draws) < nsamples).ravel()
             if not wanted.all():
@@ -80,6 +84,7 @@ def dispatches(
     divergence: Divergence = EXACT,
     payload: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     first_draw: int = 0,
+    at: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
     """Yields (observation [slots], number of its first draw [slots], what was made [slots, draws, ...]), in order; `first_draw`: the first that
     is wanted. See `stream`, also for what comes after the last."""
@@ -87,7 +92,9 @@ def dispatches(
     for observation, start, made in stream(
         tiles.encode_program(posterior.graphdef, posterior.mesh),
         tiles.join_program(posterior.mesh),
-        tiles.tile_program(posterior.graphdef, posterior.method, solver, tile, sizes, posterior.mesh, make, divergence),
+        tiles.tile_program(
+            posterior.graphdef, posterior.method, solver, tile, sizes, posterior.mesh, make, divergence, at
+        ),
         posterior.weights,
         make_schedule(solver, posterior.method, make == tiles.DENSITY),
         key,

@@ -65,7 +65,7 @@ class JointPosterior(Posterior):
             names=names, solver=solver, tile=tile, mesh=mesh, facts=facts,
         )  # fmt: skip
         self.joint_network, self.joint_standardizer = network, standardizer
-        self.token_names = token_names(self.parameter_names, total - dim_theta)
+        self.token_names = (*self.parameter_names, *data_names(total - dim_theta))
         self._patterns: dict[tuple[tuple[int, ...], tuple[int, ...]], Posterior] = {(free, given): self}
 
     @property
@@ -74,7 +74,9 @@ class JointPosterior(Posterior):
         return self.network.network  # type: ignore[attr-defined]
 
     def tokens(self, names: Sequence[str]) -> tuple[int, ...]:
-        """The token numbers of these names. Raises ValueError naming one that does not exist, or comes twice."""
+        """The token numbers of these names. Raises ValueError naming one that does not exist, or comes twice, and for parameters that are called as
+        data are."""
+        check_names(self.parameter_names, len(self.token_names) - self.dim_theta)
         found: list[int] = []
         for name in (names,) if isinstance(names, str) else names:
             if name == X:
@@ -205,15 +207,18 @@ class JointPosterior(Posterior):
         return posterior, x
 
 
-def token_names(parameters: Sequence[str], dim_x: int) -> tuple[str, ...]:
-    """The names of all tokens. Raises ValueError for a parameter named as data are, or all of either."""
-    data = tuple(f"x_{i}" for i in range(dim_x))
+def data_names(dim_x: int) -> tuple[str, ...]:
+    """What the tokens of the data are called."""
+    return tuple(f"x_{i}" for i in range(dim_x))
+
+
+def check_names(parameters: Sequence[str], dim_x: int) -> None:
+    """Raises ValueError for a parameter named as data are, or all of either."""
     for name in parameters:
-        if name in (X, *data) or (name == THETA and len(parameters) > 1):
+        if name in (X, *data_names(dim_x)) or (name == THETA and len(parameters) > 1):
             raise ValueError(
                 f"a parameter cannot be called {name!r}: in given= it means data, or all of the parameters. Give it another name."
             )
-    return (*parameters, *data)
 
 
 def pattern_key(given: Sequence[int]) -> str:

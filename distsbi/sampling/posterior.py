@@ -236,8 +236,8 @@ class Posterior(Densities):
             )
         if self.is_student and (solver != self.default_solver or chosen.check):
             raise ValueError(
-                f"this run is a student, made to draw in {len(self.default_solver.times) - 1} steps of its own; leave out solver, steps and "  # type: ignore[union-attr]
-                f"check, or use its teacher."
+                f"this run is a student, made to draw in {len(self.default_solver.times) - 1} steps of its own; leave out solver, steps, "  # type: ignore[union-attr]
+                f"time_grid and check, or use its teacher."
             )
         return solver
 
@@ -265,10 +265,10 @@ class Posterior(Densities):
                 )
             if not isinstance(solver, FixedGrid):
                 raise ValueError("return_trajectory needs a fixed grid: give steps or step_size.")
-            out = np.empty((len(xs), nsamples, len(solver.times), *shape), np.float32)
-            fill(self, (out,), tiles.TRAJECTORY, key, xs, ids, solver, tile, chosen.show_progress)
-            if chosen.time_grid is not None:
-                out = out[:, :, [solver.times.index(float(t)) for t in chosen.time_grid]]
+            wanted = solver.times if chosen.time_grid is None else map(float, chosen.time_grid)
+            at = tuple(solver.times.index(t) for t in wanted)
+            out = np.empty((len(xs), nsamples, len(at), *shape), np.float32)
+            fill(self, (out,), tiles.TRAJECTORY, key, xs, ids, solver, tile, chosen.show_progress, at=at)
             return np.moveaxis(out, 2, 0)
         out = np.empty((len(xs), nsamples, *shape), np.float32)
         fill(self, (out,), tiles.DRAWS, key, xs, ids, solver, tile, chosen.show_progress)

@@ -199,11 +199,13 @@ def tile_program(
     mesh: Mesh,
     make: str = DRAWS,
     divergence: Divergence = EXACT,
+    at: tuple[int, ...] | None = None,
 ) -> Callable[..., Any]:
     """(weights, schedule, key, context table, next context table, slots, payload) -> what `make` names, compiled once per network, solver, tile
     and mesh.
 
-    DRAWS: theta [slots, draws, dim_theta, ch_theta]; TRAJECTORY: with an axis of times after the draws; DRAWS_AND_DENSITY: theta
+    DRAWS: theta [slots, draws, dim_theta, ch_theta]; TRAJECTORY: with an axis of times after the draws, those that
+    `at` numbers; DRAWS_AND_DENSITY: theta
     and log p [slots, draws]; DENSITY: log p of the payload, theta [slots, draws, dim_theta, ch_theta]. Rows of `slots` index the two
     tables one after the other.
     """
@@ -235,7 +237,7 @@ def tile_program(
             network, method, solver, standardizer, encoded, z, fresh if solver.stochastic else None, schedule,
             trajectory=make == TRAJECTORY,
         )  # fmt: skip
-        return jnp.moveaxis(draws, 0, 2) if make == TRAJECTORY else draws
+        return jnp.moveaxis(draws[jnp.asarray(at)], 0, 2) if make == TRAJECTORY else draws
 
     # check_vma=False: diffrax's while loops are refused by the check (diffrax#735).
     specs = (P(), P(), P(), P(), P(), P(meshes.DATA), P(meshes.DATA))

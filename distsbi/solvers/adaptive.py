@@ -74,7 +74,7 @@ class Adaptive:
         import diffrax
 
         if trajectory:
-            raise ValueError(f"{self.name} chooses its own times; for a trajectory give steps, step_size or time_grid.")
+            raise ValueError(f"{self.name} chooses its own times; for a trajectory give steps or step_size.")
         control = diffrax.PIDController(rtol=self.rtol, atol=self.atol)
         solver = getattr(diffrax, SOLVERS[self.name])()
         start, stop = (1.0, 0.0) if reverse else (0.0, 1.0)

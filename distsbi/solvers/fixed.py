@@ -190,7 +190,7 @@ def _flow_sde(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callable[[], A
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A step and its preparation, evaluations of the network, and options with their defaults. `stochastic`: it asks for noise.
-    `of_velocity`: it asks for nothing but the velocity, so it can carry a density along."""
+    `of_velocity`: it asks for nothing but the velocity, so it can carry a density along. `remembers`: it divides by the length of the step before."""
 
     step: Callable[..., tuple[Array, Memory]]
     prepare: Callable[..., dict[str, Any]]
@@ -198,6 +198,7 @@ class Rule:
     stochastic: bool = False
     options: tuple[tuple[str, float], ...] = ()
     of_velocity: bool = False
+    remembers: bool = False
 
 
 RULES: dict[str, Rule] = {
@@ -206,7 +207,7 @@ RULES: dict[str, Rule] = {
     "heun": Rule(_heun, _moments("start", "end"), 2, of_velocity=True),
     "rk3": Rule(_rk3, _moments("start", "middle", "late"), 3, of_velocity=True),
     "rk4": Rule(_rk4, _moments("start", "middle", "end"), 4, of_velocity=True),
-    "multistep": Rule(_multistep, _prepare_multistep, 1),
+    "multistep": Rule(_multistep, _prepare_multistep, 1, remembers=True),
     "stochastic_heun": Rule(
         _stochastic_heun, _prepare_stochastic_heun, 2, True,
         (("churn", 10.0), ("s_min", 0.05), ("s_max", 50.0), ("s_noise", 1.0)),
@@ -267,9 +268,13 @@ class FixedGrid:
         return RULES[self.rule].of_velocity
 
     def through(self, times: Sequence[float]) -> "FixedGrid":
-        """The same rule on a grid that has these times too. Raises ValueError for times that no grid has."""
+        """The same rule on a grid that has these times too. A rule that divides by the length of the step before drops times of its own that are
+        nearer to one of them than a quarter of a step. Raises ValueError for times that no grid has."""
         asked = FixedGrid(self.rule, tuple(times)).times
-        own = [t for t in self.times if min(abs(t - other) for other in asked) > 1e-6]
+        steps = np.diff(self.times)
+        steps = np.minimum(np.append(steps, np.inf), np.insert(steps, 0, np.inf))  # the shorter one beside each time
+        near = 0.25 * steps if RULES[self.rule].remembers else np.full_like(steps, 1e-6)
+        own = [t for t, least in zip(self.times, near, strict=True) if min(abs(t - other) for other in asked) >= least]
         return dataclasses.replace(self, times=tuple(sorted((*own, *asked))))
 
     def refined(self) -> "FixedGrid":

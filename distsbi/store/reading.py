@@ -20,9 +20,13 @@ def decoded(place: Place, decode: Callable[[Any], T]) -> T:
     try:
         with place.open() as file:
             return decode(file)
+    except MemoryError:  # Arrow's is one of its own exceptions too
+        raise
     except Exception:  # damage, or a disk that does not answer
         content = patiently(place.read, place)
     try:
         return decode(pa.BufferReader(content))
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{place} cannot be read as Parquet ({error}); delete it and sample again.") from error

@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 from distsbi.data import Support
-from distsbi.data.prior import Prior, check_theta, parameter_names, parse_prior, supports
+from distsbi.data.prior import Prior, as_texts, check_theta, parameter_names, parse_prior, supports
 
 KEY = jax.random.key(0)
 INF = float("inf")
@@ -224,3 +224,25 @@ def test_a_wrapped_prior_is_described_alike_in_every_process():
         "LeftTruncatedDistribution(_support=0.5, base_dist=Normal(loc=0, scale=1), low=0.5)",
         "Independent(base_dist=ExpandedDistribution(base_dist=Normal(loc=0, scale=2), shape=2), shape=2)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (lambda: dist.Uniform(0.1, 2), "Uniform(low=0.1, high=2.0)"),
+        (lambda: dist.LogNormal(jnp.float32(0.1), 0.5), "LogNormal(loc=0.10000000149011612, scale=0.5)"),
+        (lambda: dist.TruncatedNormal(0.0, 2.0, low=-1.0), "TruncatedNormal(loc=0.0, scale=2.0, low=-1.0)"),
+        (lambda: dist.LogUniform(1e-4, 1e4), "LogUniform(low=0.0001, high=10000.0)"),
+        (lambda: dist.Normal(jnp.zeros(2), 1.0).to_event(1), None),
+        (lambda: dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.ExpTransform()), None),
+        (lambda: dist.Normal(0.0, 1.0).expand((1,)).to_event(1), None),
+    ],
+)
+def test_priors_as_texts(part, text):
+    """The text of a distribution makes it again, to the last bit; of those that have none it is not guessed."""
+    prior = Prior(a=part())
+    assert as_texts(prior) == (text and {"a": text})
+    if text:
+        again = parse_prior({"a": text})
+        np.testing.assert_array_equal(again.sample(KEY, (5,)), prior.sample(KEY, (5,)))
+    assert as_texts(part()) is None

@@ -35,7 +35,7 @@ class FakePosterior:
         self.run = run
         config = json.loads((run / "fake.json").read_text())
         self.dim_theta, self.ch_theta, self.dim_x, self.ch_x = 2, 1, 3, 1
-        self.parameter_names = ("a", "b")
+        self.parameter_names, self.missing = ("a", "b"), config.get("missing", False)
         self.fingerprint = config.get("fingerprint", "f00d")
         self.seconds_per_row = config.get("seconds_per_row", 0.0)
         self.method = make_method("flow")

@@ -439,3 +439,11 @@ def test_a_catalog_of_which_no_row_fits_is_refused_before_anything_is_drawn(run,
     ):
         sample_catalog(run, tmp_path / "catalog.parquet", out, **QUICK, x_column="mag")
     assert sample_catalog(run, tmp_path / "catalog.parquet", out, **QUICK).n_ok == 40  # nothing was begun there
+    with pytest.raises(ValueError, match=r"is missing, fill it up with NaN"):
+        sample_catalog(
+            make_run(tmp_path / "sets", missing=True),
+            tmp_path / "catalog.parquet",
+            tmp_path / "other",
+            **QUICK,
+            x_column="mag",
+        )

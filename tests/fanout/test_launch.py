@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -9,8 +10,10 @@ import warnings
 import pytest
 from jax.errors import JaxRuntimeError
 
+from distsbi import files
 from distsbi.fanout import cluster, launch as launching
 from distsbi.fanout.launch import STORAGE, Hosts, hosts_for, launch
+from distsbi.files import Unreadable
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -159,6 +162,18 @@ def test_what_becomes_of_failures(fake_ray, tmp_path):
     assert not attempts
 
 
+def unreadable(error: OSError) -> Unreadable:
+    """What a reader makes of it, as it comes from a worker."""
+
+    def read() -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Unreadable) as raised:
+        patch.setattr(files, "PAUSE_SECONDS", 0.0)
+        files.patiently(read, "pairs-00000.parquet")
+    return pickle.loads(pickle.dumps(raised.value))
+
+
 TENSORSTORE = "DATA_LOSS: Error writing local file \"/runs/x/d/0\": {} [os_error_code='{}']"
 DEVICE = JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited")
 
@@ -171,6 +186,8 @@ DEVICE = JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote 
         OSError(errno.EIO, "Input/output error"),
         TimeoutError("no answer"),
         ValueError(TENSORSTORE.format("Stale file handle", errno.ESTALE)),
+        unreadable(OSError(errno.ESTALE, "Stale file handle")),
+        unreadable(RuntimeError("no answer from the store")),
     ],
     ids=repr,
 )
@@ -203,6 +220,8 @@ def test_what_a_survivor_raises_first(fake_ray, tmp_path, error):
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         OSError(errno.EROFS, "Read-only file system"),
         ValueError(TENSORSTORE.format("Permission denied", errno.EACCES)),
+        unreadable(PermissionError(errno.EACCES, "Permission denied")),
+        JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9000000000 bytes."),
     ],
     ids=repr,
 )

@@ -138,7 +138,7 @@ def test_another_ray_than_the_one_that_is_up_is_refused():
         with cluster.connected(same, 1, 1, 0):
             pass
     with pytest.raises(
-        ValueError, match=r"'10\.0\.0\.1:6379' is not the Ray at .* up in this process; leave address out"
+        ValueError, match=r"'10\.0\.0\.1:6379' is not the Ray at .* up in this process; call ray.shutdown"
     ):
         cluster.connected("10.0.0.1:6379", 1, 1, 0).__enter__()
     assert ray.is_initialized()

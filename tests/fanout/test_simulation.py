@@ -636,6 +636,7 @@ class TestRay:
         simulate(function, tmp_path / "two", prior=prior, workers=2)
         simulate(function, tmp_path / "here", prior=prior)
         assert_same(tmp_path / "two", tmp_path / "here")
+        assert set(open_pairs(tmp_path / "two").source["prior"]) == {"a", "b"}
 
     @pytest.mark.parametrize("what", ["abort", pytest.param("hang", marks=pytest.mark.slow)])
     def test_a_row_that_kills_or_hangs_is_quarantined_alone(self, calm, tmp_path, what):

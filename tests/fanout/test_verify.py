@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import json
+import math
 import shlex
 
 import jax
@@ -22,10 +23,11 @@ from distsbi.data.bijection import Bijection
 from distsbi.fanout import sample_catalog, verify
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.provenance import call, command
+from distsbi.fanout.session import _left
 from distsbi.fanout.worker import Worker
 from distsbi.files import TRIES, sha256_of
 from distsbi.store import layout, schema, status, writer
-from distsbi.store.place import Place
+from distsbi.store.place import Place, as_place
 
 QUICK = {"nsamples": 9, "workers": 0, "rows_per_shard": 6, "show_progress": False}
 
@@ -77,6 +79,18 @@ def test_a_changed_file_is_found_and_made_again(out, how):
     assert (found.removed, found.made, found.left, found.reason, found.repaired) == ((2,), (2,), 0, "", True)
     assert draws_hash(out) == before
     assert verify.verify(out, fraction=0.2).good
+
+
+def test_workers_for_all_that_is_to_be_made_again(out):
+    """Cut off, known as bad, or not there."""
+    known = {"n_rows": 40, "rows_per_shard": 6}
+    assert _left(as_place(out), known) == 1
+    change(out, 2, lambda content: content[:-10])
+    layout.shard_file(out, 5, 7).unlink()
+    assert _left(as_place(out), known) == 2
+    layout.Journal(out).add({"event": "bad", "shard": 4, "reason": "other checksums"}, now=True)
+    assert _left(as_place(out), known) == 3
+    assert _left(as_place(out), {}) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,8 @@ def test_options():
     through = make_solver(METHOD, time_grid=[0, 0.3, 1], step_size=0.25)
     assert through == FixedGrid("euler", (0, 0.25, 0.3, 0.5, 0.75, 1))
     assert make_solver(METHOD, time_grid=[0, 1], solver=through) == through
+    near = FixedGrid("multistep", (0, 0.25, 0.5, 1)).through([0, 0.26, 0.7, 1])  # without a step of 0.01
+    assert near.times == (0, 0.26, 0.5, 0.7, 1)
     default = FixedGrid("rk4", (0, 1))
     assert make_solver(METHOD, default=default) is default
     assert make_solver(METHOD, solver=default) is default
