@@ -27,7 +27,7 @@ from distsbi.fanout import Terminated
 from distsbi.sampling.run import FORMAT
 from distsbi.store.check import Problem
 
-COMMANDS = ("simulate", "train", "sample", "catalog", "plan", "status", "verify", "info", "demo")
+COMMANDS = ("simulate", "train", "sample", "check", "catalog", "plan", "status", "verify", "info", "demo")
 SECOND = ("--coordinator", "localhost:1", "--num-processes", "2")
 Cli = Callable[..., tuple[int, str, str]]
 

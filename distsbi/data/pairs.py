@@ -110,13 +110,15 @@ def write_pairs(
     names: Sequence[str] | None = None,
     rows_per_file: int = 65_536,
     source: dict[str, Any] | None = None,
+    missing: bool = False,
 ) -> PairsFolder:
     """Write checked pairs to an empty or new folder; where it was cut off, the same call finishes it. `source` is any JSON-able note on
-    where they came from.
+    where they came from; training takes `{"prior": {"mass": "LogNormal(0, 0.5)", ...}}` from it. `missing`: NaN in x means that the entry is missing, for
+    a network that is trained with `missing=True`.
 
     Raises ValueError for bad pairs (see `as_pairs`), for a folder that holds pairs already, and for one whose pairs so far are others.
     """
-    pairs, folder = as_pairs(theta, x, names), Path(path)
+    pairs, folder = as_pairs(theta, x, names, missing=missing), Path(path)
     _require_positive(rows_per_file=rows_per_file)
     n, note = len(pairs.theta), json.loads(json.dumps(source or {}))  # as it is read back
     starts = range(0, n, rows_per_file)
@@ -279,7 +281,7 @@ def _holds(path: Path, theta: np.ndarray, x: np.ndarray, names: tuple[str, ...],
     if footer != (len(theta), names, theta.shape[1:], x.shape[1:], source):
         return False
     found = read_file(path, footer.theta_shape, footer.x_shape)
-    return np.array_equal(found[0], theta) and np.array_equal(found[1], x)
+    return np.array_equal(found[0], theta) and np.array_equal(found[1], x, equal_nan=True)
 
 
 def _read(path: Path, folder: PairsFolder, missing: bool) -> tuple[np.ndarray, np.ndarray]:

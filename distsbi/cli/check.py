@@ -1,0 +1,121 @@
+"""`distsbi check`: is a posterior calibrated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distsbi.cli.group import cli
+from distsbi.cli.options import DEVICES, MESH, NETWORK, RUN, SEED, counted, make_mesh, solver_options
+from distsbi.cli.sample import table
+
+
+@cli.command()
+@RUN
+@click.option("--data", type=click.Path(path_type=Path), help="Pairs that RUN was not trained on, in a Parquet folder.")
+@click.option("--task", help="Instead of --data: new pairs of two_moons, gaussian_linear or slcp.")
+@click.option("-n", "--n", type=click.IntRange(min=20), default=1_000, show_default=True, help="Pairs, at most.")
+@click.option("--nsamples", type=click.IntRange(min=20), default=500, show_default=True, help="Draws for each pair.")
+@SEED
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), help="A P-P plot: .png, .pdf or .svg.")
+@solver_options
+@NETWORK
+@DEVICES
+@MESH
+def check(
+    run: Path,
+    data: Path | None,
+    task: str | None,
+    n: int,
+    nsamples: int,
+    seed: int,
+    as_json: bool,
+    plot: Path | None,
+    network: str | None,
+    devices: int | None,
+    mesh: dict[str, int] | None,
+    **solver: Any,
+) -> None:
+    """Say whether RUN is calibrated, by SBC, expected coverage and TARP on pairs that it was not trained on.
+
+    Make them with another --seed: distsbi simulate ... --seed 1 --n 1000 --out held-out
+    """
+    if (data is None) == (task is None):
+        raise click.UsageError("give either --data, pairs that the run was not trained on, or --task.")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}.")
+    axes = make_mesh(devices, mesh)
+    from distsbi.diagnostics import check_calibration
+    from distsbi.sampling import load
+
+    posterior = load(run, mesh=axes, network=network)
+    theta, x = _of_folder(data, posterior, n) if data is not None else _of_task(task or "", seed, n)
+    solver = {name: value for name, value in solver.items() if value is not None}
+    found = check_calibration(posterior, theta, x, nsamples=nsamples, seed=seed, **solver)
+    if plot is not None:
+        _plot(found, plot)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    told, coverage = found.to_dict(), found.coverage()
+    levels = next(iter(told["coverage"].values()))
+    rows = [
+        (name, f"{p:.3g}", f"{told['bias'][name]:+.1f}", *(f"{share:.3f}" for share in coverage.get(name, ())))
+        for name, p in told["p_values"].items()
+    ]
+    header = ("parameter", "p", "bias", *(f"{float(level):.0%}" for level in levels))
+    table(header, [(*row, *[""] * (len(header) - len(row))) for row in rows])
+    pairs = f"{counted(len(theta), 'pair')} of {counted(nsamples, 'draw')}, seed {seed}"
+    click.echo(
+        f"not calibrated: {', '.join(found.suspect)} ({pairs}); train longer or on more simulations"
+        if found.suspect
+        else f"no sign that it is not calibrated ({pairs})"
+    )
+
+
+def _of_folder(path: Path, posterior: Any, n: int) -> tuple[Any, Any]:
+    """The first n pairs (theta, x) of a folder."""
+    import numpy as np
+
+    from distsbi.data.pairs import open_pairs
+    from distsbi.data.parquet import read_file
+
+    folder = open_pairs(path)
+    unnamed = tuple(f"theta_{i}" for i in range(len(folder.names)))
+    if folder.names != posterior.parameter_names and unnamed not in (folder.names, posterior.parameter_names):
+        raise ValueError(
+            f"the pairs in {path} are of {', '.join(folder.names)}, and this run is of {', '.join(posterior.parameter_names)}."
+        )
+    parts, rows = [], 0
+    for file in folder.files:
+        parts.append(read_file(file, folder.theta_shape, folder.x_shape))
+        rows += len(parts[-1][0])
+        if rows >= n:
+            break
+    theta, x = (np.concatenate(part)[:n] for part in zip(*parts, strict=True))
+    return theta, x
+
+
+def _of_task(name: str, seed: int, n: int) -> tuple[Any, Any]:
+    """n new pairs of a task, others than those that `train --n` makes with any seed."""
+    import jax
+
+    from distsbi import keys
+    from distsbi.tasks import get_task
+
+    theta, x = jax.device_get(get_task(name).pairs(jax.random.fold_in(keys.as_key(seed), 2**31), n))
+    return theta[..., None] if theta.ndim == 2 else theta, x[..., None] if x.ndim == 2 else x
+
+
+def _plot(found: Any, path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib; install it with `pip install 'distsbi[report]'`.") from error
+    page = Figure(figsize=(6, 4.5), dpi=160, layout="constrained")
+    FigureCanvasAgg(page)
+    found.plot(page.subplots())
+    page.savefig(path)

@@ -1,0 +1,186 @@
+"""Whether posteriors are calibrated, on pairs (theta, x) that they were not trained on.
+
+If theta was drawn from the prior and x simulated from it, theta is one more draw of p(theta | x). So, over many pairs,
+
+    SBC       the rank of each theta_i among draws is uniform (Talts et al. 1804.06788)
+    coverage  a central interval of probability q holds theta_i in a share q of the pairs (Cook et al. 2006; Hermans et al. 2110.06581)
+    TARP      the share of draws nearer to a point than theta is, is uniform, whatever the point (Lemos et al. 2302.03026)
+
+The first two look at one parameter at a time, and the prior itself passes them. The last looks at all parameters together; its points are what least
+squares say of theta given x, for only points that depend on x tell a posterior from the prior (ibid., sec. 3.3).
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+LEVELS = (0.5, 0.68, 0.9, 0.95)
+ALL = "all (TARP)"  # the row of what all parameters have in common
+AT_ONCE = 2**22  # numbers of draws in memory
+SIGNIFICANT = 0.01
+JITTER = 0.3  # of the points, in sds of what least squares leave
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What `check_calibration` found of `len(ranks)` pairs.
+
+    Args:
+        names: of the parameters; with channels `name[channel]`.
+        nsamples: draws for each pair.
+        ranks: of each parameter among its draws, 0 to nsamples.
+        nearer: share of the draws that are nearer to the pair's random point than theta is.
+        seed: of the draws, points and ties.
+    """
+
+    names: tuple[str, ...]
+    nsamples: int
+    ranks: Int[np.ndarray, "n parameters"]
+    nearer: Float[np.ndarray, "n"]
+    seed: int
+
+    @property
+    def uniform(self) -> dict[str, Float[np.ndarray, "n"]]:
+        """For each parameter, and `ALL`, numbers in (0, 1) that are uniform where the posterior is calibrated: ties are broken at random."""
+        rng = np.random.default_rng(self.seed)
+        counts = np.concatenate([self.ranks, np.rint(self.nearer * self.nsamples)[:, None]], axis=1)
+        shares = (counts + rng.uniform(size=counts.shape)) / (self.nsamples + 1)
+        return dict(zip((*self.names, ALL), shares.T, strict=True))
+
+    @property
+    def p_values(self) -> dict[str, float]:
+        """Of Kolmogorov and Smirnov's test of each row of `uniform`."""
+        from scipy.stats import kstest
+
+        return {name: float(kstest(shares, "uniform").pvalue) for name, shares in self.uniform.items()}
+
+    @property
+    def bias(self) -> dict[str, float]:
+        """Mean of `uniform` less a half, in its standard errors: positive where draws are too low, negative where they are too high."""
+        error = np.sqrt(1 / 12 / len(self.ranks))
+        return {name: float((shares.mean() - 0.5) / error) for name, shares in self.uniform.items()}
+
+    def coverage(self, levels: Sequence[float] = LEVELS) -> dict[str, tuple[float, ...]]:
+        """Share of the pairs whose theta lies in the central interval of each probability; below it: too narrow."""
+        return {
+            name: tuple(float((np.abs(shares - 0.5) <= level / 2).mean()) for level in levels)
+            for name, shares in self.uniform.items()
+            if name != ALL
+        }
+
+    @property
+    def suspect(self) -> tuple[str, ...]:
+        """Rows that are not uniform: all of them are called so at once in one of a hundred calibrated posteriors (Holm's rule)."""
+        ordered = sorted(self.p_values.items(), key=lambda item: item[1])
+        found = []
+        for i, (name, p) in enumerate(ordered):
+            if p >= SIGNIFICANT / (len(ordered) - i):
+                break
+            found.append(name)
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        coverage = {name: dict(zip(map(str, LEVELS), shares, strict=True)) for name, shares in self.coverage().items()}
+        return {
+            "pairs": len(self.ranks), "nsamples": self.nsamples, "seed": self.seed, "p_values": self.p_values,
+            "bias": self.bias, "coverage": coverage, "suspect": list(self.suspect),
+        }  # fmt: skip
+
+    def plot(self, axes: Any) -> None:
+        """Draws the P-P plot of all rows on matplotlib axes: share of the pairs below each level against the level, less the level, in a band
+        that holds a calibrated row at 99 % of the levels."""
+        n = len(self.ranks)
+        levels = np.linspace(0, 1, 201)
+        width = 2.576 * np.sqrt(levels * (1 - levels) / n)
+        axes.fill_between(levels, -width, width, color="0.9", label="99 %")
+        for name, shares in self.uniform.items():
+            below = np.searchsorted(np.sort(shares), levels, side="right") / n
+            axes.plot(levels, below - levels, label=name, lw=2 if name == ALL else 1)
+        axes.set(xlabel="level", ylabel="share of pairs below, less the level", title=f"{n:,} pairs")
+        axes.legend(fontsize="small")
+
+
+def check_calibration(
+    posterior: Any,
+    theta: Float[np.ndarray, "n dim_theta ch_theta"],
+    x: Any,
+    *,
+    nsamples: int = 500,
+    seed: int = 0,
+    show_progress: bool | None = None,
+    **options: Any,
+) -> Calibration:
+    """SBC, expected coverage and TARP of a `Posterior`, or of a trained pipeline, from `nsamples` draws for each of n pairs; a few hundred pairs, simulated
+    from the prior and not trained on. `options`: of `Posterior.draw`.
+
+    Raises ValueError for fewer than 20 pairs, wrong shapes, non-finite values, and a density without conditions.
+    """
+    posterior = getattr(posterior, "posterior", posterior)
+    if posterior.is_unconditional:
+        raise ValueError("this is a density without conditions; calibration is of posteriors given data.")
+    xs = posterior.check_xs(x)
+    truth = np.asarray(theta, np.float32)
+    truth = truth[..., None] if truth.ndim == 2 and posterior.ch_theta == 1 else truth
+    shape = (len(xs), posterior.dim_theta, posterior.ch_theta)
+    if truth.shape != shape:
+        raise ValueError(f"theta must have shape {shape}, a row for each of x; got {truth.shape}.")
+    if not np.isfinite(truth).all():
+        raise ValueError("theta holds NaN or inf; leave those pairs out.")
+    if len(xs) < 20:
+        raise ValueError(f"calibration needs 20 pairs at least, and hundreds to say much; got {len(xs)}.")
+    if isinstance(nsamples, bool) or not isinstance(nsamples, (int, np.integer)) or nsamples < 20:
+        raise ValueError(f"nsamples must be 20 or more draws for each pair; got {nsamples!r}.")
+    flat = truth.reshape(len(xs), -1)
+    points, scales = _points(flat, xs.reshape(len(xs), -1), np.random.default_rng(seed))
+    ranks, nearer = np.empty(flat.shape, np.int64), np.empty(len(xs))
+    step = max(1, AT_ONCE // (nsamples * flat.shape[1]))
+    hidden = None if show_progress is None else not show_progress
+    with tqdm(total=len(xs), unit="pair", desc="calibration", disable=hidden, delay=3) as bar:
+        for start in range(0, len(xs), step):
+            rows = slice(start, min(start + step, len(xs)))
+            drawn = posterior.draw(
+                seed,
+                xs[rows],
+                nsamples,
+                observation_ids=np.arange(rows.start, rows.stop),
+                show_progress=False,
+                **options,
+            )
+            drawn = drawn.reshape(len(drawn), nsamples, -1)
+            ranks[rows] = (drawn < flat[rows, None]).sum(1)
+            point, scale = points[rows, None], scales[rows, None]
+            far = np.linalg.norm((flat[rows, None] - point) / scale, axis=-1)
+            nearer[rows] = (np.linalg.norm((drawn - point) / scale, axis=-1) < far).mean(1)
+            bar.update(rows.stop - rows.start)
+    channels = posterior.ch_theta
+    names = tuple(
+        name if channels == 1 else f"{name}[{channel}]"
+        for name in posterior.parameter_names
+        for channel in range(channels)
+    )
+    return Calibration(names, int(nsamples), ranks, nearer, seed)
+
+
+def _points(
+    theta: Float[np.ndarray, "n parameters"], x: Float[np.ndarray, "n data"], rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "n parameters"], Float[np.ndarray, "n parameters"]]:
+    """(points near theta, scales of what lies between). Those of each half of the pairs come of the other half, so that given x they say nothing of the
+    pair's own theta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an entry that is missing in all pairs
+        data = np.nan_to_num((x - np.nanmean(x, 0)) / np.maximum(np.nanstd(x, 0), 1e-12))
+    data = np.concatenate([np.ones((len(x), 1)), data], axis=1)
+    points, scales = np.empty(theta.shape), np.empty(theta.shape)
+    halves = slice(0, None, 2), slice(1, None, 2)
+    for here, there in (halves, halves[::-1]):
+        slope = np.linalg.lstsq(data[there], theta[there], rcond=None)[0]
+        spread = (theta[there] - data[there] @ slope).std(0)
+        scales[here] = np.where(spread > 1e-6 * theta.std(0), spread, theta.std(0) + (theta.std(0) == 0))
+        points[here] = data[here] @ slope + JITTER * scales[here] * rng.normal(size=theta[here].shape)
+    return points, scales
