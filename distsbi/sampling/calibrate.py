@@ -6,6 +6,7 @@ theta into a large one in z. The cheapest candidate whose error is under toleran
 all candidates are its certificate.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -45,25 +46,28 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
         noise = lambda w: keys.draw_noise(keys.as_key(0), w, jnp.uint32(0), DRAWS, shape)  # noqa: E731
         return context, jax.vmap(noise)(jnp.asarray(words))
 
-    @jax.jit
-    def back(weights: Any, y: Array, context: Any) -> Array:
-        """The noise that the tight solution takes to y."""
+    @functools.partial(jax.jit, static_argnames="rule")
+    def solve(weights: Any, y: Array, context: Any, schedule: Any, steps: Array, rule: str) -> Array:
+        """Compiled once for each rule and way, for grids of any length."""
         field = make_field(nnx.merge(posterior.graphdef, weights.params), method)
-        return tight.solve(field, y, context, reverse=True)
+        return FixedGrid(rule, (0.0, 1.0)).solve(field, y, context, schedule=schedule, steps=steps)
 
-    def forward(solver: FixedGrid) -> Any:
-        return jax.jit(
-            lambda weights, z, context: solver.solve(
-                make_field(nnx.merge(posterior.graphdef, weights.params), method), method.initial(z), context
-            )
-        )
+    longest = max(REFERENCE_STEPS, *(steps for _, steps in CANDIDATES))
+
+    def solved(solver: FixedGrid, y: Array, *, reverse: bool = False) -> Array:
+        steps = len(solver.times) - 1
+        ends = lambda a: np.pad(a, [(0, longest - steps), *[(0, 0)] * (a.ndim - 1)], mode="edge")  # noqa: E731
+        schedule = jax.tree.map(ends, solver.schedule(method, reverse=reverse))
+        return solve(posterior.weights, y, context, schedule, jnp.int32(steps), solver.rule)
 
     context, z = prepare(posterior.weights, xs)
+    noise = method.initial(z)
     scale = method.sigma(jnp.zeros((), jnp.float32))
 
     def errors(solver: FixedGrid) -> tuple[float, float]:
-        returned = back(posterior.weights, forward(solver)(posterior.weights, z, context), context)
-        error = np.asarray(jnp.sqrt(jnp.sum(((returned - method.initial(z)) / scale) ** 2, axis=(-2, -1))))
+        """(median, 95 % quantile) of what is between the noise and that which the tight solution takes the solver's draws to."""
+        returned = solved(tight, solved(solver, noise), reverse=True)
+        error = np.asarray(jnp.sqrt(jnp.sum(((returned - noise) / scale) ** 2, axis=(-2, -1))))
         error = np.where(np.isfinite(error), error, np.inf)
         return float(np.median(error)), float(np.quantile(error, 0.95, method="higher"))  # between inf and inf is nan
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from distsbi.methods import Method, Moment
 from distsbi.solvers.field import Field, known
@@ -299,11 +299,13 @@ class FixedGrid:
         schedule: Any = None,
         reverse: bool = False,
         trajectory: bool = False,
+        steps: Int32[Array, ""] | None = None,
     ) -> Array:
         """y at the last time from y at the first; `reverse`: the other way.
 
         `noise`: for stochastic rules. `schedule`: of the field's method and `reverse`; None: made here. `trajectory`: y at every time
-        instead, with a new leading axis.
+        instead, with a new leading axis. `steps`: so many of the rows of a schedule that may be longer, and of any grid, so that one program serves grids
+        of every length; it has no gradient.
         """
         rule = RULES[self.rule]
         if rule.stochastic and noise is None:
@@ -319,6 +321,9 @@ class FixedGrid:
             return (y, memory), (y if trajectory else None)
 
         start = (y, (jnp.zeros_like(y), jnp.zeros((), jnp.float32)))
+        if steps is not None:
+            at = lambda i: jax.tree.map(lambda a: a[i], schedule)  # noqa: E731
+            return jax.lax.fori_loop(0, steps, lambda i, carry: step(carry, (at(i), i))[0], start)[0]
         (end, _), path = jax.lax.scan(step, start, (schedule, jnp.arange(len(self.times) - 1)))
         return jnp.concatenate([y[None], path]) if trajectory else end
 
