@@ -1,5 +1,8 @@
 """What JAX compiles while something runs."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 
 
@@ -20,3 +23,14 @@ class Compilations:
 
     def __exit__(self, *exc):
         self.on = False
+
+
+@contextlib.contextmanager
+def optimised(yes: bool = True) -> Iterator[None]:
+    """What is compiled inside is compiled as users compile it: for what computes for longer than it compiles, in a file that is not marked so."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", before and not yes)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

@@ -30,6 +30,7 @@ os.environ.setdefault("PYTHONPATH", str(ROOT))  # for processes that tests start
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # frames of pytest in every operation of every program
 
 import pytest  # noqa: E402
 
@@ -153,7 +154,24 @@ def s3() -> Iterator[str]:
         server.stop()
 
 
-LONGEST = ("test_readme.py", "test_training.py", "test_joint.py", "test_matrix.py", "test_kill.py")
+LONGEST = (
+    *(
+        "test_readme.py",
+        "test_processes.py",
+        "test_training.py",
+        "test_joint.py",
+        "test_launch.py",
+        "test_pipelines.py",
+    ),
+    *("test_matrix.py", "test_dataset.py", "test_kill.py", "test_distill.py", "test_images.py", "test_density.py"),
+)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage need not go through it again, nor after every few hundred objects of a trace."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

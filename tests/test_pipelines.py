@@ -193,7 +193,7 @@ def test_a_run_of_another_prior_is_not_taken_up(tmp_path, trained, given, says):
     MLPFlowPipeline(None, None, 2, 2, **options).restore(tmp_path / "run")
 
 
-@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("raw", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_prior_over_decades_is_learned_over_all_of_them(raw, tmp_path):
     """rate in (1e-4, 1e4), x = log(rate) + noise of sd 0.1, or exp of that: at both ends and between the median draw is the rate, within a factor of 1.6."""
     rng = np.random.default_rng(0)

@@ -236,8 +236,15 @@ def _least_squares(
 
 def _unbounded(values: np.ndarray, bijection: Bijection) -> np.ndarray:
     """values [n, ...] on the real line, block by block: all of them need not fit on a device."""
-    parts = [bijection.forward(jnp.asarray(values[part], jnp.float32)) for part in _parts(values)]
-    return np.concatenate([np.asarray(part) for part in parts])
+    return np.concatenate(
+        [np.asarray(_forward(bijection, np.asarray(values[part], np.float32))) for part in _parts(values)]
+    )
+
+
+@jax.jit
+def _forward(bijection: Bijection, values: Array) -> Array:
+    """One program instead of one for each of its operations."""
+    return bijection.forward(values)
 
 
 def _scored(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Float[np.ndarray, "rows columns"]:

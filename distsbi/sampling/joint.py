@@ -169,18 +169,14 @@ class JointPosterior(Posterior):
                 raise ValueError("x is given twice, as x_o and in given; leave one of them out.")
             given = {X: x_o, **given}
         posterior, x = self.condition(given)
+        wanted = None if of is None else [self.token_names[i] for i in self.tokens(of)]
+        for name in wanted or ():
+            if name not in posterior.parameter_names:
+                raise ValueError(f"{name!r} is given, so it cannot be drawn; leave it out of `of`.")
         drawn = Posterior.sample(posterior, one_of("rng", rng, "key", key), x, nsamples, **options)
         if options.get("check"):
             self.last_check = posterior.last_check
-        if of is None:
-            return drawn
-        index = []
-        for i in self.tokens(of):
-            name = self.token_names[i]
-            if name not in posterior.parameter_names:
-                raise ValueError(f"{name!r} is given, so it cannot be drawn; leave it out of `of`.")
-            index.append(posterior.parameter_names.index(name))
-        return drawn[..., index, :]
+        return drawn if wanted is None else drawn[..., [posterior.parameter_names.index(name) for name in wanted], :]
 
     def condition(self, given: Mapping[str, Any]) -> tuple[Posterior, Float[np.ndarray, "1 given ch"]]:
         """(the posterior of what is not given, what is given as its x). Raises as `sample` does."""

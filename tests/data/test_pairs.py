@@ -340,3 +340,13 @@ def test_plain_lists_of_one_length_are_pairs(tmp_path):
     )
     with pytest.raises(ValueError, match="lists of .1, 2. numbers in column x; all must have 1"):
         read_pairs(tmp_path / "lists")
+
+
+def test_missing_entries_are_written_where_that_is_said(tmp_path):
+    x = np.where(RNG.uniform(size=X.shape) < 0.2, np.nan, X)
+    with pytest.raises(ValueError, match="entries of x that are missing may be NaN with missing=True"):
+        write_pairs(tmp_path / "pairs", THETA, x)
+    write_pairs(tmp_path / "pairs", THETA, x, missing=True)
+    with pytest.raises(ValueError, match="NaN"):
+        read_pairs(tmp_path / "pairs")
+    np.testing.assert_array_equal(read_pairs(tmp_path / "pairs", missing=True).x, x)

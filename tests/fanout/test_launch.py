@@ -236,7 +236,7 @@ def test_what_would_come_again(fake_ray, tmp_path, error):
     assert str(error) in str(raised.value)
 
 
-@pytest.mark.parametrize("how", ["killed", "disk"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("disk", marks=pytest.mark.slow)])
 def test_two_workers_one_of_which_is_lost(local_ray, tmp_path, how):
     """Both are started again."""
     told = launch("tests.fanout.launched:add", {"out": str(tmp_path), "how": how}, tmp_path, 2)
@@ -245,7 +245,10 @@ def test_two_workers_one_of_which_is_lost(local_ray, tmp_path, how):
     assert not (tmp_path / STORAGE).exists()
 
 
-@pytest.mark.parametrize(("kind", "raised"), [("ValueError", ValueError), ("PermissionError", RuntimeError)])
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [("ValueError", ValueError), pytest.param("PermissionError", RuntimeError, marks=pytest.mark.slow)],
+)
 def test_an_error_of_a_worker_is_told(local_ray, tmp_path, kind, raised):
     """At once: the same error would come again."""
     with pytest.raises(raised, match="the data are bad; mend them"):

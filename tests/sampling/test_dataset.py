@@ -253,6 +253,7 @@ def run(tmp_path_factory, posterior):
 def test_two_processes_draw_what_one_device_draws(run, tmp_path, monkeypatch):
     """In two halves of the parts, one each; the bits are those of another process with one device."""
     out, words = tmp_path / "draws", ["sample", str(run), "--x", "0.3,0.3,0.3", "--nsamples", "300000", "--seed", "5"]
+    words += ["--solver", "euler", "--steps", "2"]
     (first, said), (second, quiet) = run_two([*words, "--out", str(out)])
     assert (first, second) == (0, 0), said + quiet
     assert "300,000 draws in 3 parts" in said

@@ -24,7 +24,7 @@ def pipeline():
     task = get_task("two_moons")
     pairs = tuple(np.asarray(a) for a in task.pairs(jax.random.key(0), 4_000))
     made = MLPFlowPipeline(
-        pairs, None, 2, 2, params=MLPParams(2, 2, width=48, depth=2), prior=task.prior, mesh={"data": 2},
+        pairs, None, 2, 2, params=MLPParams(2, 2, width=48, depth=2), prior=task.prior, mesh={"data": 1},
         training_config={"nsteps": 300, "batch_size": 128, "calibrate": False, "show_progress": False},
     )  # fmt: skip
     made.train(nnx.Rngs(0))
@@ -83,6 +83,7 @@ def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
             call()
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_distilled_in_float32():
     """As the same weights kept in float32 are, and rounded once, at the end."""
     config = DistillConfig(1, nsteps=50, batch_size=16, teacher_steps=2, max_lr=1e-2, show_progress=False)

@@ -24,7 +24,15 @@ from distsbi.networks import MLP, MLPParams
 pytestmark = pytest.mark.optimised
 
 PRIOR = Prior(row=dist.Uniform(0.0, 1.0), column=dist.Uniform(0.0, 1.0))
-QUICK = {"nsteps": 30, "batch_size": 64, "val_every": 15, "calibrate": False, "show_progress": False}
+QUICK = {
+    "nsteps": 30,
+    "batch_size": 64,
+    "val_every": 15,
+    "calibrate": False,
+    "show_progress": False,
+    "optimizer": "adamw",
+    "weight_decay": 0.0,
+}
 SMALL = {"width": 16, "depth": 1, "embed_depth": 0}
 KEY = jax.random.key(7)
 TWO = {"data": 2}
@@ -121,6 +129,18 @@ def test_a_catalog_of_images(images):
     image[2] = 0.0
     expected = pipeline.sample_batched(0, image, 20, steps=4)
     np.testing.assert_array_equal(open_catalog(folder / "out").draws(4), expected[:, 4])
+
+
+def test_a_folder_of_flat_rows_is_that_of_the_instruments(tmp_path):
+    """What a simulator gives, which returns one array: the parts in alphabetical order."""
+    theta, image, spectrum = simulate(40)
+    write_pairs(tmp_path / "pairs", theta, np.concatenate([image.reshape(40, -1), spectrum[..., 0]], 1))
+    options = {"params": SMALL, "prior": PRIOR, "mesh": TWO}
+    sizes = {"spectrum": 3, "image": (SIDE, SIDE)}
+    folder = MLPFlowPipeline(tmp_path / "pairs", None, 2, sizes, **options)
+    arrays = MLPFlowPipeline((theta, {"image": image, "spectrum": spectrum}), None, 2, sizes, **options)
+    for a, b in zip(folder._source.fit(), arrays._source.fit(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_instruments_and_one_that_is_missing(instruments):

@@ -25,9 +25,15 @@ def _hash(devices: str, threads: str, case: str) -> str:
 
 
 @pytest.mark.cpus
-@pytest.mark.parametrize("network", ["mlp", pytest.param("flux", marks=pytest.mark.slow)])
-def test_bits_do_not_depend_on_placement(network):
+@pytest.mark.parametrize(
+    ("network", "placements"),
+    [
+        ("mlp", {"one": ("1", "1", "whole"), "all else": ("3", "2", "reversed shards")}),
+        *(pytest.param(network, PLACEMENTS, marks=pytest.mark.slow) for network in ("mlp", "flux")),
+    ],
+)
+def test_bits_do_not_depend_on_placement(network, placements):
     hashes = {
-        name: _hash(devices, threads, f"{network} {case}") for name, (devices, threads, case) in PLACEMENTS.items()
+        name: _hash(devices, threads, f"{network} {case}") for name, (devices, threads, case) in placements.items()
     }
     assert len(set(hashes.values())) == 1, hashes

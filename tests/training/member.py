@@ -35,6 +35,7 @@ def main(path: str, coordinator: str, count: str, index: str, *options: str) -> 
     config = {
         "nsteps": int(given.get("nsteps", 120)), "val_every": 15, "save_every": 15, "batch_size": int(given.get("batch_size", 64)),
         "calibrate": False, "early_stopping": False, "checkpoint_dir": path, "fsdp": "fsdp" in given, "show_progress": False,
+        "optimizer": given.get("optimizer", "adamw"),
     }  # fmt: skip
     kept = []
     place = loop.rows.place
@@ -50,7 +51,7 @@ def main(path: str, coordinator: str, count: str, index: str, *options: str) -> 
         None,
         2,
         2,
-        params=MLPParams(2, 2, width=64, depth=2),
+        params=MLPParams(2, 2, width=32, depth=2),
         training_config=config,
         prior=task.prior,
     )

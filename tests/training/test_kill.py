@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-QUICK, FULL = (2, 600), (20, 1_500)  # kills, updates
+QUICK, FULL = (1, 400), (20, 1_500)  # kills, updates
 
 
 def _start(path, nsteps) -> subprocess.Popen:

@@ -18,7 +18,7 @@ def main(path: str, nsteps: str) -> None:
         "nsteps": int(nsteps), "val_every": 50, "save_every": 50, "batch_size": 64, "calibrate": False,
         "early_stopping": False, "checkpoint_dir": path, "show_progress": False,
     }  # fmt: skip
-    params = MLPParams(2, 2, width=64, depth=2)
+    params = MLPParams(2, 2, width=32, depth=2)
     pipeline = MLPFlowPipeline(
         pairs, None, 2, 2, params=params, training_config=config, prior=task.prior, mesh={"data": 2}
     )
