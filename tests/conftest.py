@@ -154,17 +154,10 @@ def s3() -> Iterator[str]:
         server.stop()
 
 
-LONGEST = (
-    *(
-        "test_readme.py",
-        "test_processes.py",
-        "test_training.py",
-        "test_joint.py",
-        "test_launch.py",
-        "test_pipelines.py",
-    ),
-    *("test_matrix.py", "test_dataset.py", "test_kill.py", "test_distill.py", "test_images.py", "test_density.py"),
-)
+LONGEST = """
+    test_readme.py test_processes.py test_training.py test_joint.py test_pipelines.py test_matrix.py test_dataset.py test_kill.py test_distill.py
+    test_images.py test_density.py
+""".split()
 
 
 def pytest_collection_finish() -> None:
