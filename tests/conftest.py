@@ -154,10 +154,19 @@ def s3() -> Iterator[str]:
         server.stop()
 
 
-LONGEST = """
-    test_readme.py test_processes.py test_training.py test_joint.py test_pipelines.py test_matrix.py test_dataset.py test_kill.py test_distill.py
-    test_images.py test_density.py
-""".split()
+LONGEST = (
+    "readme",
+    "processes",
+    "training",
+    "joint",
+    "pipelines",
+    "matrix",
+    "dataset",
+    "kill",
+    "distill",
+    "images",
+    "density",
+)
 
 
 def pytest_collection_finish() -> None:
@@ -173,4 +182,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cpus"):
                 item.add_marker(pytest.mark.skip(f"needs CPU devices; the tests run on {PLATFORMS}"))
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
