@@ -15,9 +15,10 @@ Training folds a tag of its purpose in first, so that no update has the key of a
     key 0 --fold_in(VALIDATION)--fold_in(batch)--> split: times, noise, pose
     key 0 --fold_in(AUGMENTED)--fold_in(purpose)--fold_in(block)--> augmentation of pairs outside the updates
 
-The pairs that `distsbi train` simulates before it trains, and the updates of a student, whose seed is its own:
+The pairs that `distsbi train` simulates before it trains, those that `distsbi check` does, and the updates of a student, whose seed is its own:
 
     seed key --fold_in(PAIRS)--> pairs
+    seed key --fold_in(CHECKED)--> pairs that a run is checked with
     seed key --fold_in(step)--> split: data, noise, who begins a segment where, times --fold_in(segment)--> times of a segment
 
 Simulations have a key for the theta of each block of rows, and one for the simulator at each row:
@@ -38,7 +39,7 @@ IMPL = "threefry2x32"
 MAX_DRAWS = 2**32
 UPDATES, EPOCHS, VALIDATION = 0x75706461, 0x65706F63, 0x76616C69  # "upda", "epoc", "vali"
 AUGMENTED, FOR_SCALES, FOR_VALIDATION = 0x6175676D, 0, 1  # "augm", and its purposes
-PAIRS = 2**31
+PAIRS, CHECKED = 2**31, 0x63686563  # "chec"
 THETAS, SIMULATIONS = 0x74686574, 0x73696D75  # "thet", "simu"
 
 
@@ -186,6 +187,11 @@ def augmentation_key(purpose: int, block: int) -> Key[Array, ""]:
 def pairs_key(key: Key[Array, ""]) -> Key[Array, ""]:
     """The key of pairs that are simulated for a training with this key."""
     return jax.random.fold_in(key, PAIRS)
+
+
+def checked_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """Of the pairs that a run is checked with: no run was trained on them."""
+    return jax.random.fold_in(key, CHECKED)
 
 
 def student_keys(key: Key[Array, ""], step: Array) -> Key[Array, "4"]:

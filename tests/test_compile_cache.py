@@ -36,8 +36,9 @@ def test_a_command_keeps_its_programs(tmp_path: Path) -> None:
 def undecided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A user who has said nothing about a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(compile_cache.FOLDER)
-    monkeypatch.delenv(compile_cache.LEAST)
+    for name in (compile_cache.FOLDER, compile_cache.LEAST, compile_cache.CHOSEN):
+        monkeypatch.setenv(name, "")  # so that what is set in the test is undone
+        monkeypatch.delenv(name)
     before = {
         name: jax.config.values[name]
         for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -58,6 +59,19 @@ def test_where_jax_is_imported_already(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert jax.config.values["jax_compilation_cache_dir"] == os.environ[compile_cache.FOLDER]
     assert Path(os.environ[compile_cache.FOLDER]).parent == tmp_path / "distsbi"
     assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == compile_cache.LEAST_SECONDS
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_worker_of_a_command_has_a_folder_of_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it finds the driver's in its environment."""
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    compile_cache.use_compile_cache()
+    drivers = os.environ[compile_cache.FOLDER]
+    compile_cache.use_compile_cache()
+    assert os.environ[compile_cache.FOLDER] == drivers
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    compile_cache.use_compile_cache()
+    assert os.environ[compile_cache.FOLDER] == jax.config.values["jax_compilation_cache_dir"] != drivers
 
 
 @pytest.mark.usefixtures("undecided")

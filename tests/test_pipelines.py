@@ -167,7 +167,8 @@ def test_a_run_of_other_parameters_is_not_taken_up(tmp_path):
 
     with pytest.raises(ValueError, match="trained with the parameters spin, mass, and this pipeline is of mass, spin"):
         pipeline("mass", "spin").restore(tmp_path / "run")
-    assert pipeline("spin", "mass").restore(tmp_path / "unnamed").parameter_names == ("spin", "mass")
+    named = pipeline("spin", "mass").restore(tmp_path / "unnamed")
+    assert named.parameter_names == named.posterior.parameter_names == ("spin", "mass")
     assert pipeline().restore(tmp_path / "run").parameter_names == ("spin", "mass")
 
 
@@ -419,6 +420,11 @@ def test_a_folder_of_simulations_brings_its_prior(tmp_path):
     assert found("task") == [Support(-1.0, 1.0)] * 2
     assert found("none") == [Support()] * 2
     assert found("own", prior={"a": "Uniform(-3, 3)", "b": "Uniform(-3, 3)"}) == [Support(-3.0, 3.0)] * 2
+    write_pairs(
+        tmp_path / "swapped", theta, x, names=["a", "b"], source={"prior": {"b": "Normal(0, 3)", "a": "Uniform(-2, 2)"}}
+    )
+    with pytest.raises(ValueError, match="are of a, b, in this order; the prior is of b, a"):
+        found("swapped")
     streamed = MLPFlowPipeline(StreamedPairs(tmp_path / "own"), pairs(9), 2, 2, params=SMALL)
     assert streamed._supports == [Support(-2.0, 2.0), Support()]
 

@@ -38,7 +38,7 @@ def check(
     mesh: dict[str, int] | None,
     **solver: Any,
 ) -> None:
-    """Say whether RUN is calibrated, by SBC, expected coverage and TARP on pairs that it was not trained on.
+    """Say whether RUN is calibrated, by SBC, coverage and TARP on pairs that it was not trained on.
 
     Make them with another --seed: distsbi simulate ... --seed 1 --n 1000 --out held-out
     """
@@ -51,7 +51,7 @@ def check(
     from distsbi.sampling import load
 
     posterior = load(run, mesh=axes, network=network)
-    theta, x = _of_folder(data, posterior, n) if data is not None else _of_task(task or "", seed, n)
+    theta, x = _of_folder(data, posterior, n) if data is not None else _of_task(task or "", posterior, seed, n)
     solver = {name: value for name, value in solver.items() if value is not None}
     found = check_calibration(posterior, theta, x, nsamples=nsamples, seed=seed, **solver)
     if plot is not None:
@@ -62,7 +62,12 @@ def check(
     told, coverage = found.to_dict(), found.coverage()
     levels = next(iter(told["coverage"].values()))
     rows = [
-        (name, f"{p:.3g}", f"{told['bias'][name]:+.1f}", *(f"{share:.3f}" for share in coverage.get(name, ())))
+        (
+            name,
+            f"{p:.3g}",
+            *(f"{told['bias'][name]:+.1f}" for _ in range(name in told["bias"])),
+            *(f"{share:.3f}" for share in coverage.get(name, ())),
+        )
         for name, p in told["p_values"].items()
     ]
     header = ("parameter", "p", "bias", *(f"{float(level):.0%}" for level in levels))
@@ -83,11 +88,7 @@ def _of_folder(path: Path, posterior: Any, n: int) -> tuple[Any, Any]:
     from distsbi.data.parquet import read_file
 
     folder = open_pairs(path)
-    unnamed = tuple(f"theta_{i}" for i in range(len(folder.names)))
-    if folder.names != posterior.parameter_names and unnamed not in (folder.names, posterior.parameter_names):
-        raise ValueError(
-            f"the pairs in {path} are of {', '.join(folder.names)}, and this run is of {', '.join(posterior.parameter_names)}."
-        )
+    _same_parameters(f"the pairs in {path} are", folder.names, posterior)
     parts, rows = [], 0
     for file in folder.files:
         parts.append(read_file(file, folder.theta_shape, folder.x_shape))
@@ -98,15 +99,24 @@ def _of_folder(path: Path, posterior: Any, n: int) -> tuple[Any, Any]:
     return theta, x
 
 
-def _of_task(name: str, seed: int, n: int) -> tuple[Any, Any]:
-    """n new pairs of a task, others than those that `train --n` makes with any seed."""
+def _of_task(name: str, posterior: Any, seed: int, n: int) -> tuple[Any, Any]:
+    """n new pairs of a task, which no training has seen."""
     import jax
 
     from distsbi import keys
     from distsbi.tasks import get_task
 
-    theta, x = jax.device_get(get_task(name).pairs(jax.random.fold_in(keys.as_key(seed), 2**31), n))
-    return theta[..., None] if theta.ndim == 2 else theta, x[..., None] if x.ndim == 2 else x
+    task = get_task(name)
+    _same_parameters(f"the task {name} is", task.parameter_names, posterior)
+    return jax.device_get(task.pairs(keys.checked_key(keys.as_key(seed)), n))
+
+
+def _same_parameters(what: str, names: tuple[str, ...], posterior: Any) -> None:
+    """Raises ValueError if pairs are of other parameters than a run, unless one of them has no names."""
+    ours = posterior.parameter_names
+    unnamed = tuple(f"theta_{i}" for i in range(len(names)))
+    if tuple(names) != ours and (len(names) != len(ours) or unnamed not in (tuple(names), ours)):
+        raise ValueError(f"{what} of {', '.join(names)}, and this run is of {', '.join(ours)}.")
 
 
 def _plot(found: Any, path: Path) -> None:

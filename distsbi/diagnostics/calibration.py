@@ -3,11 +3,12 @@
 If theta was drawn from the prior and x simulated from it, theta is one more draw of p(theta | x). So, over many pairs,
 
     SBC       the rank of each theta_i among draws is uniform (Talts et al. 1804.06788)
-    coverage  a central interval of probability q holds theta_i in a share q of the pairs (Cook et al. 2006; Hermans et al. 2110.06581)
+    coverage  so a central interval of probability q holds theta_i in a share q of the pairs (Cook et al. 2006)
     TARP      the share of draws nearer to a point than theta is, is uniform, whatever the point (Lemos et al. 2302.03026)
 
-The first two look at one parameter at a time, and the prior itself passes them. The last looks at all parameters together; its points are what least
-squares say of theta given x, for only points that depend on x tell a posterior from the prior (ibid., sec. 3.3).
+The first two look at one parameter at a time, and the prior itself passes them. The last looks at all parameters together; its points are what a ridge
+regression says of theta given x, for only points that depend on x tell a posterior from the prior (ibid., sec. 3.3). Each half of the pairs has points that
+were fitted to the other, given which its shares are independent and uniform; those of both halves are so but for what the two fits have in common.
 """
 
 import dataclasses
@@ -19,11 +20,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from distsbi.sampling.checks import warn_far
+
 LEVELS = (0.5, 0.68, 0.9, 0.95)
 ALL = "all (TARP)"  # the row of what all parameters have in common
 AT_ONCE = 2**22  # numbers of draws in memory
 SIGNIFICANT = 0.01
-JITTER = 0.3  # of the points, in sds of what least squares leave
+JITTER = 0.3  # of the points, in sds of what the regression leaves
+RIDGE = 0.3
+MOST_DATA = 4_096  # of x that the points are made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Calibration:
     Args:
         names: of the parameters; with channels `name[channel]`.
         nsamples: draws for each pair.
-        ranks: of each parameter among its draws, 0 to nsamples.
+        ranks: of each parameter among its draws, 0 to nsamples, among equal ones at random.
         nearer: share of the draws that are nearer to the pair's random point than theta is.
         seed: of the draws, points and ties.
     """
@@ -46,7 +51,7 @@ class Calibration:
 
     @property
     def uniform(self) -> dict[str, Float[np.ndarray, "n"]]:
-        """For each parameter, and `ALL`, numbers in (0, 1) that are uniform where the posterior is calibrated: ties are broken at random."""
+        """For each parameter, and `ALL`, numbers in (0, 1) that are uniform where the posterior is calibrated: at random within a rank."""
         rng = np.random.default_rng(self.seed)
         counts = np.concatenate([self.ranks, np.rint(self.nearer * self.nsamples)[:, None]], axis=1)
         shares = (counts + rng.uniform(size=counts.shape)) / (self.nsamples + 1)
@@ -61,9 +66,10 @@ class Calibration:
 
     @property
     def bias(self) -> dict[str, float]:
-        """Mean of `uniform` less a half, in its standard errors: positive where draws are too low, negative where they are too high."""
+        """Of each parameter the mean of `uniform` less a half, in its standard errors: positive where draws are too low, negative where they are too
+        high."""
         error = np.sqrt(1 / 12 / len(self.ranks))
-        return {name: float((shares.mean() - 0.5) / error) for name, shares in self.uniform.items()}
+        return {name: float((shares.mean() - 0.5) / error) for name, shares in self.uniform.items() if name != ALL}
 
     def coverage(self, levels: Sequence[float] = LEVELS) -> dict[str, tuple[float, ...]]:
         """Share of the pairs whose theta lies in the central interval of each probability; below it: too narrow."""
@@ -75,7 +81,7 @@ class Calibration:
 
     @property
     def suspect(self) -> tuple[str, ...]:
-        """Rows that are not uniform: all of them are called so at once in one of a hundred calibrated posteriors (Holm's rule)."""
+        """Rows that are not uniform: in at most one of a hundred calibrated posteriors any row is called so (Holm's rule)."""
         ordered = sorted(self.p_values.items(), key=lambda item: item[1])
         found = []
         for i, (name, p) in enumerate(ordered):
@@ -116,15 +122,16 @@ def check_calibration(
     show_progress: bool | None = None,
     **options: Any,
 ) -> Calibration:
-    """SBC, expected coverage and TARP of a `Posterior`, or of a trained pipeline, from `nsamples` draws for each of n pairs; a few hundred pairs, simulated
+    """SBC, coverage and TARP of a `Posterior`, or of a trained pipeline, from `nsamples` draws for each of n pairs; a few hundred pairs, simulated
     from the prior and not trained on. `options`: of `Posterior.draw`.
 
-    Raises ValueError for fewer than 20 pairs, wrong shapes, non-finite values, and a density without conditions.
+    Warns of x far outside the simulations. Raises ValueError for fewer than 20 pairs, wrong shapes, non-finite values, theta outside the prior that the
+    posterior was trained with, and a density without conditions.
     """
     posterior = getattr(posterior, "posterior", posterior)
     if posterior.is_unconditional:
         raise ValueError("this is a density without conditions; calibration is of posteriors given data.")
-    xs = posterior.check_xs(x)
+    xs = warn_far(posterior.check_xs(x), posterior.scales, posterior.facts.get("x_extent"))
     truth = np.asarray(theta, np.float32)
     truth = truth[..., None] if truth.ndim == 2 and posterior.ch_theta == 1 else truth
     shape = (len(xs), posterior.dim_theta, posterior.ch_theta)
@@ -132,12 +139,23 @@ def check_calibration(
         raise ValueError(f"theta must have shape {shape}, a row for each of x; got {truth.shape}.")
     if not np.isfinite(truth).all():
         raise ValueError("theta holds NaN or inf; leave those pairs out.")
+    bounds = [(s.low, s.high) for s in posterior.scales.bijection.supports]
+    low, high = np.asarray(bounds, np.float32).T[..., None]
+    outside = ((truth < low) | (truth > high)).any(-1)
+    if outside.any():
+        row, column = (int(i) for i in np.argwhere(outside)[0])
+        raise ValueError(
+            f"theta of {int(outside.any(1).sum())} pairs lies outside the prior that this posterior was trained with, first in row {row}: "
+            f"{posterior.parameter_names[column]} = {truth[row, column].ravel()[0]:g}, prior [{low[column, 0]:g}, {high[column, 0]:g}]. Simulate the pairs from that "
+            f"prior."
+        )
     if len(xs) < 20:
         raise ValueError(f"calibration needs 20 pairs at least, and hundreds to say much; got {len(xs)}.")
     if isinstance(nsamples, bool) or not isinstance(nsamples, (int, np.integer)) or nsamples < 20:
         raise ValueError(f"nsamples must be 20 or more draws for each pair; got {nsamples!r}.")
     flat = truth.reshape(len(xs), -1)
-    points, scales = _points(flat, xs.reshape(len(xs), -1), np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    points, scales = _points(flat, xs.reshape(len(xs), -1), rng)
     ranks, nearer = np.empty(flat.shape, np.int64), np.empty(len(xs))
     step = max(1, AT_ONCE // (nsamples * flat.shape[1]))
     hidden = None if show_progress is None else not show_progress
@@ -153,10 +171,10 @@ def check_calibration(
                 **options,
             )
             drawn = drawn.reshape(len(drawn), nsamples, -1)
-            ranks[rows] = (drawn < flat[rows, None]).sum(1)
+            ranks[rows] = _rank(drawn, flat[rows, None], rng)
             point, scale = points[rows, None], scales[rows, None]
             far = np.linalg.norm((flat[rows, None] - point) / scale, axis=-1)
-            nearer[rows] = (np.linalg.norm((drawn - point) / scale, axis=-1) < far).mean(1)
+            nearer[rows] = _rank(np.linalg.norm((drawn - point) / scale, axis=-1), far, rng) / nsamples
             bar.update(rows.stop - rows.start)
     channels = posterior.ch_theta
     names = tuple(
@@ -167,20 +185,32 @@ def check_calibration(
     return Calibration(names, int(nsamples), ranks, nearer, seed)
 
 
+def _rank(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How many draws, along axis 1, are below the truth; those that equal it are below or above at random."""
+    below, equal = (draws < truth).sum(1), (draws == truth).sum(1)
+    return below + rng.integers(0, equal + 1)
+
+
 def _points(
     theta: Float[np.ndarray, "n parameters"], x: Float[np.ndarray, "n data"], rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "n parameters"], Float[np.ndarray, "n parameters"]]:
     """(points near theta, scales of what lies between). Those of each half of the pairs come of the other half, so that given x they say nothing of the
     pair's own theta."""
+    if x.shape[1] > MOST_DATA:
+        x = x[:, np.linspace(0, x.shape[1] - 1, MOST_DATA).round().astype(int)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of an entry that is missing in all pairs
-        data = np.nan_to_num((x - np.nanmean(x, 0)) / np.maximum(np.nanstd(x, 0), 1e-12))
-    data = np.concatenate([np.ones((len(x), 1)), data], axis=1)
+        data = np.nan_to_num((x - np.nanmean(x, 0)) / np.maximum(np.nanstd(x, 0), 1e-12)) / np.sqrt(x.shape[1])
     points, scales = np.empty(theta.shape), np.empty(theta.shape)
     halves = slice(0, None, 2), slice(1, None, 2)
     for here, there in (halves, halves[::-1]):
-        slope = np.linalg.lstsq(data[there], theta[there], rcond=None)[0]
-        spread = (theta[there] - data[there] @ slope).std(0)
-        scales[here] = np.where(spread > 1e-6 * theta.std(0), spread, theta.std(0) + (theta.std(0) == 0))
-        points[here] = data[here] @ slope + JITTER * scales[here] * rng.normal(size=theta[here].shape)
+        known, mean = data[there], theta[there].mean(0)
+        kernel = known @ known.T
+        weights = np.linalg.solve(kernel + RIDGE * np.eye(len(kernel)), theta[there] - mean)
+        spread = (theta[there] - mean - kernel @ weights).std(0)
+        whole = theta[there].std(0)
+        scales[here] = np.where(spread > 1e-3 * whole, spread, np.where(whole > 0, whole, 1.0))
+        points[here] = (
+            mean + data[here] @ (known.T @ weights) + JITTER * scales[here] * rng.normal(size=theta[here].shape)
+        )
     return points, scales

@@ -111,7 +111,8 @@ class ConditionalPipeline(Answers):
         carried, names = getattr(train_dataset, "prior", None), getattr(train_dataset, "parameter_names", None)
         if isinstance(train_dataset, (str, os.PathLike)):
             folder = open_pairs(train_dataset)
-            carried, names = prior_of(folder), names_of(train_dataset, folder, prior)
+            carried = prior_of(folder)
+            names = names_of(train_dataset, folder, carried if prior is None else prior)
         self.prior = prior if prior is not None else carried
         self.augment = augment if augment is None or self.layout.is_plain else on_packed(augment, self.layout)
         self.training_config = (
@@ -330,9 +331,11 @@ class ConditionalPipeline(Answers):
         sizes = [self.dim_obs, self.ch_obs, self.dim_cond, self.ch_cond]
         make = functools.partial(self._make_posterior, nnx.state(self.model, nnx.Param), solver=None, facts={})
         found, scales = saved_run(path, self.model, self.makes, sizes, self.mesh, make)
-        self.parameter_names = common_names(path, self.parameter_names, found)
+        names = common_names(path, self.parameter_names, found)
         if self.prior is not None:
-            check_prior(path, self.parameter_names, self._supports, scales)
+            check_prior(path, names, self._supports, scales)
+        self.parameter_names = names
+        found.rename(names)
         weights = found.joint if isinstance(found, JointPosterior) else found.network
         nnx.update(self.model, nnx.state(weights, nnx.Param))
         self._standardizer, self._posterior, self._last, self._asked = scales, found, None, None

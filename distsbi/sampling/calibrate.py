@@ -48,7 +48,7 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
 
     @functools.partial(jax.jit, static_argnames="rule")
     def solve(weights: Any, y: Array, context: Any, schedule: Any, steps: Array, rule: str) -> Array:
-        """Compiled once for each rule and way, for grids of any length."""
+        """Compiled once for each rule, for grids of any length, forwards and back."""
         field = make_field(nnx.merge(posterior.graphdef, weights.params), method)
         return FixedGrid(rule, (0.0, 1.0)).solve(field, y, context, schedule=schedule, steps=steps)
 

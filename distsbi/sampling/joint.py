@@ -68,6 +68,11 @@ class JointPosterior(Posterior):
         self.token_names = (*self.parameter_names, *data_names(total - dim_theta))
         self._patterns: dict[tuple[tuple[int, ...], tuple[int, ...]], Posterior] = {(free, given): self}
 
+    def rename(self, names: tuple[str, ...]) -> None:
+        super().rename(names)
+        self.token_names = (*names, *self.token_names[len(names) :])
+        self.forget_patterns()
+
     @property
     def joint(self) -> JointNetwork:
         """The network over all tokens, with its weights."""

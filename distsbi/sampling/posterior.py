@@ -241,6 +241,10 @@ class Posterior(Densities):
             )
         return solver
 
+    def rename(self, names: tuple[str, ...]) -> None:
+        """Gives the parameters other names."""
+        self.parameter_names = names
+
     @property
     def is_unconditional(self) -> bool:
         """Whether this is a density without conditions: its x is nothing."""

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from distsbi import get_task, keys
 from distsbi.cli import cli
 from distsbi.data import write_pairs
 from distsbi.diagnostics import check_calibration
-from distsbi.diagnostics.calibration import ALL, LEVELS, Calibration
+from distsbi.diagnostics.calibration import ALL, LEVELS, Calibration, _rank
 from distsbi.sampling import Tile
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
 
@@ -103,11 +104,34 @@ def test_draws_do_not_depend_on_how_many_are_at_hand(posterior, monkeypatch):
         ({"theta": np.zeros((5, 3)), "x": np.zeros((5, 2, 1))}, "needs 20 pairs at least"),
         ({"x": np.full((30, 2, 1), np.nan)}, "NaN"),
         ({"nsamples": 3}, "nsamples must be 20 or more"),
+        ({"theta": np.full((30, 3), np.inf)}, "theta holds NaN or inf"),
     ],
 )
 def test_what_cannot_be_checked(posterior, change, says):
     with pytest.raises(ValueError, match=says):
         check_calibration(posterior, **{"theta": np.zeros((30, 3)), "x": np.zeros((30, 2, 1)), **change})
+
+
+def test_pairs_of_another_prior():
+    posterior = random_mlp_posterior(mesh={"data": 1})
+    theta = np.zeros((30, 2))
+    theta[7, 1] = 1.5
+    with pytest.raises(
+        ValueError, match=r"theta of 1 pairs lies outside .* first in row 7: theta_1 = 1.5, prior \[-1, 1\]"
+    ):
+        check_calibration(posterior, theta, np.zeros((30, 3, 1)))
+
+
+def test_equal_draws_are_on_both_sides():
+    """All draws on the truth: ranks are uniform over 0 to 10; four standard errors of 3,000."""
+    found = _rank(np.zeros((3_000, 10)), np.zeros((3_000, 1)), np.random.default_rng(0))
+    assert np.abs(np.bincount(found, minlength=11) / 3_000 - 1 / 11).max() < 4 * np.sqrt(1 / 11 / 3_000)
+
+
+def test_new_pairs_of_a_task_are_not_those_of_a_training():
+    task, key = get_task("two_moons"), keys.as_key(0)
+    trained, checked = (task.pairs(make(key), 50)[0] for make in (keys.pairs_key, keys.checked_key))
+    assert not np.isin(np.asarray(checked), np.asarray(trained)).any()
 
 
 def test_a_density_is_not_checked():
@@ -134,6 +158,9 @@ def test_the_command(tmp_path):
     assert (tmp_path / "pp.png").stat().st_size > 1_000
     found = json.loads(run(*words, "--json").output)
     assert found["pairs"] == 40 and set(found["p_values"]) == {"a", "b", ALL} and found["suspect"]
-    assert "of 60 pairs" not in run("--task", "two_moons", "-n", 20, "--nsamples", 20, "--steps", 1).output
+    of_task = run("--task", "two_moons", "-n", 20, "--nsamples", 20, "--steps", 1)
+    assert "the task two_moons is of theta_0, theta_1" not in of_task.output  # it has no names
+    assert of_task.exit_code == 0 and "20 pairs of 20 draws" in of_task.output
+    assert "the task slcp is of" in str(run("--task", "slcp").exception)
     assert "give either --data" in run().output
     assert "are of b, a, and this run is of a, b" in str(run("--data", tmp_path / "other").exception)
