@@ -26,10 +26,10 @@ class Compilations:
 
 
 @contextlib.contextmanager
-def optimised(yes: bool = True) -> Iterator[None]:
+def optimised() -> Iterator[None]:
     """What is compiled inside is compiled as users compile it: for what computes for longer than it compiles, in a file that is not marked so."""
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", before and not yes)
+    jax.config.update("jax_disable_most_optimizations", False)
     try:
         yield
     finally:

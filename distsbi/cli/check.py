@@ -47,7 +47,7 @@ def check(
     if plot is not None and not plot.absolute().parent.is_dir():
         raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}.")
     axes = make_mesh(devices, mesh)
-    from distsbi.diagnostics import check_calibration
+    from distsbi.diagnostics.calibration import LEVELS, check_calibration
     from distsbi.sampling import load
 
     posterior = load(run, mesh=axes, network=network)
@@ -59,19 +59,17 @@ def check(
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=1))
         return
-    told, coverage = found.to_dict(), found.coverage()
-    levels = next(iter(told["coverage"].values()))
+    bias, coverage, blank = found.bias, found.coverage(LEVELS), [""] * len(LEVELS)
     rows = [
         (
             name,
             f"{p:.3g}",
-            *(f"{told['bias'][name]:+.1f}" for _ in range(name in told["bias"])),
-            *(f"{share:.3f}" for share in coverage.get(name, ())),
+            f"{bias[name]:+.1f}" if name in bias else "",
+            *([f"{share:.3f}" for share in coverage[name]] if name in coverage else blank),
         )
-        for name, p in told["p_values"].items()
+        for name, p in found.p_values.items()
     ]
-    header = ("parameter", "p", "bias", *(f"{float(level):.0%}" for level in levels))
-    table(header, [(*row, *[""] * (len(header) - len(row))) for row in rows])
+    table(("parameter", "p", "bias", *(f"{level:.0%}" for level in LEVELS)), rows)
     pairs = f"{counted(len(theta), 'pair')} of {counted(nsamples, 'draw')}, seed {seed}"
     click.echo(
         f"not calibrated: {', '.join(found.suspect)} ({pairs}); train longer or on more simulations"
@@ -113,9 +111,10 @@ def _of_task(name: str, posterior: Any, seed: int, n: int) -> tuple[Any, Any]:
 
 def _same_parameters(what: str, names: tuple[str, ...], posterior: Any) -> None:
     """Raises ValueError if pairs are of other parameters than a run, unless one of them has no names."""
+    from distsbi.data.prior import same_parameters
+
     ours = posterior.parameter_names
-    unnamed = tuple(f"theta_{i}" for i in range(len(names)))
-    if tuple(names) != ours and (len(names) != len(ours) or unnamed not in (tuple(names), ours)):
+    if not same_parameters(names, ours):
         raise ValueError(f"{what} of {', '.join(names)}, and this run is of {', '.join(ours)}.")
 
 

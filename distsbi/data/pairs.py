@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distsbi.data.parquet import read_file, read_footer, write_file
-from distsbi.data.prior import check_names
+from distsbi.data.prior import check_names, default_names
 from distsbi.files import one_holder
 
 UNFINISHED = "_unfinished"  # is there while a folder is being simulated or written
@@ -54,7 +54,7 @@ def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None, *, missing:
         raise ValueError("theta and x have no rows; give at least one pair.")
     check_finite(theta, x, missing=missing)
     dim = theta.shape[1]
-    return Pairs(theta, x, check_names(names, dim) if names is not None else tuple(f"theta_{i}" for i in range(dim)))
+    return Pairs(theta, x, check_names(names, dim) if names is not None else default_names(dim))
 
 
 def check_finite(theta: np.ndarray, x: np.ndarray, *, missing: bool = False) -> None:

@@ -259,7 +259,18 @@ def parameter_names(prior: Any, dim: int) -> tuple[str, ...]:
     """The prior's own `names`, else `theta_0`, `theta_1`, ... Raises ValueError if they are not `dim` different
     names."""
     given = getattr(prior, "names", None)
-    return check_names(given, dim) if given is not None else tuple(f"theta_{i}" for i in range(dim))
+    return check_names(given, dim) if given is not None else default_names(dim)
+
+
+def default_names(dim: int) -> tuple[str, ...]:
+    """What parameters without names are called."""
+    return tuple(f"theta_{i}" for i in range(dim))
+
+
+def same_parameters(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether they may be the same parameters in the same order: of equal names, or as many where one side has none."""
+    unnamed = default_names(len(names))
+    return tuple(names) == tuple(others) or (len(names) == len(others) and unnamed in (tuple(names), tuple(others)))
 
 
 def check_names(names: Sequence[str], dim: int) -> tuple[str, ...]:
@@ -296,20 +307,24 @@ def check_theta(prior: Any, theta: Float[np.ndarray, "n dim ..."], names: Sequen
     theta = np.asarray(theta, np.float32)
     bounds = supports(prior, theta.shape[1])
     per_component = theta.reshape(*theta.shape[:2], -1)
-    low = np.asarray([s.low for s in bounds], np.float32)[:, None]
-    high = np.asarray([s.high for s in bounds], np.float32)[:, None]
-    outside = (per_component < low) | (per_component > high)
-    if not outside.any():
+    beyond = outside(bounds, per_component)
+    if not beyond.any():
         return
-    row, column, channel = (int(i) for i in np.argwhere(outside)[0])
+    row, column, channel = (int(i) for i in np.argwhere(beyond)[0])
     name = (tuple(names) if names is not None else parameter_names(prior, theta.shape[1]))[column]
-    rows = int(outside.any(axis=(1, 2)).sum())
+    rows = int(beyond.any(axis=(1, 2)).sum())
     raise ValueError(
         f"{rows} of {len(theta)} rows of theta lie outside the prior; first: row {row}, parameter {name!r} = "
         f"{per_component[row, column, channel]:g}, "
         f"prior support [{bounds[column].low:g}, {bounds[column].high:g}]. Drop those rows or give the prior they were "
         f"drawn from."
     )
+
+
+def outside(bounds: Sequence[Support], theta: Float[np.ndarray, "n dim ch"]) -> Bool[np.ndarray, "n dim ch"]:
+    """Which numbers lie outside their support, to which its bounds belong."""
+    low, high = (np.asarray([getattr(s, end) for s in bounds], np.float32)[:, None] for end in ("low", "high"))
+    return (theta < low) | (theta > high)
 
 
 def _require_prior(prior: Any, what: str) -> None:

@@ -12,6 +12,7 @@ were fitted to the other, given which its shares are independent and uniform; th
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from distsbi.data.prior import outside
 from distsbi.sampling.checks import warn_far
 
 LEVELS = (0.5, 0.68, 0.9, 0.95)
@@ -49,7 +51,7 @@ class Calibration:
     nearer: Float[np.ndarray, "n"]
     seed: int
 
-    @property
+    @functools.cached_property
     def uniform(self) -> dict[str, Float[np.ndarray, "n"]]:
         """For each parameter, and `ALL`, numbers in (0, 1) that are uniform where the posterior is calibrated: at random within a rank."""
         rng = np.random.default_rng(self.seed)
@@ -57,7 +59,7 @@ class Calibration:
         shares = (counts + rng.uniform(size=counts.shape)) / (self.nsamples + 1)
         return dict(zip((*self.names, ALL), shares.T, strict=True))
 
-    @property
+    @functools.cached_property
     def p_values(self) -> dict[str, float]:
         """Of Kolmogorov and Smirnov's test of each row of `uniform`."""
         from scipy.stats import kstest
@@ -139,15 +141,14 @@ def check_calibration(
         raise ValueError(f"theta must have shape {shape}, a row for each of x; got {truth.shape}.")
     if not np.isfinite(truth).all():
         raise ValueError("theta holds NaN or inf; leave those pairs out.")
-    bounds = [(s.low, s.high) for s in posterior.scales.bijection.supports]
-    low, high = np.asarray(bounds, np.float32).T[..., None]
-    outside = ((truth < low) | (truth > high)).any(-1)
-    if outside.any():
-        row, column = (int(i) for i in np.argwhere(outside)[0])
+    bounds = posterior.scales.bijection.supports
+    beyond = outside(bounds, truth)
+    if beyond.any():
+        row, column, channel = (int(i) for i in np.argwhere(beyond)[0])
         raise ValueError(
-            f"theta of {int(outside.any(1).sum())} pairs lies outside the prior that this posterior was trained with, first in row {row}: "
-            f"{posterior.parameter_names[column]} = {truth[row, column].ravel()[0]:g}, prior [{low[column, 0]:g}, {high[column, 0]:g}]. Simulate the pairs from that "
-            f"prior."
+            f"theta of {int(beyond.any((1, 2)).sum())} pairs lies outside the prior that this posterior was trained with, first in row {row}: "
+            f"{posterior.parameter_names[column]} = {truth[row, column, channel]:g}, prior [{bounds[column].low:g}, {bounds[column].high:g}]. Simulate the "
+            f"pairs from that prior."
         )
     if len(xs) < 20:
         raise ValueError(f"calibration needs 20 pairs at least, and hundreds to say much; got {len(xs)}.")

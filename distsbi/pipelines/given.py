@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from distsbi.data.pairs import PairsFolder
-from distsbi.data.prior import parse_prior
+from distsbi.data.prior import default_names, parse_prior
 from distsbi.networks import Layout
 from distsbi.tasks import TASKS, get_task
 
@@ -89,7 +89,7 @@ def prior_of(folder: PairsFolder) -> Any:
 def names_of(path: str | os.PathLike[str], folder: PairsFolder, prior: Any) -> tuple[str, ...]:
     """The parameters of a folder of pairs. Raises ValueError if the prior has other names for them, or another order."""
     names, given = folder.names, getattr(prior, "names", None)
-    unnamed = names == tuple(f"theta_{i}" for i in range(len(names)))
+    unnamed = names == default_names(len(names))
     if given is not None and not unnamed and len(given) == len(names) and tuple(given) != names:
         raise ValueError(
             f"the pairs in {path} are of {', '.join(names)}, in this order; the prior is of {', '.join(given)}. Give the prior in the order of "

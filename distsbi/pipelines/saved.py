@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from distsbi.data.bijection import Support
+from distsbi.data.prior import default_names, same_parameters
 from distsbi.data.standardise import Standardizer
 from distsbi.networks import Embedded, Unconditional, network_name
 from distsbi.sampling import Posterior
@@ -67,13 +68,12 @@ def saved_run(
 
 def common_names(path: str | os.PathLike[str], names: tuple[str, ...], found: Posterior) -> tuple[str, ...]:
     """The names of the parameters, of the run or of the pipeline where one of them has none. Raises ValueError if they are of other parameters."""
-    unnamed = tuple(f"theta_{i}" for i in range(len(names)))
-    if names != found.parameter_names and unnamed not in (names, found.parameter_names):
+    if not same_parameters(names, found.parameter_names):
         raise ValueError(
             f"{path} was trained with the parameters {', '.join(found.parameter_names)}, and this pipeline is of {', '.join(names)}: give the prior, "
             f"or the pairs, that it was trained with."
         )
-    return names if found.parameter_names == unnamed else found.parameter_names
+    return names if found.parameter_names == default_names(len(names)) else found.parameter_names
 
 
 def check_prior(
