@@ -49,7 +49,7 @@ def student(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import distsbi
     from distsbi.diagnostics import c2st
-    from distsbi.sampling import DistillConfig
+    from distsbi.sampling import DistillConfig, train_student
 
     teacher = distsbi.load(RUNS / arguments.cell, mesh={"data": DEVICES})
     task_name, _, nsims, seed, _ = arguments.cell.split("-")
@@ -58,7 +58,7 @@ def student(arguments: argparse.Namespace) -> dict[str, Any]:
     _, xs = jax.device_get(jax.jit(task.pairs, static_argnums=1)(data_key, int(nsims)))
     options = json.loads(arguments.distill)
     start = time.perf_counter()
-    made, losses = distsbi.distill(teacher, xs, DistillConfig(**options))
+    made, losses = train_student(teacher, xs, DistillConfig(**options))
     seconds = time.perf_counter() - start
     observations = known["observations"][: arguments.observations, :, None]
     scores = {}

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
         SimformerFlowPipeline as SimformerFlowPipeline,
         SimformerSMPipeline as SimformerSMPipeline,
         UnconditionalPipeline as UnconditionalPipeline,
+        distill as distill,
     )
     from distsbi.processes import initialize as initialize
     from distsbi.sampling import (
         Posterior as Posterior,
-        distill as distill,
         import_gensbi as import_gensbi,
         load as load,
     )
@@ -59,9 +59,9 @@ _PIPELINES = (
     ),
 )
 _HOMES = {
-    **dict.fromkeys(_PIPELINES, "distsbi.pipelines"),
+    **dict.fromkeys((*_PIPELINES, "distill"), "distsbi.pipelines"),
     **dict.fromkeys(("Flux1JointParams", "Flux1Params", "MLPParams", "SimformerParams"), "distsbi.networks"),
-    **dict.fromkeys(("Posterior", "distill", "import_gensbi", "load"), "distsbi.sampling"),
+    **dict.fromkeys(("Posterior", "import_gensbi", "load"), "distsbi.sampling"),
     **dict.fromkeys(("sample_catalog", "simulate"), "distsbi.fanout"),
     "open_catalog": "distsbi.store",
     "initialize": "distsbi.processes",

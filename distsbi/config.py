@@ -14,7 +14,8 @@ The sections are GenSBI's, so that its files are read as they are, plus `data` (
     seed:      0
 
 With `multistep: k` (gradients of k updates make one step of the optimiser) nsteps, warmup_steps and val_every count steps of the optimiser in a file, as
-in GenSBI's, and updates everywhere else.
+in GenSBI's, and updates everywhere else. A file with keys that GenSBI alone has (experiment_id, num_layers, ...) is trained as there where it says
+nothing else: by AdamW with a weight decay of 1e-4, a joint Flux1 with the ids beside the values.
 
 `model`, `optimizer` and `training` hold only what the file says: their defaults, which depend on the data, are written
 once, in the network's parameters and in `distsbi.training.TrainingConfig`.
@@ -65,7 +66,8 @@ ELSEWHERE = {
 
 # GenSBI's spellings, and its keys that steer its own scripts only: accepted with a warning, so that its files are read.
 ALIASES = {"params_dtype": "param_dtype", "num_layers": "depth", "widening_factor": "mlp_ratio"}
-OF_PATH = ("sigma_min", "sigma_max")  # GenSBI gives these, of EDM, under `training`
+OF_PATH = ("sigma_min", "sigma_max")  # GenSBI gives these, of EDM and VE, under `training`
+OF_GENSBI = {"optimizer": {"optimizer": "adamw", "weight_decay": 1e-4}, "model": {"id_merge_mode": "concat"}}
 UNUSED = {
     "context_in_dim": "parameters and data of a joint model have the same channels",
     "rtol": "the learning rate follows its schedule",
@@ -212,8 +214,9 @@ def parse_config(content: Any) -> RunConfig:
 
     Raises ValueError naming the section, the unknown key and the nearest known ones, or the value and what is wrong.
     """
-    from distsbi.networks import NETWORKS
+    from distsbi.networks import NETWORKS, JointNetwork
     from distsbi.training import TrainingConfig
+    from distsbi.training.update import MASK_SHARES
 
     names = _fields(RunConfig)
     given = _mapping("the configuration", content)
@@ -234,6 +237,21 @@ def parse_config(content: Any) -> RunConfig:
     ):
         raise ValueError(
             f"strategy.sde_type is VP or VE, of score_matching alone; got {strategy.sde_type!r} with {strategy.method}."
+        )
+    joint_flux = MODELS[strategy.model.lower()] == "Flux1Joint"
+    model = given.get("model", {})
+    if joint_flux and {"id_emb_dim", "cond_emb_dim"} & set(model):  # which mean nothing in a sum
+        given["model"] = {"id_merge_mode": "concat", **model}
+    if _is_gensbis(given):
+        for name, defaults in OF_GENSBI.items():
+            if name == "optimizer" or joint_flux:
+                given[name] = {**defaults, **given.get(name, {})}
+    mask = strategy.condition_mask
+    if mask is not None and (
+        mask not in MASK_SHARES or not issubclass(NETWORKS[MODELS[strategy.model.lower()]][1], JointNetwork)
+    ):
+        raise ValueError(
+            f"strategy.condition_mask is {' or '.join(MASK_SHARES)}, of joint models alone; got {mask!r} with {strategy.model}."
         )
     path = _path_options(strategy, given)
     data = Data(**_section("data", Data, given))
@@ -266,6 +284,15 @@ def parse_config(content: Any) -> RunConfig:
     return config
 
 
+def _is_gensbis(sections: Mapping[str, Any]) -> bool:
+    """Whether a file has keys that no other has than GenSBI's."""
+    of_scripts = set(UNUSED) - {"context_in_dim", "mesh"}
+    return bool(
+        of_scripts & {*sections.get("training", {}), *sections.get("optimizer", {})}
+        or set(ALIASES) & set(sections.get("model", {}))
+    )
+
+
 def _method_name(strategy: Strategy) -> str:
     """The name in `distsbi.methods.METHODS`."""
     kind = METHODS[strategy.method.lower()]
@@ -277,10 +304,12 @@ def _path_options(strategy: Strategy, sections: dict[str, Any]) -> dict[str, Any
     from distsbi.methods import METHODS as KNOWN
 
     training = sections.get("training", {})
-    moved = {key: training.pop(key) for key in OF_PATH if key in training}
     method = KNOWN[_method_name(strategy)]
-    if moved and METHODS[strategy.method.lower()] != "Diffusion":
-        warnings.warn(f"training.{', training.'.join(moved)} is ignored: it is of diffusion alone.", stacklevel=4)
+    moved = {key: _typed(f"training.{key}", float, training.pop(key)) for key in OF_PATH if key in training}
+    if moved and not set(moved) <= set(_fields(method)):
+        warnings.warn(
+            f"training.{', training.'.join(moved)} is ignored: {method.__name__} has no such range.", stacklevel=4
+        )
         moved = {}
     options = {**moved, **_section("path", method, sections)}
     method.from_dict(options)

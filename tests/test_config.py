@@ -63,6 +63,7 @@ def test_a_file_of_gensbi(tmp_path: Path) -> None:
     assert "theta" not in config.model
     assert config.training_config["max_lr"] == 4e-4
     assert config.training_config["nsteps"] == 50_000
+    assert (config.training_config["optimizer"], config.training_config["weight_decay"]) == ("adamw", 1e-4)
 
 
 # Of GenSBI's benchmarks (flux1joint) and tests (simformer), as they are.
@@ -126,7 +127,27 @@ def test_joint_files_of_gensbi() -> None:
     assert config.pipeline == "SimformerDiffusion"
     assert (config.model["depth"], config.model["mlp_ratio"]) == (2, 2)
     assert (config.method.sigma_min, config.method.sigma_max) == (0.001, 15.0)
+    assert config.training_config["optimizer"] == "adamw"
     assert parse_config(config.to_dict()) == config
+
+
+@pytest.mark.filterwarnings("ignore:training.experiment_id")
+def test_what_a_file_of_gensbi_leaves_out() -> None:
+    """The noise range of VE, and the ids of a joint Flux1 beside the values, as GenSBI's own readers take them."""
+    content = {
+        "strategy": {"method": "score_matching", "sde_type": "VE", "model": "flux1joint"},
+        "training": {"experiment_id": 1, "sigma_min": "1e-3", "sigma_max": 15},
+        "optimizer": {"optimizer": "muon"},
+    }
+    config = parse_config(content)
+    assert (config.method.sigma_min, config.method.sigma_max) == (0.001, 15.0)
+    assert config.model == {"id_merge_mode": "concat"}
+    assert config.optimizer == {"optimizer": "muon", "weight_decay": 1e-4}
+    ours = parse_config({"strategy": {"model": "flux1joint"}, "model": {"id_emb_dim": 6}})
+    assert ours.model == {"id_merge_mode": "concat", "id_emb_dim": 6}
+    assert not ours.optimizer
+    with pytest.warns(UserWarning, match="sigma_max is ignored: ScoreMatchingVP has no such range"):
+        parse_config({"strategy": {"method": "score_matching"}, "training": {"sigma_max": 15}})
 
 
 def test_steps_of_the_optimiser() -> None:
@@ -152,6 +173,11 @@ def test_methods_and_their_options() -> None:
         ({"strategy": {"sde_type": "VE"}}, "sde_type is VP or VE"),
         ({"path": {"tlit": 1}}, "Did you mean tilt"),
         ({"path": {"tilt": -1}}, "tilt >= 0"),
+        (
+            {"strategy": {"model": "simformer", "condition_mask": "some"}},
+            "condition_mask is structured or bernoulli or posterior, .* got 'some'",
+        ),
+        ({"strategy": {"condition_mask": "posterior"}}, "of joint models alone; got 'posterior' with mlp"),
     ):
         with pytest.raises(ValueError, match=says):
             parse_config(content)

@@ -38,6 +38,7 @@ from distsbi.solvers import RULES
 from distsbi.training import TrainingConfig
 from distsbi.training.update import ConditionMasks, Learner, conditional
 from tests.compilations import Compilations
+from tests.weights import shaken
 
 NETWORK_ROWS = {
     "MLP": MLPParams(2, 3, width=8, depth=1, embed_depth=1),
@@ -96,13 +97,7 @@ def make_network(name):
         row = dataclasses.replace(row, conditioning="joint")
     elif variant == "CNN":
         row = with_cnn
-    graphdef, state = nnx.split(row(nnx.Rngs(0)) if callable(row) else NETWORKS[name][1](row, nnx.Rngs(0)))
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return nnx.merge(
-        graphdef,
-        jax.tree.unflatten(tree, [a + 0.05 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]),
-    )
+    return shaken(lambda: row(nnx.Rngs(0)) if callable(row) else NETWORKS[name][1](row, nnx.Rngs(0)))
 
 
 def make_posterior(method, name, mesh):

@@ -291,6 +291,8 @@ def test_priors_by_name():
 def test_one_word_for_what_is_learned():
     with pytest.raises(ValueError, match="sde_type and method both say"):
         MLPSMPipeline(None, None, 2, 2, sde_type="VE", method=ScoreMatchingVP())
+    with pytest.raises(ValueError, match='sde_type is "VP" or "VE", .* got 3'):
+        MLPSMPipeline(None, None, 2, 2, sde_type=3)
     with pytest.raises(ValueError, match=r"rngs holds no random numbers; give nnx.Rngs\(0\)"):
         make().train(nnx.Rngs(dropout=0))
 
@@ -308,7 +310,7 @@ def test_what_was_learned_outlives_a_failure_to_choose_a_grid(tmp_path, monkeypa
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("distsbi.pipelines.base.calibrate", fail)
+    monkeypatch.setattr("distsbi.sampling.calibrate.calibrate", fail)
     pipeline = make(calibrate=True, checkpoint_dir=str(tmp_path / "run"))
     with pytest.raises(MemoryError):
         pipeline.train(nnx.Rngs(0))

@@ -42,7 +42,7 @@ class Network(nnx.Module):
 
     @abstractmethod
     def encode(self, x: Float[Array, "batch dim_x ch_x"], mask: Bool[Array, "batch dim_x"] | None = None) -> Context:
-        """All that depends on the observation alone: a pytree whose leaves have the leading axis batch.
+        """All that depends on the observation alone: a pytree whose leaves have the leading axis batch. `x` is standardised.
 
         `mask`: which entries are there, for networks with `params.missing`; the others are 0.
         """
@@ -51,9 +51,10 @@ class Network(nnx.Module):
     def __call__(
         self, t: Float[Array, "..."], theta_t: Float[Array, "batch draws dim_theta ch_theta"], context: Context
     ) -> Float[Array, "batch draws dim_theta ch_theta"]:
-        """The prediction, float32.
+        """The prediction of a(t) y + b(t) z (see `Method.target`; of flow matching y - z), float32, y being the standardised parameters and z noise.
 
-        `t` has shape (), [batch] or [batch, draws]. With a scalar `t`, as in sampling, what depends on time alone is
+        `theta_t` is the noised y at unit variance, c_in(t) (alpha(t) y + sigma(t) z), and `t` what the method makes of the time (`Method.c_time`):
+        the time itself, 0 to 1 from noise to data, but of EDM ln(sigma) / 4. It has shape (), [batch] or [batch, draws]. With a scalar `t`, as in sampling, what depends on time alone is
         computed once and not once per draw.
         """
 

@@ -21,6 +21,7 @@ from distsbi.pipelines.named import (
     SimformerFlowPipeline,
     SimformerSMPipeline,
 )
+from distsbi.pipelines.students import distill
 
 __all__ = [
     "PIPELINES",
@@ -39,4 +40,5 @@ __all__ = [
     "SimformerFlowPipeline",
     "SimformerSMPipeline",
     "UnconditionalPipeline",
+    "distill",
 ]

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -25,7 +24,6 @@ from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer
-from distsbi.diagnostics.distance import distance
 from distsbi.environment import versions
 from distsbi.methods import FlowMatching, Method
 from distsbi.networks import Embedded, Layout, Network, takes_missing
@@ -35,8 +33,8 @@ from distsbi.pipelines.answers import Answers
 from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed, prior_of
 from distsbi.pipelines.identity import training_identity
 from distsbi.pipelines.saved import check_prior, common_names, saved_run
-from distsbi.sampling import DistillConfig, Posterior, distill
-from distsbi.sampling.calibrate import calibrate
+from distsbi.pipelines.students import distill
+from distsbi.sampling import Posterior
 from distsbi.sampling.checks import extent
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.run import check_place
@@ -234,7 +232,7 @@ class ConditionalPipeline(Answers):
             if root is not None:  # what was learned is on the disk before anything else can fail
                 self.posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
                 self.posterior.save(root)
-            self._use_grid(*self._choose_grid(self.posterior, validation[1]))
+            self._calibrate(validation[1])
         if root is not None:
             self.posterior.save(root)
         return trained.losses, trained.val_losses
@@ -281,36 +279,17 @@ class ConditionalPipeline(Answers):
     def calibrate(self) -> dict[str, Any]:
         """Chooses and certifies the sampling grid on validation pairs, as `train` does; it is used from then on, and saved with the run. Returns
         the certificate. Raises ValueError before training, without a training set, and for a student."""
-        posterior = self.posterior
-        if posterior.is_student:
-            raise ValueError("this run is a student, made to draw in steps of its own; calibrate its teacher.")
-        solver, certificate = self._choose_grid(posterior, self._held_out()[1])
-        self._use_grid(solver, certificate)
-        return certificate
+        return self._calibrate(self._held_out()[1])
 
-    def _choose_grid(self, posterior: Posterior, xs: np.ndarray) -> tuple[Solver, dict[str, Any]]:
-        """(the grid, its certificate); warns of one that misses its tolerance."""
+    def _calibrate(self, xs: np.ndarray, **given: Any) -> dict[str, Any]:
+        """On these observations, for the posterior, and for the weights before averaging, which are of the same flow."""
         log.info(
             "choosing the sampling grid: held-out observations are solved on one after another until the error is small"
         )
-        solver, certificate = calibrate(posterior, xs)
-        if not certificate["met"]:
-            warnings.warn(
-                f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
-                f"posterior's local scale (tolerance {certificate['tolerance']['q95']}); the velocity may be rough, so train longer, or sample with "
-                f'solver="tsit5".',
-                stacklevel=3,
-            )
-        return solver, certificate
-
-    def _use_grid(self, solver: Solver, certificate: dict[str, Any]) -> None:
-        """Makes this the grid of the posterior, and of the weights before averaging, which are of the same flow."""
-        for posterior in self._both():
-            posterior.default_solver, posterior.facts["certificate"] = solver, certificate
-
-    def _both(self) -> list[Posterior]:
-        """The posteriors of the averaged weights and, after training, of the last."""
-        return [posterior for posterior in (self._posterior, self._last) if posterior is not None]
+        certificate = self.posterior.calibrate(xs, **given)
+        if self._last is not None:
+            self._last.adopt_grids(self.posterior)
+        return certificate
 
     def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, list[float]]:
         """How far these pairs lie from their mean, by which `Posterior.far` tells what is far outside; one number where the entries
@@ -371,9 +350,7 @@ class ConditionalPipeline(Answers):
         if self._source is None:
             raise ValueError("distilling needs data x: make the pipeline with its training set.")
         _, xs = self._fit_pairs()
-        student, _ = distill(self.posterior, xs, DistillConfig.from_dict({"segments": segments, **options}))
-        student.facts["distance"] = distance(self.posterior, student, self._held_out()[1])
-        return student
+        return distill(self.posterior, xs, segments, held_out=self._held_out()[1], **options)
 
     def save(self, path: str) -> None:
         """Writes the run directory, for `distsbi.load`."""

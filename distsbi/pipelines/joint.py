@@ -23,7 +23,7 @@ from distsbi.pipelines.base import ConditionalPipeline
 from distsbi.pipelines.given import check_module, check_output
 from distsbi.sampling import Dataset, Posterior
 from distsbi.sampling.checks import extent
-from distsbi.sampling.joint import JointPosterior, X, check_names, pattern_key
+from distsbi.sampling.joint import JointPosterior, X, check_names
 from distsbi.solvers import Solver
 from distsbi.training import ConditionMasks, TrainingConfig
 from distsbi.training.update import MASK_SHARES
@@ -103,19 +103,8 @@ class JointPipeline(ConditionalPipeline):
         then on, and saved with the run. Returns the certificate. Raises ValueError before training, and without a training set."""
         posterior = self.posterior
         assert isinstance(posterior, JointPosterior)
-        fixed = sorted(posterior.tokens(given))
         tokens = np.concatenate(self._held_out(), 1)
-        pattern = posterior.pattern(given)
-        solver, certificate = self._choose_grid(pattern, tokens[:, fixed])
-        if pattern is posterior:
-            self._use_grid(solver, certificate)
-        for made in self._both():
-            assert isinstance(made, JointPosterior)
-            if pattern is not posterior:
-                patterns = made.facts.setdefault("patterns", {})
-                patterns[pattern_key(fixed)] = {"solver": solver.to_dict(), "certificate": certificate}
-            made.forget_patterns()
-        return certificate
+        return self._calibrate(tokens[:, sorted(posterior.tokens(given))], given=given)
 
 
 class UnconditionalPipeline(ConditionalPipeline):

@@ -103,7 +103,7 @@ class _Named:
     def _method(self, sde_type: str | None) -> Method:
         if sde_type is None:
             return self.make_method()
-        if self.make_method is not ScoreMatchingVP or sde_type.upper() not in SDE_TYPES:
+        if self.make_method is not ScoreMatchingVP or str(sde_type).upper() not in SDE_TYPES:
             raise ValueError(
                 f'sde_type is "VP" or "VE", for score matching alone; got {sde_type!r} for {self.make_method.__name__}.'
             )

@@ -2,7 +2,7 @@
 
 from distsbi.sampling.checks import SolveError
 from distsbi.sampling.dataset import Dataset
-from distsbi.sampling.distill import DistillConfig, distill
+from distsbi.sampling.distill import DistillConfig, train_student
 from distsbi.sampling.gensbi import import_gensbi
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.options import SampleOptions
@@ -18,8 +18,8 @@ __all__ = [
     "SampleOptions",
     "SolveError",
     "Tile",
-    "distill",
     "import_gensbi",
     "load",
     "save",
+    "train_student",
 ]

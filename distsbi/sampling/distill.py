@@ -18,6 +18,7 @@ Two other objectives learn the same averages, for comparison; both train u(s, Y)
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Self
 
 import jax
@@ -86,7 +87,7 @@ class DistillConfig:
             value: Any = getattr(self, name)
             if (
                 isinstance(value, bool)
-                or not isinstance(value, (int, float, np.number))
+                or not isinstance(value, numbers.Real)
                 or not math.isfinite(value)
                 or int(value) != value
                 or value < 1
@@ -95,13 +96,26 @@ class DistillConfig:
             object.__setattr__(self, name, int(value))
         if self.segments > 8:
             raise ValueError(f"a student has 1 to 8 segments; got {self.segments}.")
-        if not 0 <= self.on_policy <= 1 or not self.softness > 0 or not self.power > 0 or not 0 < self.ema_decay < 1:
-            raise ValueError("distill options on_policy and ema_decay are fractions, softness and power positive.")
+        for name in ("on_policy", "softness", "power", "max_lr", "ema_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(f"distill option {name} must be a number; got {value!r}.")
+        if (
+            not 0 <= self.on_policy <= 1
+            or not 0 < self.ema_decay < 1
+            or min(self.softness, self.power, self.max_lr) <= 0
+        ):
+            raise ValueError(
+                "distill options on_policy and ema_decay are fractions, softness, power and max_lr positive."
+            )
         if self.objective not in OBJECTIVES:
             raise ValueError(
                 f"distill option objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}."
             )
-        inner = np.asarray(self.boundaries if self.boundaries is not None else (), float)
+        try:
+            inner = np.asarray(self.boundaries if self.boundaries is not None else (), float).reshape(-1)
+        except (TypeError, ValueError):
+            raise ValueError(f"distill option boundaries must be numbers; got {self.boundaries!r}.") from None
         if self.boundaries is not None and (
             len(inner) != self.segments - 1 or np.any(np.diff(np.concatenate([[0.0], inner, [1.0]])) <= 0)
         ):
@@ -113,14 +127,15 @@ class DistillConfig:
     def grid(self) -> tuple[float, ...]:
         """0, the boundaries, 1."""
         if self.boundaries is not None:
-            return (0.0, *self.boundaries, 1.0)
+            return (0.0, *map(float, self.boundaries), 1.0)
         return tuple(1.0 - (1.0 - k / self.segments) ** self.power for k in range(self.segments + 1))
 
 
-def distill(
+def train_student(
     teacher: Posterior, xs: Float[np.ndarray, "n dim_x ch_x"], config: DistillConfig | None = None
 ) -> tuple[Posterior, list[float]]:
-    """(the student, its losses, one for each dispatch). The student is a posterior like any other, bound to its own steps.
+    """(the student, its losses, one for each dispatch). The student is a posterior like any other, bound to its own steps; `distsbi.distill` also measures
+    how far it is from its teacher.
 
     Raises ValueError for observations of a wrong shape, or a teacher that is a student itself; RuntimeError if the loss becomes NaN.
     """
@@ -131,7 +146,11 @@ def distill(
     mesh = teacher.mesh
     optimizer = make_optimizer(
         TrainingConfig(
-            nsteps=config.nsteps, max_lr=config.max_lr, warmup_steps=min(200, config.nsteps // 10), weight_decay=0.0
+            nsteps=config.nsteps,
+            max_lr=config.max_lr,
+            min_lr=min(TrainingConfig.min_lr, config.max_lr),
+            warmup_steps=min(200, config.nsteps // 10),
+            weight_decay=0.0,
         )
     )
     size = -(-config.batch_size // meshes.data_size(mesh)) * meshes.data_size(mesh)
@@ -163,50 +182,26 @@ def distill(
         "student": {**options, "boundaries": list(config.grid[1:-1]), "teacher": teacher.fingerprint},
     }
     student = Posterior(
-        nnx.merge(teacher.graphdef, as_kept(state[1], teacher.weights.params)), FlowMatching(), teacher.weights.standardizer,
+        nnx.merge(teacher.graphdef, as_kept(state[1], teacher.weights.params)), _student_method(teacher), teacher.weights.standardizer,
         names=teacher.parameter_names, solver=FixedGrid("euler", config.grid), tile=teacher.tile_by_kind, mesh=mesh, facts=facts,
     )  # fmt: skip
     return student, losses
 
 
+def _student_method(teacher: Posterior) -> FlowMatching:
+    """What a student predicts: the average velocity of the straight path. Its input has its teacher's scale, whose weights it starts from."""
+    return teacher.method if isinstance(teacher.method, FlowMatching) else FlowMatching()
+
+
 def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.GradientTransformation, size: int) -> Any:
     """(state, teacher's weights, data, key, count) -> (state, mean loss): `count` updates in one dispatch."""
-    method, flow, grid = teacher.method, FlowMatching(), config.grid
+    method, flow, grid = teacher.method, _student_method(teacher), config.grid
     shape = (teacher.dim_theta, teacher.ch_theta)
     split = meshes.batch_sharding(teacher.mesh)
     last = len(grid) - 2
-
-    def segment_times(k: int) -> tuple[float, ...]:
-        """The teacher's times from s_k to s_{k+1}, in its own time; graded towards the data in the last segment."""
-        # each segment begins with a step of first order
-        fewest = min(FEWEST_STEPS, config.teacher_steps)
-        steps = max(fewest, round(config.teacher_steps * (grid[k + 1] - grid[k]) ** 0.5))
-        u = np.linspace(0.0, 1.0, steps + 1)
-        tau = grid[k] + (grid[k + 1] - grid[k]) * (1 - (1 - u) ** flow.power if k == last else u)
-        times = np.asarray(
-            jax.device_get(method.time_at(jnp.clip(jnp.asarray(tau, jnp.float32), 1e-6, 1.0))), np.float64
-        )
-        if k == 0:
-            times[0] = 0.0
-        if k == last:
-            times[-1] = 1.0
-        return tuple(np.unique(times).tolist())
-
     begin = [known(flow.moment, t) for t in grid[:-1]]
-    segments = [_Segment.make(method, segment_times(k), grid[k], grid[k + 1]) for k in range(len(grid) - 1)]
+    segments = [_Segment.make(method, config, k) for k in range(len(grid) - 1)]
     whole_path = config.objective != "endpoint"
-
-    def teacher_path(field: Any, k: int, Y: Array, context: Any) -> Array:
-        """Where the teacher's ODE takes Y from s_k to s_{k+1}, in the straight frame: at every time of the segment [times, batch, ...], or at
-        its end alone [1, batch, ...]."""
-        segment = segments[k]
-        # a path that begins with a little of the data begins with all noise here
-        y = method.initial(Y) if k == 0 else segment.scales[0] * Y
-        y = segment.solver.solve(field, y, context, trajectory=whole_path)
-        y = y if whole_path else y[None]
-        end = denoise(field, y[-1], context) if k == last and method.denoises else y[-1] / segment.scales[-1]
-        inner = y[1:-1] / segment.scales[1:-1, None, None, None, None] if whole_path else y[:0]
-        return jnp.concatenate([*([Y[None]] if whole_path else []), inner, end[None]])
 
     def neighbours(
         student: Field, inner: Any, field: Field, context: Any, segment: "_Segment", path: Array, key: Array
@@ -247,7 +242,7 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
         paths: list[Array] = []
         Y: Array = z
         for k in range(len(grid) - 1):
-            path = teacher_path(field, k, Y, context)
+            path = segments[k].path(field, Y, context, whole=whole_path)
             starts.append(Y)
             paths.append(path)
             if k < last:
@@ -284,18 +279,43 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Segment:
-    """The teacher's solver over one segment; alpha + sigma and tau at each of its times."""
+    """The teacher's ODE over one segment: its solver, and alpha + sigma and tau at each of the times. `first`, `last`: whether it begins with noise,
+    and whether it ends with data."""
 
     solver: FixedGrid
     scales: Float[np.ndarray, "times"]
     taus: Float[np.ndarray, "times"]
+    first: bool
+    last: bool
 
     @classmethod
-    def make(cls, method: Method, times: tuple[float, ...], first: float, last: float) -> "_Segment":
+    def make(cls, method: Method, config: DistillConfig, k: int) -> "_Segment":
+        """From s_k to s_{k+1}, in the teacher's own times; graded towards the data in the last segment."""
+        grid, first, last = config.grid, k == 0, k == config.segments - 1
+        # each segment begins with a step of first order
+        fewest = min(FEWEST_STEPS, config.teacher_steps)
+        steps = max(fewest, round(config.teacher_steps * (grid[k + 1] - grid[k]) ** 0.5))
+        u = np.linspace(0.0, 1.0, steps + 1)
+        tau = grid[k] + (grid[k + 1] - grid[k]) * (1 - (1 - u) ** FlowMatching.power if last else u)
+        times = np.array(known(method.time_at, np.clip(np.asarray(tau, np.float32), 1e-6, 1.0)), np.float64)
+        times[0], times[-1] = 0.0 if first else times[0], 1.0 if last else times[-1]
+        times = np.unique(times)
         alpha, sigma = (np.asarray(known(f, times)) for f in (method.alpha, method.sigma))
         taus = alpha / (alpha + sigma)
-        taus[0], taus[-1] = first, last
-        return cls(FixedGrid("multistep", times), alpha + sigma, taus)
+        taus[0], taus[-1] = grid[k], grid[k + 1]
+        return cls(FixedGrid("multistep", tuple(times.tolist())), alpha + sigma, taus, first, last)
+
+    def path(self, field: Field, Y: Float[Array, "batch 1 dim ch"], context: Any, *, whole: bool = False) -> Array:
+        """Where the teacher's ODE takes Y, in the straight frame: at the segment's end alone, [1, batch, 1, dim, ch], or, `whole`, at each of its
+        times."""
+        # a path that begins with a little of the data begins with all noise here
+        y = field.method.initial(Y) if self.first else self.scales[0] * Y
+        y = self.solver.solve(field, y, context, trajectory=whole)
+        y = y if whole else y[None]
+        denoises = self.last and field.method.denoises
+        end = denoise(field, y[-1], context) if denoises else y[-1] / self.scales[-1]
+        inner = y[1:-1] / self.scales[1:-1, None, None, None, None] if whole else y[:0]
+        return jnp.concatenate([*([Y[None]] if whole else []), inner, end[None]])
 
 
 def _by_row(method: Method, t: Float[Array, "batch"]) -> Moment:

@@ -39,7 +39,8 @@ def import_gensbi(
         names: parameter names.
         mesh: see `distsbi.mesh.make_mesh`.
 
-    Raises ValueError if the file is damaged or holds other parameters than `params` asks for, naming them.
+    Raises ValueError if the file is damaged or holds other parameters than `params` asks for, naming them, and for `names` of another number than
+    there are parameters.
     """
     path_of = method if isinstance(method, EDM) else METHODS.get(method)
     if path_of is None:
@@ -63,5 +64,9 @@ def import_gensbi(
             raise ValueError("dim_obs is missing: how many of the model's tokens are parameters.")
         scales = Standardizer.identity(network.num_tokens, 0, network.ch_theta, network.ch_theta)
         return JointPosterior(network, path_of, scales, dim_obs, **options)
+    if dim_obs is not None and dim_obs != network.dim_theta:
+        raise ValueError(
+            f"dim_obs is of joint models; this one has {network.dim_theta} parameters by its params: leave out dim_obs={dim_obs}."
+        )
     scales = Standardizer.identity(network.dim_theta, network.dim_x, network.ch_theta, network.ch_x)
     return Posterior(network, path_of, scales, **options)

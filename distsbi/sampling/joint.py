@@ -73,6 +73,22 @@ class JointPosterior(Posterior):
         self.token_names = (*names, *self.token_names[len(names) :])
         self.forget_patterns()
 
+    def calibrate(self, xs: Any, given: Sequence[str] = (X,)) -> dict[str, Any]:
+        """See `Posterior.calibrate`; of the pattern where the tokens named are given, of which `xs` [n, tokens, ch] are values, in token order. Raises
+        ValueError as `pattern` does too."""
+        pattern = self.pattern(given)
+        certificate = Posterior.calibrate(pattern, xs)
+        if pattern is not self:
+            key = pattern_key(self.tokens(given))
+            known = {"solver": pattern.default_solver.to_dict(), "certificate": certificate}
+            self.facts["patterns"] = {**self.facts.get("patterns", {}), key: known}
+        self.forget_patterns()  # those without a grid of their own have that of p(theta | x)
+        return certificate
+
+    def adopt_grids(self, other: Posterior) -> None:
+        super().adopt_grids(other)
+        self.forget_patterns()
+
     @property
     def joint(self) -> JointNetwork:
         """The network over all tokens, with its weights."""

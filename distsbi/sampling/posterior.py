@@ -6,6 +6,7 @@ Every way to draw streams tiles over the mesh into a host array (fill.py).
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,12 +50,14 @@ class Posterior(Densities):
         network: a trained network.
         method: what it predicts.
         standardizer: fitted scales and bijection.
-        names: parameter names.
+        names: parameter names, dim_theta of them.
         solver: the solver used where none is asked for; None: midpoint with 16 steps on the method's grid.
         tile: the default tile, or a dict of one for each kind of device ("cpu", "gpu", "tpu"); where none is given for the kind of `mesh`:
             that kind's own, as far as it fits.
         mesh: where to draw; see `distsbi.mesh.make_mesh`.
         facts: JSON-able provenance (versions, seed, data fingerprint, certificate, ...).
+
+    Raises ValueError for another number of names, or one that comes twice.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Posterior(Densities):
         self.dim_theta, self.ch_theta = network.dim_theta, network.ch_theta
         self.dim_x, self.ch_x = network.dim_x, network.ch_x
         self.layout: Layout = getattr(network, "layout", None) or Layout(("",), ((self.dim_x, self.ch_x),))
-        self.parameter_names = names or tuple(f"theta_{i}" for i in range(self.dim_theta))
+        self.parameter_names = self._checked_names(names or tuple(f"theta_{i}" for i in range(self.dim_theta)))
         self.default_solver = check_complete(solver) if solver is not None else make_solver(method)
         self.facts = dict(facts or {})
         self.last_check: dict[str, float] | None = None  # of the last draw with `check=`
@@ -96,6 +99,11 @@ class Posterior(Densities):
         return (
             f"<{type(self).__name__} of {', '.join(self.parameter_names)}{given}: {type(self.method).__name__}, {how}>"
         )
+
+    def _checked_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) != self.dim_theta or len(set(names)) < len(names):
+            raise ValueError(f"names must be {self.dim_theta} different ones, one for each parameter; got {names}.")
+        return tuple(names)
 
     @property
     def network(self) -> Network:
@@ -241,9 +249,35 @@ class Posterior(Densities):
             )
         return solver
 
+    def calibrate(self, xs: Any) -> dict[str, Any]:
+        """Chooses the sampling grid by measurement on observations `xs`, as training does on validation data (see `distsbi.sampling.calibrate`): it
+        becomes `default_solver`, and its certificate, which is returned, is kept in `facts`; both are saved with the run.
+
+        Warns where no grid is under tolerance. Raises ValueError for a student, and as `draw` does.
+        """
+        from distsbi.sampling.calibrate import calibrate
+
+        if self.is_student:
+            raise ValueError("this run is a student, made to draw in steps of its own; calibrate its teacher.")
+        solver, certificate = calibrate(self, self.check_xs(xs))
+        if not certificate["met"]:
+            warnings.warn(
+                f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
+                f"posterior's local scale (tolerance {certificate['tolerance']['q95']}), in which the measure itself errs by "
+                f'{certificate["reference"]["q95"]:.2g}; the velocity may be rough, so train longer, or sample with solver="tsit5".',
+                stacklevel=3,
+            )
+        self.default_solver, self.facts["certificate"] = solver, certificate
+        return certificate
+
+    def adopt_grids(self, other: "Posterior") -> None:
+        """Takes over the sampling grid of another posterior of the same flow, and its certificate."""
+        self.default_solver = other.default_solver
+        self.facts |= {name: other.facts[name] for name in ("certificate", "patterns") if name in other.facts}
+
     def rename(self, names: tuple[str, ...]) -> None:
-        """Gives the parameters other names."""
-        self.parameter_names = names
+        """Gives the parameters other names. Raises ValueError unless there is one for each."""
+        self.parameter_names = self._checked_names(names)
 
     @property
     def is_unconditional(self) -> bool:

@@ -264,7 +264,7 @@ def load(
         else:
             posterior = Posterior(merged, method, standardizer, **options)
         same = fingerprint(model_spec(posterior), digest) == spec["fingerprint"]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error
     if not same:
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
 from distsbi.solvers.field import Field
-from distsbi.solvers.fixed import RULES, FixedGrid
+from distsbi.solvers.fixed import RULES, FixedGrid, shown
 
 Solver = FixedGrid | Adaptive
 
@@ -99,7 +99,8 @@ def make_solver(
         count = max(1, math.ceil(1 / step_size - 1e-6))
         return FixedGrid(name or "euler", tuple(i / count for i in range(count + 1)), options)
     if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, numbers.Real) or int(steps) != steps or steps < 1:
+        whole = isinstance(steps, numbers.Real) and not isinstance(steps, bool) and math.isfinite(steps)
+        if not whole or int(steps) != steps or steps < 1:
             raise ValueError(f"steps must be a positive integer; got {steps}.")
         return FixedGrid(name or "midpoint", method.grid(int(steps)), options)
     if name is None:
@@ -121,7 +122,7 @@ def check_complete(solver: Solver) -> Solver:
 
 def _check_ends(what: str, times: Sequence[float]) -> None:
     if not (len(times) and times[0] == 0 and abs(times[-1] - 1) < 1e-6):
-        raise ValueError(f"{what} must run from 0 (noise) to 1 (data); got {[float(t) for t in times]}.")
+        raise ValueError(f"{what} must run from 0 (noise) to 1 (data); got {shown(times)}.")
 
 
 def solver_from_dict(fields: dict[str, Any]) -> Solver:

@@ -141,7 +141,10 @@ def _prepare_stochastic_heun(
     p = _straight(method, t0, t1)
     a0, b0 = 1.0 - p["left0"], p["left0"]
     ratio = b0 / np.maximum(a0, 1e-12)
+    first = _straight(method, *np.asarray([[0.0], [1.0]], np.float32))
+    most = first["left0"] / np.maximum(1.0 - first["left0"], 1e-12)  # the path has no time for more noise
     gamma = np.where((ratio >= s_min) & (ratio <= s_max), min(churn / steps, 2**0.5 - 1), 0.0)
+    gamma = np.clip(gamma, 0.0, np.maximum(most / ratio - 1.0, 0.0))
     total = a0 + (1.0 + gamma) * b0
     raised = known(lambda tau: method.moment(method.time_at(tau)), a0 / total)
     # where gamma is 0 the time is t0 itself, without the rounding of its inverse
@@ -157,8 +160,8 @@ def _stochastic_heun(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callabl
     """Noise is added, raising sigma / alpha by a factor 1 + gamma, and Heun's step goes from there (Karras et al. 2206.00364,
     algorithm 2), in the straight frame.
 
-    gamma = min(churn / steps, sqrt(2) - 1) where sigma / alpha lies between `s_min` and `s_max`. Where no noise is left at the end
-    Euler's step is taken, as in the paper.
+    gamma = min(churn / steps, sqrt(2) - 1) where sigma / alpha lies between `s_min` and `s_max`, and no more than takes the state back to t = 0.
+    Where no noise is left at the end Euler's step is taken, as in the paper.
     """
     Y = p["shrink"] * y + p["spread"] * noise()
     x, z = f.parts(p["raised"], p["raised"].scale * Y)
@@ -218,6 +221,12 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
+def shown(times: Sequence[float]) -> str:
+    """Times for a message: of many the first and the last."""
+    few = [f"{float(t):.6g}" for t in times]
+    return f"({', '.join(few if len(few) <= 8 else [*few[:3], '...', *few[-3:]])})"
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedGrid:
     """A step rule on a grid of increasing times in [0, 1]. `options`: of the rule, as (name, value) pairs; those left out have
@@ -237,7 +246,7 @@ class FixedGrid:
         object.__setattr__(self, "times", tuple(float(t) for t in self.times))
         times = np.asarray(self.times)
         if times.size < 2 or times[0] < 0 or times[-1] > 1 or not np.all(np.diff(times) > 0):
-            raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {self.times}.")
+            raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {shown(self.times)}.")
         # a step of no length changes nothing, but a rule that divides by the noise left at its start finds none there
         if not RULES[self.rule].of_velocity and np.any(np.diff(times.astype(np.float32)) <= 0):
             raise ValueError(

@@ -154,7 +154,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Starts writing; returns when the state has been copied from the devices."""
         with full_disk_says(self.root, ADVICE):
-            self.manager.save(step, args=ocp.args.StandardSave(flatten(state)))
+            self.manager.save(step, args=ocp.args.StandardSave({k: _once(leaf) for k, leaf in flatten(state).items()}))
 
     def log(self, line: dict[str, Any]) -> None:
         """One line of metrics, on disk before the checkpoint of the same step."""
@@ -189,6 +189,12 @@ class Checkpoints:
         with self._held, full_disk_says(self.root, ADVICE):
             self.manager.wait_until_finished()
             self.manager.close()
+
+
+def _once(leaf: Any) -> Any:
+    """One device's copy of what all devices of this one process hold: orbax would cut it into a slice for each, by a program for each shape."""
+    alone = processes.count() == 1 and isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+    return leaf.addressable_data(0) if alone else leaf
 
 
 def _named(step: int | None) -> str:

@@ -22,6 +22,7 @@ from distsbi.networks import (
     make_network,
     network_name,
 )
+from tests.weights import shaken
 
 
 def _flux(dim_x: int, **options) -> Flux1Params:
@@ -42,15 +43,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def network(request):
-    return _shaken(CASES[request.param](4))
-
-
-def _shaken(network):
-    """Weights moved off their initial zeros, so that every path counts."""
-    state = nnx.state(network, nnx.Param)
-    keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(state))))
-    nnx.update(network, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), state))
-    return network
+    return shaken(lambda: CASES[request.param](4))
 
 
 def test_every_network_has_a_case():
@@ -60,14 +53,15 @@ def test_every_network_has_a_case():
 def test_shapes_and_times(network):
     x = jax.random.normal(jax.random.key(0), (2, 4, 1))
     theta = jax.random.normal(jax.random.key(1), (2, 5, 3, 1))
-    context = network.encode(x)
+    context = nnx.jit(lambda network: network.encode(x))(network)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(context)} == {2}
-    one = network(0.3, theta, context)
+    call = nnx.jit(lambda network, t: network(t, theta, context))
+    one = call(network, 0.3)
     assert one.shape == theta.shape
     assert one.dtype == jnp.float32
     for t in (jnp.full((2,), 0.3), jnp.full((2, 5), 0.3)):
-        np.testing.assert_allclose(network(t, theta, context), one, atol=2e-5)
-    assert float(jnp.abs(network(0.9, theta, context) - one).max()) > 1e-3
+        np.testing.assert_allclose(call(network, t), one, atol=2e-5)
+    assert float(jnp.abs(call(network, 0.9) - one).max()) > 1e-3
     with pytest.raises(ValueError, match="t must have shape"):
         network(jnp.zeros((2, 5, 1)), theta, context)
 
@@ -75,8 +69,8 @@ def test_shapes_and_times(network):
 def test_draws_and_observations_do_not_mix(network):
     x = jax.random.normal(jax.random.key(0), (2, 4, 1))
     theta = jax.random.normal(jax.random.key(1), (2, 5, 3, 1))
-    out = network(0.3, theta, network.encode(x))
-    moved = network(0.3, theta.at[0, 2].add(1.0), network.encode(x.at[1].add(1.0)))
+    call = nnx.jit(lambda network, theta, x: network(0.3, theta, network.encode(x)))
+    out, moved = call(network, theta, x), call(network, theta.at[0, 2].add(1.0), x.at[1].add(1.0))
     same = np.abs(np.asarray(moved - out)).max(axis=(2, 3)) < 1e-6
     assert same.tolist() == [[True, True, False, True, True], [False] * 5]
 
@@ -85,8 +79,9 @@ def test_round_trip(network):
     network = network.network if isinstance(network, Conditional) else network
     name = network_name(network)
     assert name is not None
-    again = make_network(name, network.params.to_dict())
-    assert jax.tree.structure(nnx.state(again)) == jax.tree.structure(nnx.state(network))
+    again = nnx.eval_shape(lambda: make_network(name, network.params.to_dict()))
+    assert jax.tree.map(jnp.shape, nnx.state(again)) == jax.tree.map(jnp.shape, nnx.state(network))
+    assert again.params == network.params
     with pytest.raises(ValueError, match="known are"):
         make_network("MPL", {})
     with pytest.raises(ValueError, match="depht"):

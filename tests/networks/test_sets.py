@@ -12,6 +12,7 @@ from distsbi import ConditionalPipeline, Flux1FlowPipeline, Flux1Params, load
 from distsbi.data import Standardizer, Support
 from distsbi.networks import Flux1, Layout
 from distsbi.networks.embedding import Embedded
+from tests.weights import shaken
 
 SUM = Flux1Params(
     in_channels=1, context_in_dim=2, dim_obs=2, dim_cond=5, num_heads=2, axes_dim=(4, 2), depth=1, depth_single_blocks=1, mlp_ratio=2,
@@ -46,11 +47,7 @@ def pairs(n=400):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_network(kind):
-    graphdef, state = nnx.split(Flux1(KINDS[kind], nnx.Rngs(0)))
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    network = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+    network = shaken(lambda: Flux1(KINDS[kind], nnx.Rngs(0)))
     x, theta = jax.random.normal(jax.random.key(2), (3, 5, 2)), jax.random.normal(jax.random.key(3), (3, 4, 2, 1))
     call = nnx.jit(lambda n, x: n(0.4, theta, n.encode(x)))
     first = call(network, x)

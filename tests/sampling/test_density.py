@@ -39,7 +39,7 @@ def test_every_deterministic_solver_gives_the_exact_density(options, atol):
     np.testing.assert_allclose(posterior.log_prob(theta, X, **options), exact(posterior, theta, X), atol=atol)
 
 
-class _Exact(nnx.Module):
+class Exact(nnx.Module):
     """The network of N(MEAN, SD^2), whatever x is."""
 
     def __init__(self, method):
@@ -57,7 +57,7 @@ class _Exact(nnx.Module):
 @pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=lambda m: type(m).__name__)
 def test_every_method_gives_the_exact_density(method):
     """Noise of 0.002 that a method leaves is 4 % of the smallest sd here, and widens it by 0.1 %."""
-    posterior = Posterior(_Exact(method), method, Standardizer.identity(3, 1), mesh={"data": 2})  # type: ignore[arg-type]
+    posterior = Posterior(Exact(method), method, Standardizer.identity(3, 1), mesh={"data": 2})  # type: ignore[arg-type]
     x = np.zeros((1, 1, 1))
     theta, density = posterior.sample_and_log_prob(0, x, 60, solver="tsit5", rtol=1e-5, atol=1e-5)
     mean, sd = np.asarray(MEAN)[:, 0], np.asarray(SD)[:, 0]

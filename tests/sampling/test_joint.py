@@ -19,7 +19,9 @@ from distsbi.networks import NETWORKS, Conditional, Flux1Joint, Flux1JointParams
 from distsbi.sampling import Tile
 from distsbi.sampling.joint import JointPosterior
 from distsbi.training import ConditionMasks
+from distsbi.training.update import MASK_SHARES
 from tests.compilations import optimised
+from tests.weights import shaken
 
 JOINT = {
     "Flux1Joint": Flux1JointParams(in_channels=1, dim_joint=5, num_heads=2, depth_single_blocks=2, val_emb_dim=8),
@@ -33,22 +35,18 @@ JOINT = {
 }  # fmt: skip
 
 
-def shaken(params, conditioning):
+def make_network(params, conditioning):
     """A network of the class that `params` belongs to, with weights that all matter."""
     params = dataclasses.replace(params, conditioning=conditioning)
     make = next(make for cls, make in NETWORKS.values() if cls is type(params))
-    graphdef, state = nnx.split(make(params, nnx.Rngs(0)))
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+    return shaken(lambda: make(params, nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("conditioning", ["one_way", "joint"])
 @pytest.mark.parametrize("name", JOINT)
 def test_masks_and_fixed_patterns_agree(name, conditioning):
     """What is trained under a mask is what is sampled on the tokens that take part; values under noise do not matter."""
-    network = shaken(JOINT[name], conditioning)
+    network = make_network(JOINT[name], conditioning)
     values, v_t = jax.random.normal(jax.random.key(2), (4, 5, 1)), jax.random.normal(jax.random.key(3), (4, 3, 5, 1))
     graphdef, state = nnx.split(network)
     masked = jax.jit(lambda s, t, v, values, mask: (lambda n: n(t, v, n.encode(values, mask)))(nnx.merge(graphdef, s)))
@@ -68,23 +66,28 @@ def test_masks_and_fixed_patterns_agree(name, conditioning):
 @pytest.mark.parametrize("name", ["Flux1Joint", "Simformer"])
 def test_one_way_encoding_does_not_see_the_noise_and_joint_does(name):
     """One-way: what is given is encoded once, whatever the draws and the time are."""
-    network = shaken(JOINT[name], "one_way")
+    network = make_network(JOINT[name], "one_way")
     context = network.encode(jnp.ones((1, 3, 1)), None, (2, 3, 4))
     shapes = {leaf.shape[:3] for leaf in jax.tree.leaves(context)}
     assert shapes == {(1, 2, 3)}  # batch, layers, tokens
-    assert set(shaken(JOINT[name], "joint").encode(jnp.ones((1, 3, 1)), None, (2, 3, 4))) == {"tokens"}
+    assert set(make_network(JOINT[name], "joint").encode(jnp.ones((1, 3, 1)), None, (2, 3, 4))) == {"tokens"}
 
 
-def test_condition_masks():
-    """Shares of the kinds within four standard errors of 20,000 draws, and never all tokens given."""
-    given = np.asarray(ConditionMasks().draw(jax.random.key(0), 20_000, 2, 3))
-    assert not given.all(1).any()
-    posterior = (given == [False, False, True, True, True]).all(1).mean()
-    # half of the kinds, and Bernoulli masks that happen to be it
-    expected = 0.5 + 0.15 * (0.7**2 * 0.3**3 + 0.3**2 * 0.7**3)
-    assert abs(posterior - expected) < 4 * 0.5 / np.sqrt(20_000)
-    only = np.asarray(ConditionMasks("posterior").draw(jax.random.key(0), 50, 2, 3))
-    assert (only == [False, False, True, True, True]).all()
+@pytest.mark.parametrize("kind", ["structured", "bernoulli", "posterior"])
+def test_condition_masks(kind):
+    """All 32 masks of five tokens come as often as they should, within five standard errors of 20,000: a false alarm in 50,000. Where all tokens would
+    be given none is."""
+    masks = np.indices((2,) * 5).reshape(5, -1).T.astype(bool)
+    shares = dict(zip(("x", "none", "theta", "low", "high"), MASK_SHARES[kind], strict=True))
+    fixed = {"x": [0, 0, 1, 1, 1], "none": [0] * 5, "theta": [1, 1, 0, 0, 0]}
+    expected = sum(shares[name] * (masks == np.asarray(mask, bool)).all(1) for name, mask in fixed.items())
+    for name, rate in (("low", 0.3), ("high", 0.7)):
+        expected = expected + shares[name] * np.where(masks, rate, 1 - rate).prod(1)
+    expected[0] += expected[-1]
+    expected[-1] = 0.0
+    given = np.asarray(ConditionMasks(kind).draw(jax.random.key(0), 20_000, 2, 3))
+    found = np.bincount(given @ (2 ** np.arange(5)[::-1]), minlength=32) / 20_000
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000) + 1e-9).all()
 
 
 @pytest.mark.parametrize("conditioning", ["one_way", "joint"])
@@ -92,7 +95,7 @@ def test_posterior_alone_is_learned_as_a_fixed_pattern(conditioning):
     """The same function as under a mask that gives all data, without noised data."""
     theta, x = (a[:4] for a in gaussian_pairs())
     network, theta, x = (
-        shaken(JOINT["Simformer"], conditioning),
+        make_network(JOINT["Simformer"], conditioning),
         jnp.asarray(theta),
         jnp.asarray(np.tile(x, (1, 2, 1))[:, :3]),
     )
@@ -135,7 +138,7 @@ def trained():
     )  # fmt: skip
     with optimised():
         pipeline.train(nnx.Rngs(0))
-    for made in pipeline._both():
+    for made in (pipeline.posterior, pipeline._last):
         made.tile = Tile(4, 64)
     return pipeline
 
@@ -269,6 +272,18 @@ def test_what_is_given_far_outside_is_warned_of(trained, tmp_path):
     trained.save(tmp_path / "run")
     with pytest.warns(UserWarning, match=r"lies far outside the simulations: its entry 1, 50"):
         load(tmp_path / "run", mesh={"data": 1}).sample(rng=0, given={"b": 0.4, "x_0": 50.0}, nsamples=3)
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "a")])
+def test_names_are_as_many_as_parameters(trained, names):
+    """Else x_0 would be another token than the first of the data."""
+    posterior = trained.posterior
+    with pytest.raises(ValueError, match="names must be 2 different ones"):
+        JointPosterior(
+            posterior.joint, posterior.method, posterior.joint_standardizer, 2, names=names, mesh={"data": 1}
+        )
+    with pytest.raises(ValueError, match="names must be 2 different ones"):
+        posterior.rename(names)
 
 
 def test_x_is_not_given_twice(trained):

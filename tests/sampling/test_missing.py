@@ -10,6 +10,7 @@ from flax import nnx
 
 from distsbi import Flux1Params, MLPFlowPipeline, MLPParams, SimformerFlowPipeline, load
 from distsbi.networks import MLP, Flux1
+from tests.weights import shaken
 
 QUICK = {"nsteps": 20, "batch_size": 32, "val_every": 10, "calibrate": False, "show_progress": False}
 FLUX = Flux1Params(
@@ -24,11 +25,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_missing_does_not_matter_and_what_is_there_does(name):
-    graphdef, state = nnx.split(NETWORKS[name]())
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    state = jax.tree.unflatten(tree, leaves)
+    graphdef, state = nnx.split(shaken(NETWORKS[name]))
 
     @jax.jit
     def network(theta, x, mask):

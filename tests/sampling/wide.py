@@ -9,7 +9,7 @@ from flax import nnx
 
 from distsbi import MLPFlowPipeline, MLPParams, keys
 from distsbi.methods import METHODS
-from distsbi.sampling import DistillConfig, distill
+from distsbi.sampling import DistillConfig, train_student
 from distsbi.training.update import ConditionMasks
 
 
@@ -26,7 +26,7 @@ def numbers() -> dict[str, np.ndarray]:
     pipeline.train(nnx.Rngs(0))
     x = np.full((1, 2, 1), 0.3, np.float32)
     config = DistillConfig(1, nsteps=3, batch_size=8, teacher_steps=2, show_progress=False)
-    student, losses = distill(pipeline.posterior, x, config)
+    student, losses = train_student(pipeline.posterior, x, config)
     draws = pipeline.sample(rng=0, x_o=x, nsamples=20, steps=4)
     found |= {
         "draws": draws,

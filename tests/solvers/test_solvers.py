@@ -124,6 +124,59 @@ def test_the_last_step_leaves_no_noise_behind(rule):
     assert float(jnp.std(draws)) < 1.1e-3
 
 
+NOISE = lambda step: jax.random.normal(jax.random.fold_in(jax.random.key(4), step), (1, 4_000, 3, 1))  # noqa: E731
+
+
+def drawn_by(rule, method, times, **options):
+    grid = FixedGrid(rule, times, tuple(options.items()))
+    return grid.solve(gaussian_field(method), method.initial(NOISE(10_000)), None, NOISE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "plain"),
+    [
+        ("zero_ends", {"strength": 0.0}, "euler"), ("non_singular", {"strength": 0.0}, "euler"), ("stochastic_heun", {"churn": 0.0}, "heun"),
+        ("stochastic_heun", {"churn": 40.0, "s_min": 1e6, "s_max": 1e9}, "heun"), ("stochastic_heun", {"churn": 40.0, "s_max": 0.0}, "heun"),
+    ],
+)  # fmt: skip
+def test_without_noise_a_stochastic_rule_is_the_plain_one(rule, options, plain):
+    """Of the straight path, before its end; with its own options it is not."""
+    times = tuple(0.9 * i / 30 for i in range(31))
+    ends = [drawn_by(name, METHOD, times, **given) for name, given in ((rule, options), (plain, {}), (rule, {}))]
+    np.testing.assert_allclose(ends[0], ends[1], atol=2e-5)
+    assert float(jnp.abs(ends[2] - ends[1]).mean()) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("zero_ends", {"strength": 2.0}), ("non_singular", {"strength": 2.0}), ("stochastic_heun", {"churn": 60.0})],
+)
+def test_more_noise_leaves_the_draws_what_they_are(rule, options):
+    """Bounds as above."""
+    draws = np.asarray(drawn_by(rule, METHOD, METHOD.grid(400), **options))[0, ..., 0]
+    assert (np.abs(draws.mean(0) - MEAN[:, 0]) < (5 / np.sqrt(4_000) + 0.02) * SD[:, 0]).all()
+    np.testing.assert_allclose(draws.std(0), SD[:, 0], rtol=0.12)
+
+
+def test_inflated_noise_widens_the_draws():
+    """s_noise is Karras' S_noise: 1.3 of it leaves more than 10 % more sd of the narrowest parameter."""
+    method = METHODS["edm"]()
+    sds = [
+        np.std(drawn_by("stochastic_heun", method, method.grid(60), churn=40.0, s_noise=s), axis=1)[0, 0, 0]
+        for s in (1.0, 1.3)
+    ]
+    assert sds[1] > 1.1 * sds[0]
+
+
+@pytest.mark.parametrize("method", [*(cls() for cls in METHODS.values()), METHODS["edm"](sigma_max=15.0)], ids=str)
+def test_churn_stays_on_the_path(method):
+    """The noise of the state and that of the time which the network is told are one, also where the path has no more."""
+    p = FixedGrid("stochastic_heun", method.grid(8), (("churn", 1e9), ("s_min", 0.0), ("s_max", 1e9))).schedule(method)
+    told = p["raised"].sigma / p["raised"].scale
+    ends = (p["end"].sigma / p["end"].scale)[: len(told)]
+    np.testing.assert_allclose(p["h"] + ends, told, rtol=2e-3, atol=1e-6)
+
+
 def test_reverse_and_trajectory():
     grid = FixedGrid("rk4", METHOD.grid(12))
     path = grid.solve(SPIRAL, Y0, None, trajectory=True)
@@ -169,6 +222,8 @@ def test_options():
     ("options", "says"),
     [
         ({"solver": "runge"}, "unknown solver 'runge'; fixed ones are euler"),
+        ({"steps": np.inf}, "positive integer"), ({"steps": np.nan}, "positive integer"), ({"steps": "ten"}, "positive integer"),
+        ({"time_grid": [i / 50 for i in range(50)]}, r"from 0 .* got \(0, 0.02, 0.04, ..., 0.94, 0.96, 0.98\)"),
         ({"steps": 0}, "positive integer"), ({"steps": 2.5}, "positive integer"),
         ({"step_size": 0}, "step_size must be in"), ({"step_size": 2.0}, "step_size must be in"),
         ({"steps": 3, "step_size": 0.1}, "give one of"),
