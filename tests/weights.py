@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 
 
-def shaken(make: Callable[[], nnx.Module], seed: int = 1):
-    """The network that `make()` makes, all of whose state are parameters, off the zeros and ones that they start from."""
+def shaken(make: Callable[[], nnx.Module], seed: int = 1, scale: float = 1.0):
+    """The network that `make()` makes, all of whose state are parameters, off the zeros and ones that they start from. `scale`: of matrices, less makes
+    smoother functions."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(seed)
 
@@ -20,7 +21,7 @@ def shaken(make: Callable[[], nnx.Module], seed: int = 1):
         elif "scale" in name:
             noise = 1 + 0.1 * noise
         else:
-            noise = noise / leaf.shape[-2] ** 0.5
+            noise = scale * noise / leaf.shape[-2] ** 0.5
         return jnp.asarray(noise, leaf.dtype)
 
     return nnx.merge(graphdef, jax.tree.map_with_path(draw, state))

@@ -31,13 +31,12 @@ _WORDS: dict[Path, Path] = {  # ours -> GenSBI's, for Flux1 and Flux1Joint
     ("cond_ids_embedder",): ("cond_ids_embedder", "embedder", "embed"),
     ("ids_embedder",): ("ids_embedder", "embedder", "embed"),
 }
-_NO_PARAMETERS = (
-    "pe",
-    "pe_h",
-    "pe_w",
-    "rngs",
-    "B",
-)  # sinusoidal tables, random numbers; B is one where it is asked for
+_TABLES = ("pe", "pe_h", "pe_w", "B")  # sinusoidal ones; B is a parameter where it is asked for
+
+
+def _is_parameter(path: Path) -> bool:
+    """Whether it is one for GenSBI, and no table and no random number."""
+    return path[-1] not in _TABLES and not ("rngs" in path and path[-1] in ("count", "key"))
 
 
 def gensbi_paths(network: nnx.Module, path: Path, shape: tuple[int, ...]) -> list[Path]:
@@ -98,7 +97,7 @@ def from_gensbi(network: Any, tree: Mapping[Path, Any]) -> Any:
     """
     values: dict[Path, np.ndarray] = {}
     wrong: list[str] = []
-    left = {path for path, value in tree.items() if np.size(value) and not set(path) & set(_NO_PARAMETERS)}
+    left = {path for path, value in tree.items() if np.size(value) and _is_parameter(path)}
     graphdef, state = nnx.split(network)
     for path, variable in nnx.to_flat_state(state):
         value = variable.get_value()

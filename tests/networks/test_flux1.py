@@ -13,6 +13,7 @@ from flax import nnx
 from distsbi.networks.flux1 import Flux1
 from distsbi.networks.flux1_params import Flux1Params
 from distsbi.networks.gensbi import from_gensbi, gensbi_paths, to_gensbi
+from tests.weights import shaken
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "gensbi_flux1.npz"
 CASES = (
@@ -47,18 +48,7 @@ def _conditioned(how: str) -> Flux1Params:
 
 
 def perturbed(params: Flux1Params, seed: int = 0) -> Flux1:
-    """A network none of whose weights is zero, made without compiling anything."""
-    draw = np.random.default_rng(seed)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Flux1(params)))
-
-    def value(path, leaf):
-        kernel = "kernel" in str(path)
-        around = 1.0 if "scale" in str(path) else 0.0
-        return jnp.asarray(
-            around + draw.normal(size=leaf.shape) * (leaf.shape[-2] ** -0.5 if kernel else 0.3), jnp.float32
-        )
-
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, state))
+    return shaken(lambda: Flux1(params), seed)
 
 
 @jax.jit
@@ -88,11 +78,11 @@ def gensbi_case(name: str) -> tuple[dict, dict, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_joint_equals_gensbi(name):
     fields, tree, arrays = gensbi_case(name)
-    network = from_gensbi(Flux1(Flux1Params.from_dict(fields | {"conditioning": "joint"} | GRIDS.get(name, {}))), tree)
+    params = Flux1Params.from_dict(fields | {"conditioning": "joint"} | GRIDS.get(name, {}))
+    network = from_gensbi(nnx.eval_shape(lambda: Flux1(params)), tree)
+    t, theta, x = (jnp.asarray(arrays[part]) for part in ("t", "theta", "x"))
     with jax.default_matmul_precision("highest"):
-        velocity = network(
-            jnp.asarray(arrays["t"]), jnp.asarray(arrays["theta"])[:, None], network.encode(jnp.asarray(arrays["x"]))
-        )[:, 0]
+        velocity = predict(network, t, theta[:, None], x)[:, 0]
     expected = arrays["velocity"]
     np.testing.assert_allclose(velocity, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     back = to_gensbi(network)
