@@ -269,7 +269,7 @@ def test_a_model_of_other_sizes_is_refused_at_once(tmp_path):
     random_mlp_posterior(dim_x=1, network=network).save(tmp_path / "given")
     with pytest.raises(ValueError, match="given holds a posterior given data"):
         UnconditionalPipeline(None, None, None, 2).restore(tmp_path / "given")
-    random_mlp_posterior(dim_x=1, network=network, facts={"unconditional": True}).save(tmp_path / "density")
+    random_mlp_posterior(dim_x=1, network=network, unconditional=True).save(tmp_path / "density")
     with pytest.raises(ValueError, match="density holds a density without conditions"):
         MLPFlowPipeline(None, None, 2, 1).restore(tmp_path / "density")
     random_mlp_posterior(dim_x=3).save(tmp_path / "run")
@@ -351,7 +351,7 @@ def test_the_grid_is_that_of_both_weights_and_chosen_again(tmp_path, monkeypatch
     found = load(tmp_path / "run")
     assert found.facts["certificate"] == certificate != pipeline.posterior.facts["certificate"]
     assert (found.default_solver.rule, found.default_solver.evaluations) == ("euler", 2)
-    again.posterior.facts["student"] = {}
+    again.posterior.is_student = True
     with pytest.raises(ValueError, match="calibrate its teacher"):
         again.calibrate()
     unfit = MLPFlowPipeline(None, None, 2, 2, params=SMALL, prior=TASK.prior).restore(tmp_path / "run")

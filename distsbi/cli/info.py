@@ -26,6 +26,7 @@ def info(run: Path, as_json: bool) -> None:
         ("network", spec["network"]["name"] or "a user's own module"),
         *([("embedding", json.dumps(spec["network"]["embedded"]["nets"]))] if "embedded" in spec["network"] else []),
         ("method", spec["method"]["name"]),
+        *([("kind", "a student, bound to the steps of its solver")] if "student" in spec.get("kind", ()) else []),
         *_training(spec["facts"].get("training")),
         ("parameters", f"({dim_theta}, {ch_theta}): {_parameters(spec)}"),
         ("data", _data(spec)),
@@ -63,7 +64,7 @@ def _parameters(spec: dict[str, Any]) -> str:
 def _data(spec: dict[str, Any]) -> str:
     """The shape of x, and of which entries the logarithm is taken."""
     dim_x, ch_x = spec["sizes"][2:]
-    if spec["facts"].get("unconditional"):
+    if "unconditional" in spec.get("kind", ()):
         return "none: a density without conditions"
     logs = [i for i, kind in enumerate(spec["standardizer"].get("x_kinds", ())) if kind == "positive"]
     which = (

@@ -131,7 +131,10 @@ class UnconditionalPipeline(ConditionalPipeline):
     def _make_posterior(
         self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]
     ) -> Posterior:
-        return super()._make_posterior(params, standardizer, solver, {**facts, "unconditional": True})
+        network = nnx.merge(nnx.graphdef(self.model), params)
+        return Posterior(
+            network, self.method, standardizer, names=self.parameter_names, solver=solver, mesh=self.mesh, facts=facts, unconditional=True,
+        )  # fmt: skip
 
     def sample(  # type: ignore[override]
         self, key: Any = None, nsamples: int | None = None, *, rng: Any = None, use_ema: bool = True, **options: Any

@@ -140,7 +140,7 @@ def train_student(
     Raises ValueError for observations of a wrong shape, or a teacher that is a student itself; RuntimeError if the loss becomes NaN.
     """
     config = config or DistillConfig()
-    if "student" in teacher.facts:
+    if teacher.is_student:
         raise ValueError("this posterior is a student already; distil its teacher.")
     xs = teacher.check_xs(xs)
     mesh = teacher.mesh
@@ -174,16 +174,13 @@ def train_student(
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "show_progress"}
     facts = {
-        **{
-            name: teacher.facts[name]
-            for name in ("training", "data", "versions", "x_extent", "unconditional")
-            if name in teacher.facts
-        },
+        **{name: teacher.facts[name] for name in ("training", "data", "versions", "x_extent") if name in teacher.facts},
         "student": {**options, "boundaries": list(config.grid[1:-1]), "teacher": teacher.fingerprint},
     }
     student = Posterior(
         nnx.merge(teacher.graphdef, as_kept(state[1], teacher.weights.params)), _student_method(teacher), teacher.weights.standardizer,
         names=teacher.parameter_names, solver=FixedGrid("euler", config.grid), tile=teacher.tile_by_kind, mesh=mesh, facts=facts,
+        student=True, unconditional=teacher.is_unconditional,
     )  # fmt: skip
     return student, losses
 

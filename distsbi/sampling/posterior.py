@@ -56,6 +56,8 @@ class Posterior(Densities):
             that kind's own, as far as it fits.
         mesh: where to draw; see `distsbi.mesh.make_mesh`.
         facts: JSON-able provenance (versions, seed, data fingerprint, certificate, ...).
+        student: whether the network predicts average velocities over the steps of `solver` (see `distsbi.distill`), which it then is bound to.
+        unconditional: whether this is a density without conditions, whose x is nothing.
 
     Raises ValueError for another number of names, or one that comes twice.
     """
@@ -71,7 +73,10 @@ class Posterior(Densities):
         tile: Tile | Mapping[str, Tile] | None = None,
         mesh: meshes.MeshLike = None,
         facts: dict[str, Any] | None = None,
+        student: bool = False,
+        unconditional: bool = False,
     ):
+        self.is_student, self.is_unconditional = student, unconditional
         self.mesh = meshes.make_mesh(mesh)
         self.method = method
         self.dim_theta, self.ch_theta = network.dim_theta, network.ch_theta
@@ -278,16 +283,6 @@ class Posterior(Densities):
     def rename(self, names: tuple[str, ...]) -> None:
         """Gives the parameters other names. Raises ValueError unless there is one for each."""
         self.parameter_names = self._checked_names(names)
-
-    @property
-    def is_unconditional(self) -> bool:
-        """Whether this is a density without conditions: its x is nothing."""
-        return bool(self.facts.get("unconditional"))
-
-    @property
-    def is_student(self) -> bool:
-        """Whether this posterior was made by `distill`: it has its own steps and no log_prob."""
-        return "student" in self.facts
 
     def _draw(self, key: Array, xs: np.ndarray, ids: np.ndarray, nsamples: int, chosen: SampleOptions) -> np.ndarray:
         solver, tile = self.solver_for(chosen), chosen.make_tile(self.tile)

@@ -37,9 +37,10 @@ from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import solver_from_dict
 
-FORMAT = 5
+FORMAT, OLDEST = 6, 5
 VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditional}  # of a joint network
 SPEC, WEIGHTS = "spec.json", "weights"
+KINDS = ("student", "unconditional")  # what a posterior may be that its network does not say
 REQUIRED = ("network", "sizes", "method", "standardizer", "parameter_names", "solver", "tile", "weights",
             "weights_sha256", "fingerprint", "versions", "facts")  # fmt: skip
 
@@ -57,6 +58,7 @@ def model_spec(posterior: Posterior) -> dict[str, Any]:
     standardizer = (
         posterior.joint_standardizer if isinstance(posterior, JointPosterior) else posterior.weights.standardizer
     )
+    kind = [name for name in KINDS if getattr(posterior, f"is_{name}")]
     pattern = {"free": list(network.free), "given": list(network.given)} if isinstance(network, Conditional) else None
     return {
         "network": {"name": name, "params": params, "view": view, "pattern": pattern, **embedded},
@@ -64,6 +66,7 @@ def model_spec(posterior: Posterior) -> dict[str, Any]:
         "method": {"name": method, "params": posterior.method.to_dict()},
         "standardizer": standardizer.to_dict(),
         "parameter_names": list(posterior.parameter_names),
+        **({"kind": kind} if kind else {}),
     }
 
 
@@ -194,8 +197,10 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(found, int) or found > FORMAT:
         raise ValueError(f"{root} has run format {found}; this distsbi reads up to {FORMAT}. Update distsbi.")
-    if found < FORMAT:
-        raise ValueError(f"{root} has run format {found} of an earlier distsbi; this one reads {FORMAT}. Train again.")
+    if found < OLDEST or (found < FORMAT and set(KINDS) & set(spec.get("facts", ()))):
+        raise ValueError(
+            f"{root} has run format {found} of an earlier distsbi; this one does not read it. Train again."
+        )
     missing = [name for name in REQUIRED if name not in spec]
     if missing:
         raise ValueError(f"{root / SPEC} is damaged: it has no {missing[0]}; restore it from a copy, or train again.")
@@ -258,11 +263,12 @@ def load(
         )
     merged: Any = nnx.merge(graphdef, state)
     options: dict[str, Any] = {"names": names, "solver": solver, "tile": tile, "mesh": target, "facts": facts}
+    kind = {name: name in spec.get("kind", ()) for name in KINDS}
     try:
         if isinstance(merged, Conditional) and len(standardizer.bijection.kinds) == merged.network.num_tokens:
             posterior: Posterior = JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)
         else:
-            posterior = Posterior(merged, method, standardizer, **options)
+            posterior = Posterior(merged, method, standardizer, **options, **kind)
         same = fingerprint(model_spec(posterior), digest) == spec["fingerprint"]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{root / SPEC} is damaged: {error!r}; restore it from a copy, or train again.") from error

@@ -135,7 +135,7 @@ def test_new_pairs_of_a_task_are_not_those_of_a_training():
 
 
 def test_a_density_is_not_checked():
-    density = random_mlp_posterior(dim_x=1, facts={"unconditional": True})
+    density = random_mlp_posterior(dim_x=1, unconditional=True)
     with pytest.raises(ValueError, match="a density without conditions"):
         check_calibration(density, np.zeros((30, 2)), np.zeros((30, 1, 1)))
 

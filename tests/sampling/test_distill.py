@@ -1,5 +1,6 @@
 """A student draws in its own few steps what its teacher draws in many."""
 
+import json
 from functools import partial
 
 import jax
@@ -121,6 +122,13 @@ def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
     x = np.zeros((1, 2, 1), np.float32)
     np.testing.assert_array_equal(again.sample(0, x, 300), student.sample(0, x, 300))
     assert again.facts["student"]["teacher"] == pipeline.posterior.fingerprint
+    spec = json.loads((tmp_path / "student" / "spec.json").read_text())
+    assert spec.pop("kind") == ["student"]
+    (tmp_path / "student" / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(
+        ValueError, match="was changed since it was saved"
+    ):  # else its average velocities would be taken for velocities
+        load(tmp_path / "student")
     with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations"):
         again.sample(0, x + 1e4, 5)
     for call, says in (

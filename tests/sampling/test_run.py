@@ -124,6 +124,11 @@ DAMAGE = {
     "cut short": (lambda p: (p / "spec.json").write_text((p / "spec.json").read_text()[:100]), "is damaged"),
     "missing key": (lambda p: _edit(p, lambda s: s.pop("method")), "is damaged"),
     "older": (lambda p: _edit(p, lambda s: s.update(format=4)), "run format 4 of an earlier distsbi.*Train again"),
+    "older student": (
+        lambda p: _edit(p, lambda s: s.update(format=5, facts={"student": {}})),
+        "run format 5 of an earlier distsbi",
+    ),
+    "two names": (lambda p: _edit(p, lambda s: s.update(parameter_names=["a"])), "spec.json is damaged"),
     "newer": (lambda p: _edit(p, lambda s: s.update(format=99)), "Update distsbi"),
     "no weights": (lambda p: shutil.rmtree(p / "weights"), "missing or damaged"),
     "other weights": (lambda p: _edit(p, lambda s: s.update(weights_sha256="0")), "does not hold the weights"),
