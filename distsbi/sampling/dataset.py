@@ -89,7 +89,8 @@ def write(
     chosen = SampleOptions.parse(options, ("path", *ONE, "rows_per_part", "overwrite"), posterior.no_given)
     if chosen.on_the_way or chosen.check or chosen.coupled:
         raise ValueError(
-            "a dataset takes draws that can be divided: leave out return_trajectory, time_grid, check and coupled, or use sample."
+            "a dataset takes draws that can be divided: leave out return_trajectory, time_grid, check and coupled, or use sample (of check, with "
+            "a thousand draws: what it finds is of the solver, not of their number)."
         )
     solver = posterior.solver_for(chosen)
     tile = chosen.make_tile(posterior.tile).for_draws(nsamples, posterior.most_slots)

@@ -27,7 +27,7 @@ class SampleOptions:
         return_trajectory: theta at every time of the grid, with a leading axis of times; of a `time_grid`, which the steps then go through, at its
             times, whatever this says.
         check: a share of the draws, in (0, 1], that is solved again with every step halved; what that changes is reported in
-            `Posterior.last_check`, and warned of where it is large.
+            `Posterior.last_check`, and warned of where it is large. Of the points of a log_prob too.
         show_progress: a progress bar; None: on a terminal, where the work takes more than a few seconds.
     """
 

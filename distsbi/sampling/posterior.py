@@ -85,7 +85,7 @@ class Posterior(Densities):
         self.parameter_names = self._checked_names(names or tuple(f"theta_{i}" for i in range(self.dim_theta)))
         self.default_solver = check_complete(solver) if solver is not None else make_solver(method)
         self.facts = dict(facts or {})
-        self.last_check: dict[str, float] | None = None  # of the last draw with `check=`
+        self.last_check: dict[str, float] | None = None  # of the last draw or log_prob with `check=`
         # None: not even a network that is trained anew could have it (a joint one is told what is there by `given`)
         knows = hasattr(getattr(network, "params", None), "missing")
         self.missing = takes_missing(network) if knows else None

@@ -12,6 +12,7 @@ from distsbi.networks import MLP, MLPParams
 from distsbi.sampling import Posterior, tiles
 from distsbi.sampling.checks import unsolved
 from distsbi.sampling.flow import Divergence, log_density
+from distsbi.solvers import FixedGrid
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
 from tests.solvers.test_solvers import MEAN, SD, gaussian_field, time_of
 
@@ -191,7 +192,7 @@ def test_maximum_a_posteriori():
         ({"solver": "multistep"}, "solver 'multistep' gives no log_prob; euler, midpoint, heun, rk3, rk4, tsit5"),
         ({"solver": "zero_ends"}, "gives no log_prob"), ({"divergence": "trace"}, '"exact" or "hutchinson"'),
         ({"divergence": "hutchinson", "probes": 0}, "probes >= 1"), ({"steps": 0}, "positive integer"),
-        ({"check": 0.1}, "go with sample; leave them out"), ({"return_trajectory": True}, "go with sample"), ({"time_grid": [0, 1]}, "go with sample"),
+        ({"check": 2.0}, "share of the draws"), ({"return_trajectory": True}, "go with sample"), ({"time_grid": [0, 1]}, "go with sample"),
         ({"observation_id": 3}, "The keywords are theta, x_o, divergence"),
     ],
 )  # fmt: skip
@@ -199,9 +200,25 @@ def test_errors(options, says):
     posterior = gaussian_posterior()
     with pytest.raises(ValueError, match=says):
         posterior.log_prob(np.zeros((2, 3, 1)), X, **options)
-    if "check" in options:
-        with pytest.raises(ValueError, match=says):
-            posterior.sample_and_log_prob(0, X, 5, **options)
+
+
+def test_the_check_of_a_density():
+    """Of the first points, against the grid whose steps are halves; what is outside the prior has none."""
+    posterior = random_mlp_posterior({"data": 1})
+    x = np.full((1, 3, 1), 0.3, np.float32)
+    theta = posterior.sample(0, x, 40)
+    theta[3] = 5.0
+    grid = FixedGrid("euler", posterior.method.grid(8))
+    density = posterior.log_prob(theta, x, solver=grid, check=0.5)
+    change = np.abs(density - posterior.log_prob(theta, x, solver=grid.refined()))[:20]
+    change = change[np.isfinite(change)]
+    assert posterior.last_check == {
+        "points": 19, "mean": pytest.approx(change.mean(), rel=1e-3), "q95": pytest.approx(np.quantile(change, 0.95), rel=1e-3),
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="moves 5 % of the densities by more than"):
+        gaussian_posterior().log_prob(np.zeros((2, 3, 1)), X, solver="euler", steps=2, check=1.0)
+    with pytest.raises(ValueError, match="check goes with sample and with log_prob"):
+        posterior.sample_and_log_prob(0, x, 5, check=0.5)
 
 
 def test_trajectories_and_the_check_at_run_time():
