@@ -1,4 +1,4 @@
-# What to type:  make demo | make test | make lint | make test-full | make test-accelerator | make clean
+# What to type:  make demo | make test | make lint | make test-long | make test-full | make test-accelerator | make clean
 # Needs Python >= 3.11 and make; everything else goes into $(VENV) with pip.
 # Another Python:  make test-short PYTHON=python3.13 VENV=.venv313
 
@@ -11,7 +11,7 @@ DEMO ?= demo
 # Two processes; the tests of a file keep to one of them, where its fixtures and programs are made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test test-full test-short test-accelerator lint format clean
+.PHONY: venv demo test test-long test-full test-short test-accelerator lint format clean
 
 venv: $(STAMP)
 
@@ -27,8 +27,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/distsbi demo --out $(DEMO)
 
+# Under ten minutes on two cores.
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+# What takes longer: README as it stands, trainings whose result is known, processes that are killed. CI runs this too.
+test-long: $(STAMP)
+	$(PYTEST) -m "long and not slow"
 
 # Everything, and programs compiled as users compile them.
 test-full: $(STAMP)

@@ -131,6 +131,7 @@ def test_sample_takes_solver_options(distsbi: Cli, untrained: Path, tmp_path: Pa
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_simulate_train_and_train_again(distsbi: Cli, tmp_path: Path) -> None:
     """The same command on a finished run is a resume with nothing left to do."""
     config, pairs, run = tmp_path / "config.yaml", tmp_path / "pairs", tmp_path / "run"
@@ -519,6 +520,7 @@ def test_interrupt_exits_with_130(distsbi: Cli, monkeypatch: pytest.MonkeyPatch)
     assert err.strip() == "Interrupted."
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_nothing_half_written(distsbi: Cli, untrained: Path, small_disk: Any) -> None:
     for name in ("draws.npy", "draws.parquet"):
         out = small_disk.path / name
@@ -528,6 +530,7 @@ def test_a_full_disk_leaves_nothing_half_written(distsbi: Cli, untrained: Path, 
         assert list(small_disk.path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_while_training_is_told_in_one_sentence(small_disk: Any) -> None:
     """In a process of its own, for the tracebacks of orbax's threads go past what a test captures."""
     command = [sys.executable, "-m", "distsbi.cli", "train", "--task", "two_moons", "--nsteps", "2"]
@@ -540,6 +543,7 @@ def test_a_disk_that_fills_while_training_is_told_in_one_sentence(small_disk: An
     assert len([line for line in done.stderr.splitlines() if line.strip() and " INFO " not in line]) == 1
 
 
+@pytest.mark.long
 def test_virtual_devices_come_before_a_prior_that_starts_jax(tmp_path: Path) -> None:
     """A HalfNormal holds arrays, so making it starts JAX; in a process of its own, which has one device unless told."""
     theta = np.abs(np.random.default_rng(0).normal(size=(40, 1)))

@@ -70,6 +70,7 @@ def test_named_pipelines_say_where_they_are(name):
     assert pickle.loads(pickle.dumps(made)) is made
 
 
+@pytest.mark.long
 def test_what_a_script_for_gensbi_asks_of_a_pipeline(tmp_path):
     config = Flux1FlowPipeline.get_default_training_config()
     config |= {"nsteps": 2, "checkpoint_dir": str(tmp_path / "run"), "batch_size": 32, "calibrate": False}
@@ -116,6 +117,7 @@ def test_the_inference_guide():
     np.testing.assert_array_equal(sampler_fn(key, nsamples=300), samples[:300])
 
 
+@pytest.mark.long
 def test_a_saved_run_is_taken_up_to_sample_and_to_go_on_with_more_simulations(tmp_path):
     first = make(checkpoint_dir=str(tmp_path / "first"))
     first.train(nnx.Rngs(0))
@@ -195,6 +197,7 @@ def test_a_run_of_another_prior_is_not_taken_up(tmp_path, trained, given, says):
 
 
 @pytest.mark.parametrize("raw", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.long
 def test_a_prior_over_decades_is_learned_over_all_of_them(raw, tmp_path):
     """rate in (1e-4, 1e4), x = log(rate) + noise of sd 0.1, or exp of that: at both ends and between the median draw is the rate, within a factor of 1.6."""
     rng = np.random.default_rng(0)

@@ -69,11 +69,13 @@ def place(tmp_path_factory, repo):
     return folder
 
 
+@pytest.mark.long
 def test_python_of_the_readme(place):
     assert (place / "my-pairs").is_dir()
     assert (place / "out" / "_distsbi" / "run.json").exists()
 
 
+@pytest.mark.long
 def test_commands_of_the_readme(repo, place):
     lines = [line for block in _blocks((repo / "README.md").read_text(), "bash") for line in block.splitlines() if line]
     commands = [shlex.split(line, comments=True) for line in lines]

@@ -126,6 +126,7 @@ def drawn() -> dict[str, np.ndarray]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in JOBS])
+@pytest.mark.long
 def test_the_entrypoint_runs(name, data, drawn, tmp_path):
     """The manifest's own command, with other paths and nothing else changed."""
     path, command = JOBS[name], entrypoint(JOBS[name])

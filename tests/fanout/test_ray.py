@@ -231,6 +231,7 @@ def test_environment_of_a_worker(monkeypatch):
     assert cpu["PYTHONPATH"].endswith(os.pathsep + "${PYTHONPATH}")  # the machine's own, which Ray fills in
 
 
+@pytest.mark.long
 def test_an_own_ray_with_a_real_posterior_leaves_no_trace(tmp_path, make_catalog, monkeypatch):
     """Here sample_catalog starts Ray itself. The draws are those of `Posterior.sample`, and of this process with
     eight devices."""

@@ -117,6 +117,7 @@ def test_errors(case, tmp_path):
         import_gensbi(path, wider, **options)
 
 
+@pytest.mark.long
 def test_a_model_with_gensbis_signature():
     """A module written for GenSBI, adapted, predicts what the same weights do as ours."""
     params = Flux1Params(

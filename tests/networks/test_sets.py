@@ -69,6 +69,7 @@ def test_the_scales():
     assert Standardizer.from_dict(scales.to_dict()).x_mean.shape == (5, 2)
 
 
+@pytest.mark.long
 def test_a_pipeline(tmp_path):
     theta, x = pairs()
     params = {

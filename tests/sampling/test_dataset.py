@@ -250,6 +250,7 @@ def run(tmp_path_factory, posterior):
 
 @pytest.mark.cpus
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_two_processes_draw_what_one_device_draws(run, tmp_path, monkeypatch):
     """In two halves of the parts, one each; the bits are those of another process with one device."""
     out, words = tmp_path / "draws", ["sample", str(run), "--x", "0.3,0.3,0.3", "--nsamples", "300000", "--seed", "5"]
@@ -266,6 +267,7 @@ def test_two_processes_draw_what_one_device_draws(run, tmp_path, monkeypatch):
 
 @pytest.mark.cpus
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_processes_that_ask_for_different_draws(run, tmp_path):
     words = ["sample", str(run), "--x", "0.3,0.3,0.3", "--nsamples", "1000", "--out", str(tmp_path / "draws")]
     for code, said in run_two(words, lambda index: ["--seed", str(index)]):

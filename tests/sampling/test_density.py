@@ -135,6 +135,7 @@ def test_batches_meshes_and_tiles_do_not_matter():
     assert posterior.log_prob_batched(theta[:0], xs).shape == (0, 3)
 
 
+@pytest.mark.long
 def test_hutchinson_is_unbiased():
     """The mean over 100 single-probe estimates, with its own standard error: within four of them of the exact one (a false alarm in
     16,000 for each of 5 points)."""

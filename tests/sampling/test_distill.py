@@ -44,6 +44,7 @@ def student(pipeline):
         return pipeline.distill(2, nsteps=400, batch_size=256, show_progress=False)
 
 
+@pytest.mark.long
 def test_two_steps_come_near_many(pipeline, student):
     """Against the teacher's own two Euler steps, the student's distance from the teacher is less than a third."""
     x = np.zeros((1, 2, 1), np.float32)
@@ -116,6 +117,7 @@ def test_the_other_objectives_come_near_too(pipeline, objective, monkeypatch):
     assert sliced_wasserstein(made.sample(1, x, 4_000)[..., 0], many) < sliced_wasserstein(few, many) / 2
 
 
+@pytest.mark.long
 def test_a_student_is_a_run_like_any_other(pipeline, student, tmp_path):
     student.save(tmp_path / "student")
     again = load(tmp_path / "student", mesh={"data": 8})
@@ -155,6 +157,7 @@ def test_bfloat16_weights_are_distilled_in_float32():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_same_seed_makes_the_same_student(pipeline, monkeypatch):
     monkeypatch.setattr("distsbi.pipelines.students.distance", lambda *a: {})
     options = {"nsteps": 20, "batch_size": 64, "show_progress": False}

@@ -91,6 +91,7 @@ def instruments(tmp_path_factory):
     return pipeline, folder
 
 
+@pytest.mark.long
 def test_an_image_says_where_the_spot_is(images):
     pipeline, _ = images
     theta, image, _ = simulate(50, seed=1)
@@ -143,6 +144,7 @@ def test_a_folder_of_flat_rows_is_that_of_the_instruments(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_instruments_and_one_that_is_missing(instruments):
     pipeline, folder = instruments
     _, image, spectrum = simulate(2, seed=4)
@@ -186,6 +188,7 @@ class Summary(nnx.Module):
         return self.linear(jnp.concatenate([x[..., 0].mean(1), x[..., 0].mean(2)], -1))[:, None]
 
 
+@pytest.mark.long
 def test_a_users_own_embedding_net_is_trained_and_needed_to_load(tmp_path):
     theta, image, _ = simulate(200)
     pipeline = MLPFlowPipeline(
@@ -233,6 +236,7 @@ def test_a_users_own_network_sees_the_instruments(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "run", network=OwnNetwork).sample(KEY, x, 10, steps=2), expected)
 
 
+@pytest.mark.long
 def test_augment_sees_images_and_parquet_folders_hold_them(tmp_path):
     theta, image, _ = simulate(200)
     folder = write_pairs(tmp_path / "pairs", theta, image, rows_per_file=100)

@@ -143,6 +143,7 @@ def trained():
     return pipeline
 
 
+@pytest.mark.long
 def test_every_conditional_of_a_gaussian(trained):
     """Means and sds of posterior, likelihood and mixed conditionals against the exact ones; bounds are on what 700 short updates
     learn (an untrained model misses by 0.5 and more), the sampling error of 1,000 draws being 0.032."""
@@ -316,6 +317,7 @@ def test_channels_of_given_are_not_guessed():
             posterior.condition({"x": value})
 
 
+@pytest.mark.long
 def test_a_users_own_joint_module(tmp_path, monkeypatch):
     class Own(nnx.Module):
         def __init__(self):
@@ -358,6 +360,7 @@ def test_a_users_own_joint_module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("joint", marks=pytest.mark.slow), "mlp"])
+@pytest.mark.long
 def test_density_estimation_without_conditions(kind, tmp_path):
     from distsbi.networks import MLP, MLPParams
 

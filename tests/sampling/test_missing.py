@@ -55,6 +55,7 @@ def gaussian_pairs(n):
     return theta.astype("f4"), np.where(rng.uniform(size=x.shape) < 0.4, np.nan, x).astype("f4")
 
 
+@pytest.mark.long
 def test_posteriors_of_what_is_there(tmp_path):
     """With k data theta ~ N(sum / (k + 1), 1 / (k + 1)). Bounds are on what 700 short updates learn: ignoring what is missing would leave an
     sd of 0.45 for all k; the sampling error of 4,000 draws is 0.016."""

@@ -123,6 +123,7 @@ def test_log_prob_of_a_gaussian():
     np.testing.assert_allclose(posterior.log_prob(theta, X, steps=64), exact, atol=0.02)
 
 
+@pytest.mark.long
 def test_log_prob_on_a_bounded_prior_integrates_to_one():
     posterior = random_mlp_posterior()
     axis = np.linspace(-1, 1, 121)[:-1] + 1 / 120

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.sampling.wide import numbers
 
 
+@pytest.mark.long
 def test_64_bit_numbers_change_nothing(tmp_path):
     command = [sys.executable, "-W", "error::FutureWarning", "-m", "tests.sampling.wide", str(tmp_path / "wide.npz")]
     env = {**os.environ, "JAX_ENABLE_X64": "1"}

@@ -41,6 +41,7 @@ def _writing(path) -> bool:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kills", "nsteps"), [QUICK, pytest.param(*FULL, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_killed_at_random_moments(tmp_path, kills, nsteps):
     undisturbed = _finish(_start(tmp_path / "whole", nsteps))
     path, rng = tmp_path / "killed", random.Random(kills)

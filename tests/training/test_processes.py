@@ -65,6 +65,7 @@ def two(tmp_path_factory) -> dict:
     return finish(*start_two(tmp_path_factory.mktemp("two") / "run"))
 
 
+@pytest.mark.long
 def test_two_processes_are_one(two, tmp_path):
     one = finish(start(tmp_path / "run", 1, 0, "", devices=4))
     assert two["devices"] == one["devices"] == 4
@@ -93,6 +94,7 @@ def _killed(path, victim: int) -> None:
     assert max(steps) < 120, "it was killed too late"
 
 
+@pytest.mark.long
 def test_killed_and_started_again(two, tmp_path):
     """To the same bits on two processes, to rounding on one process of one device."""
     path = tmp_path / "run"

@@ -45,6 +45,7 @@ def _same(a, b):
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
+@pytest.mark.long
 def test_learns_an_exact_posterior():
     """theta ~ N(0, 1)^2, x = exp(theta / 2) + noise of sd 0.2 exp(theta / 2), so that no linear map gives the answer away.
     Mean and sd against the exact ones, by quadrature. An untrained network misses by 0.3 and more; bounds are on what 1,500
@@ -75,6 +76,7 @@ def test_learns_an_exact_posterior():
 
 
 @pytest.mark.cpus
+@pytest.mark.long
 def test_mesh_and_fsdp_do_not_change_what_is_learned(monkeypatch):
     """The same updates up to the rounding of a sum over devices; with fsdp the state is really divided."""
     split, inner = [], meshes.state_shardings
@@ -152,6 +154,7 @@ def _batches(data, size=32):
     return [(data[0][i : i + size], data[1][i : i + size]) for i in range(0, len(data[0]), size)]
 
 
+@pytest.mark.long
 def test_every_form_of_data(tmp_path):
     data = _pairs()
     write_pairs(tmp_path / "pairs", *data)
@@ -210,6 +213,7 @@ def test_a_batch_that_the_mesh_does_not_divide_warns(monkeypatch):
         _pipeline(batch_size=31).train(nnx.Rngs(0))
 
 
+@pytest.mark.long
 def test_the_average_moves_with_the_optimiser():
     """Of eight updates, two steps: between steps the weights stand still, and are not averaged in again."""
     options = {"multistep": 4, "decay_transition": 1.0, "warmup_steps": 0, "val_every": 8}
