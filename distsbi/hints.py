@@ -1,4 +1,4 @@
-"""What a misspelt name was meant to be, for error messages.
+"""What errors of bad options say: what a misspelt name was meant to be, and what a count must be.
 
 >>> did_you_mean("stepsize", ["steps", "step_size"])
 ' Did you mean step_size?'
@@ -8,7 +8,10 @@
 
 import dataclasses
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
+from typing import Any
 
 
 def did_you_mean(name: object, known: Iterable[str], *, most: int = 1, by_word: Iterable[str] = ()) -> str:
@@ -27,3 +30,16 @@ def refuse_unknown(what: str, given: Iterable[str], cls: type) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"unknown {what} {name!r};{did_you_mean(name, known)} The {what}s are {', '.join(known)}.")
+
+
+def as_count(what: str, value: Any, least: int = 1) -> int:
+    """A whole number of `least` or more as an int; 32.0, as YAML and JSON give it, is one. Raises ValueError for all else, naming `what` it is.
+
+    >>> as_count("steps", 32.0)
+    32
+    """
+    number: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or int(number) != number or number < least:
+        says = "a positive integer" if least == 1 else f"a whole number, {least} or more"
+        raise ValueError(f"{what} must be {says}; got {value!r}.")
+    return int(number)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from distsbi import keys
+from distsbi.hints import as_count
 from distsbi.methods import Method
 from distsbi.sampling import tiles
 from distsbi.sampling.checks import as_array, as_ids, check_nsamples, compare_densities, one_of
@@ -186,9 +187,7 @@ class Densities:
         It maximises p(theta | x_o), as `log_prob` gives it, in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
         bijection reaches.
         """
-        for name, value in {"starts": starts, "steps": steps}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+        starts, steps = as_count("starts", starts), as_count("steps", steps)
         x = self._one(x_o)
         draws, density = self.sample_and_log_prob(key, x, nsamples)
         best = np.argsort(-density)[:starts]

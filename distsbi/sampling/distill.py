@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
-from distsbi.hints import refuse_unknown
+from distsbi.hints import as_count, refuse_unknown
 from distsbi.methods import FlowMatching, Method, Moment
 from distsbi.networks.base import encode
 from distsbi.sampling.flow import denoise, make_field
@@ -84,16 +84,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for name in ("segments", "nsteps", "batch_size", "teacher_steps"):
-            value: Any = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, numbers.Real)
-                or not math.isfinite(value)
-                or int(value) != value
-                or value < 1
-            ):
-                raise ValueError(f"distill option {name} must be a positive integer; got {value!r}.")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, as_count(f"distill option {name}", getattr(self, name)))
         if self.segments > 8:
             raise ValueError(f"a student has 1 to 8 segments; got {self.segments}.")
         for name in ("on_policy", "softness", "power", "max_lr", "ema_decay"):

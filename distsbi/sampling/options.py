@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from distsbi.hints import did_you_mean
+from distsbi.hints import as_count, did_you_mean
 from distsbi.methods import Method
 from distsbi.sampling.tiles import Tile
 from distsbi.solvers import Solver, make_solver
@@ -70,9 +70,8 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.check, numbers.Real) or not 0 <= self.check <= 1:
             raise ValueError(f"check is a share of the draws, between 0 and 1; got {self.check!r}.")
-        size = self.chunk_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1):
-            raise ValueError(f"chunk_size must be a positive integer; got {size!r}.")
+        if self.chunk_size is not None:
+            object.__setattr__(self, "chunk_size", as_count("chunk_size", self.chunk_size))
         if self.tile is not None and not isinstance(self.tile, Tile):
             raise ValueError(
                 f"tile must be a distsbi.sampling.Tile, such as Tile(slots=8, draws=256); got {self.tile!r}."

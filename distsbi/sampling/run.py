@@ -263,7 +263,7 @@ def load(
         )
     merged: Any = nnx.merge(graphdef, state)
     options: dict[str, Any] = {"names": names, "solver": solver, "tile": tile, "mesh": target, "facts": facts}
-    kind = {name: name in spec.get("kind", ()) for name in KINDS}
+    kind: dict[str, Any] = {name: name in spec.get("kind", ()) for name in KINDS}
     try:
         if isinstance(merged, Conditional) and len(standardizer.bijection.kinds) == merged.network.num_tokens:
             posterior: Posterior = JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distsbi.hints import as_count
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
 from distsbi.solvers.field import Field
@@ -99,10 +100,7 @@ def make_solver(
         count = max(1, math.ceil(1 / step_size - 1e-6))
         return FixedGrid(name or "euler", tuple(i / count for i in range(count + 1)), options)
     if steps is not None:
-        whole = isinstance(steps, numbers.Real) and not isinstance(steps, bool) and math.isfinite(steps)
-        if not whole or int(steps) != steps or steps < 1:
-            raise ValueError(f"steps must be a positive integer; got {steps}.")
-        return FixedGrid(name or "midpoint", method.grid(int(steps)), options)
+        return FixedGrid(name or "midpoint", method.grid(as_count("steps", steps)), options)
     if name is None:
         if options:
             raise ValueError(f"solver_options {dict(options)} need the name of their solver.")

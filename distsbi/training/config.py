@@ -5,7 +5,7 @@ import math
 import numbers
 from typing import Any, Self
 
-from distsbi.hints import refuse_unknown
+from distsbi.hints import as_count, refuse_unknown
 
 OPTIMIZERS = ("muon", "adamw")
 COUNTS = (
@@ -76,13 +76,9 @@ class TrainingConfig:
             if numeric and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
                 raise ValueError(f"training option {field.name} must be a number; got {value!r}.")
         for name in COUNTS:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            least, says = (0, "a whole number, 0 or more") if name == "warmup_steps" else (1, "a positive integer")
-            if not (math.isfinite(value) and int(value) == value and value >= least):
-                raise ValueError(f"training option {name} must be {says}; got {value!r}.")
-            object.__setattr__(self, name, int(value))  # 32.0, as YAML and JSON give it, is no length of an array
+            if (value := getattr(self, name)) is not None:
+                least = 0 if name == "warmup_steps" else 1
+                object.__setattr__(self, name, as_count(f"training option {name}", value, least))
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"training option optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}."
