@@ -199,8 +199,13 @@ def test_contract(method, network, solver, place, request, tmp_path):
     np.testing.assert_allclose(again, draws, rtol=0, atol=within)
 
 
-@pytest.mark.parametrize("network", sorted(NETWORK_ROWS))
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("method", "network"),
+    [
+        pytest.param(m, n, marks=[] if n == "MLP" else pytest.mark.long)
+        for m, n in itertools.product(sorted(METHODS), sorted(NETWORK_ROWS))
+    ],
+)
 def test_gradients_and_density(method, network):
     """The loss reaches every weight that the prediction depends on, and draws agree with their density."""
     name, network = network, make_network(network)

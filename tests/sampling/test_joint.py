@@ -18,7 +18,7 @@ from distsbi.methods import FlowMatching
 from distsbi.networks import NETWORKS, Conditional, Flux1Joint, Flux1JointParams, Simformer, SimformerParams
 from distsbi.sampling import Tile
 from distsbi.sampling.joint import JointPosterior
-from distsbi.training import ConditionMasks
+from distsbi.training import ConditionMasks, Trained
 from distsbi.training.update import MASK_SHARES
 from tests.compilations import optimised
 from tests.weights import shaken
@@ -129,17 +129,36 @@ def prior():
     return Prior(a=dist.Normal(0.0, 1.0), b=dist.Uniform(0.0, 1.0))
 
 
+def make_pipeline(n, **config):
+    params = Flux1JointParams(in_channels=1, dim_joint=4, num_heads=2, depth_single_blocks=2, val_emb_dim=16)
+    return Flux1JointFlowPipeline(
+        gaussian_pairs(n),
+        None,
+        2,
+        2,
+        params=params,
+        prior=prior(),
+        mesh={"data": 1},
+        training_config={**QUICK, **config},
+    )
+
+
 @pytest.fixture(scope="module")
 def trained():
-    params = Flux1JointParams(in_channels=1, dim_joint=4, num_heads=2, depth_single_blocks=2, val_emb_dim=16)
-    pipeline = Flux1JointFlowPipeline(
-        gaussian_pairs(20_000), None, 2, 2, params=params, prior=prior(), mesh={"data": 1},
-        training_config={**QUICK, "nsteps": 700, "batch_size": 128, "val_every": 700},
-    )  # fmt: skip
+    pipeline = make_pipeline(20_000, nsteps=700, batch_size=128, val_every=700)
     with optimised():
         pipeline.train(nnx.Rngs(0))
-    for made in (pipeline.posterior, pipeline._last):
-        made.tile = Tile(4, 64)
+    pipeline.posterior.tile = Tile(4, 64)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """A pipeline as after a training that changed nothing."""
+    pipeline = make_pipeline(400)
+    params = nnx.state(pipeline.model, nnx.Param)
+    pipeline._take(Trained(params, params, [], [], {}), pipeline._fit(*pipeline._fit_pairs()))
+    pipeline.posterior.tile = Tile(4, 64)
     return pipeline
 
 
@@ -165,12 +184,12 @@ def test_every_conditional_of_a_gaussian(trained):
     np.testing.assert_allclose([mixed[:, 1].mean(), mixed[:, 1].std()], [0.8, np.sqrt(0.2)], atol=0.15)
 
 
-def test_one_conditional_is_not_taken_up_as_all(trained, tmp_path):
+def test_one_conditional_is_not_taken_up_as_all(untrained, tmp_path):
     """Nor a student, which is one, too."""
-    trained.posterior.pattern(["theta"]).save(tmp_path / "run")
+    untrained.posterior.pattern(["theta"]).save(tmp_path / "run")
     assert load(tmp_path / "run").dim_theta == 2
     with pytest.raises(ValueError, match="holds one conditional of a joint model, or its student; distsbi.load it"):
-        trained.restore(tmp_path / "run")
+        untrained.restore(tmp_path / "run")
 
 
 def test_a_pattern_of_many_tokens_gets_a_tile_that_fits():
@@ -182,14 +201,14 @@ def test_a_pattern_of_many_tokens_gets_a_tile_that_fits():
     assert posterior.pattern(["x"]) is posterior
 
 
-def test_patterns_save_and_load(trained, tmp_path):
-    trained.save(tmp_path / "run")
+def test_patterns_save_and_load(untrained, tmp_path):
+    untrained.save(tmp_path / "run")
     again = load(tmp_path / "run", mesh={"data": 2})
     given = {"theta": [[-1.0], [0.7]]}
-    drawn = trained.sample(rng=0, given=given, nsamples=50)
+    drawn = untrained.sample(rng=0, given=given, nsamples=50)
     np.testing.assert_array_equal(again.sample(0, given=given, nsamples=50), drawn)
     assert again.pattern(["x_0"]).facts["certificate"] == {"met": None, "of": "another pattern"}
-    assert again.fingerprint == trained.posterior.fingerprint
+    assert again.fingerprint == untrained.posterior.fingerprint
     assert again.condition({"a": 0.3})[0].parameter_names == ("b", "x_0", "x_1")
 
 
@@ -218,9 +237,9 @@ def test_certificates_and_densities_of_patterns(trained, tmp_path, monkeypatch):
         ({"given": {"a": 1.0}, "of": ["a"]}, "'a' is given"),
     ],
 )
-def test_errors_of_given(trained, options, says):
+def test_errors_of_given(untrained, options, says):
     with pytest.raises(ValueError, match=says):
-        trained.sample(rng=0, nsamples=5, **options)
+        untrained.sample(rng=0, nsamples=5, **options)
 
 
 def test_a_run_of_the_posterior_alone_draws_nothing_else(tmp_path):
@@ -247,9 +266,9 @@ def test_a_parameter_is_not_named_as_data(names):
         Flux1JointFlowPipeline(None, None, 2, 2, prior=Prior(**dict.fromkeys(names, dist.Normal(0.0, 1.0))))
 
 
-def test_a_run_whose_parameter_is_named_as_data_draws_all_the_same(trained):
+def test_a_run_whose_parameter_is_named_as_data_draws_all_the_same(untrained):
     """Made before such names were refused; only in given= it is not known what is meant."""
-    posterior = trained.posterior
+    posterior = untrained.posterior
     named = JointPosterior(
         posterior.joint, posterior.method, posterior.joint_standardizer, 2, names=("x_0", "b"), mesh={"data": 1}
     )
@@ -258,27 +277,27 @@ def test_a_run_whose_parameter_is_named_as_data_draws_all_the_same(trained):
         named.sample(rng=0, given={"x_0": 1.0}, nsamples=3)
 
 
-def test_a_joint_run_is_taken_up_with_its_names_by_a_joint_pipeline(trained, tmp_path):
+def test_a_joint_run_is_taken_up_with_its_names_by_a_joint_pipeline(untrained, tmp_path):
     import numpyro.distributions as dist
 
-    trained.save(tmp_path / "run")
+    untrained.save(tmp_path / "run")
     with pytest.raises(ValueError, match="holds a joint model; restore it in the pipeline that it was trained with"):
         MLPFlowPipeline(None, None, 2, 2, prior=prior()).restore(tmp_path / "run")
     swapped = Prior(b=dist.Normal(0.0, 1.0), a=dist.Uniform(0.0, 1.0))
     with pytest.raises(ValueError, match="was trained with the parameters a, b, and this pipeline is of b, a"):
-        Flux1JointFlowPipeline(None, None, 2, 2, params=trained.model.params, prior=swapped).restore(tmp_path / "run")
+        Flux1JointFlowPipeline(None, None, 2, 2, params=untrained.model.params, prior=swapped).restore(tmp_path / "run")
 
 
-def test_what_is_given_far_outside_is_warned_of(trained, tmp_path):
-    trained.save(tmp_path / "run")
+def test_what_is_given_far_outside_is_warned_of(untrained, tmp_path):
+    untrained.save(tmp_path / "run")
     with pytest.warns(UserWarning, match=r"lies far outside the simulations: its entry 1, 50"):
         load(tmp_path / "run", mesh={"data": 1}).sample(rng=0, given={"b": 0.4, "x_0": 50.0}, nsamples=3)
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "a")])
-def test_names_are_as_many_as_parameters(trained, names):
+def test_names_are_as_many_as_parameters(untrained, names):
     """Else x_0 would be another token than the first of the data."""
-    posterior = trained.posterior
+    posterior = untrained.posterior
     with pytest.raises(ValueError, match="names must be 2 different ones"):
         JointPosterior(
             posterior.joint, posterior.method, posterior.joint_standardizer, 2, names=names, mesh={"data": 1}
@@ -287,18 +306,18 @@ def test_names_are_as_many_as_parameters(trained, names):
         posterior.rename(names)
 
 
-def test_x_is_not_given_twice(trained):
+def test_x_is_not_given_twice(untrained):
     with pytest.raises(ValueError, match="x is given twice"):
-        trained.sample(rng=0, x_o=np.zeros((1, 2, 1)), given={"x": [1.0, 0.5]}, nsamples=3)
+        untrained.sample(rng=0, x_o=np.zeros((1, 2, 1)), given={"x": [1.0, 0.5]}, nsamples=3)
 
 
-def test_the_check_of_a_pattern_is_reported(trained):
-    trained.sample(rng=0, given={"b": 0.4}, nsamples=10, check=0.5)
-    found = trained.posterior.last_check
+def test_the_check_of_a_pattern_is_reported(untrained):
+    untrained.sample(rng=0, given={"b": 0.4}, nsamples=10, check=0.5)
+    found = untrained.posterior.last_check
     assert found["draws"] == 5
-    assert trained.last_check is found
-    trained.sample(rng=0, given={"b": 0.4}, nsamples=10)
-    assert trained.posterior.last_check is found
+    assert untrained.last_check is found
+    untrained.sample(rng=0, given={"b": 0.4}, nsamples=10)
+    assert untrained.posterior.last_check is found
 
 
 def test_channels_of_given_are_not_guessed():
