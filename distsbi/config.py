@@ -240,12 +240,13 @@ def parse_config(content: Any) -> RunConfig:
         )
     joint_flux = MODELS[strategy.model.lower()] == "Flux1Joint"
     model = given.get("model", {})
-    if joint_flux and {"id_emb_dim", "cond_emb_dim"} & set(model):  # which mean nothing in a sum
+    if joint_flux and (model.get("id_emb_dim") or model.get("cond_emb_dim")):  # which mean nothing in a sum
         given["model"] = {"id_merge_mode": "concat", **model}
     if _is_gensbis(given):
-        for name, defaults in OF_GENSBI.items():
-            if name == "optimizer" or joint_flux:
-                given[name] = {**defaults, **given.get(name, {})}
+        if "optimizer" not in given.get("optimizer", {}):
+            given["optimizer"] = {**OF_GENSBI["optimizer"], **given.get("optimizer", {})}
+        if joint_flux:
+            given["model"] = {**OF_GENSBI["model"], **given.get("model", {})}
     mask = strategy.condition_mask
     if mask is not None and (
         mask not in MASK_SHARES or not issubclass(NETWORKS[MODELS[strategy.model.lower()]][1], JointNetwork)

@@ -142,7 +142,7 @@ def test_what_a_file_of_gensbi_leaves_out() -> None:
     config = parse_config(content)
     assert (config.method.sigma_min, config.method.sigma_max) == (0.001, 15.0)
     assert config.model == {"id_merge_mode": "concat"}
-    assert config.optimizer == {"optimizer": "muon", "weight_decay": 1e-4}
+    assert config.optimizer == {"optimizer": "muon"}
     ours = parse_config({"strategy": {"model": "flux1joint"}, "model": {"id_emb_dim": 6}})
     assert ours.model == {"id_merge_mode": "concat", "id_emb_dim": 6}
     assert not ours.optimizer

@@ -54,8 +54,8 @@ class Network(nnx.Module):
         """The prediction of a(t) y + b(t) z (see `Method.target`; of flow matching y - z), float32, y being the standardised parameters and z noise.
 
         `theta_t` is the noised y at unit variance, c_in(t) (alpha(t) y + sigma(t) z), and `t` what the method makes of the time (`Method.c_time`):
-        the time itself, 0 to 1 from noise to data, but of EDM ln(sigma) / 4. It has shape (), [batch] or [batch, draws]. With a scalar `t`, as in sampling, what depends on time alone is
-        computed once and not once per draw.
+        the time itself, 0 to 1 from noise to data, but of EDM ln(sigma) / 4. It has shape (), [batch] or [batch, draws]. With a scalar `t`, as in
+        sampling, what depends on time alone is computed once and not once per draw.
         """
 
 

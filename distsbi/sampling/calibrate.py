@@ -26,9 +26,8 @@ CANDIDATES = (*(("multistep", steps) for steps in (8, 10, 12, 14, 16, 20, 24, 32
 # is below what 10,000 draws can show.
 TOLERANCE, TOLERANCE_Q95 = 0.025, 0.08
 OBSERVATIONS, DRAWS = 16, 32
-REFERENCE_STEPS = (
-    48  # of RK4, for all candidates; for the one that is chosen, and to tell the reference's own error, twice as many
-)
+# Of RK4, for all candidates; for the one that is chosen, and to tell the reference's own error, twice as many.
+REFERENCE_STEPS = 48
 
 
 def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[Solver, dict[str, Any]]:
