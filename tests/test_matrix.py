@@ -40,6 +40,8 @@ from distsbi.training.update import ConditionMasks, Learner, conditional
 from tests.compilations import Compilations
 from tests.weights import shaken
 
+pytestmark = pytest.mark.optimised  # without, one device and two differ in the last bit
+
 NETWORK_ROWS = {
     "MLP": MLPParams(2, 3, width=8, depth=1, embed_depth=1),
     "Flux1": Flux1Params(
@@ -196,9 +198,6 @@ def test_contract(method, network, solver, place, request, tmp_path):
         again = load(tmp_path / "run", mesh={"data": 1 if place == "one device" else 8}).sample(7, X, 50, **options)
     # adaptive steps read the method's functions of time as they go: exact for flow matching's, which are rational
     within = 0.0 if solver in RULES or method == "flow" else 5e-3
-    # of programs as users get them (test-full, test_placement) it is every bit
-    if jax.config.values["jax_disable_most_optimizations"]:
-        within = max(within, 5e-7)
     np.testing.assert_allclose(again, draws, rtol=0, atol=within)
 
 

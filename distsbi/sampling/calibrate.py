@@ -76,12 +76,16 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
         each = np.where(np.isfinite(each), each, np.inf)  # between inf and inf is nan
         return {"median": float(np.median(each)), "q95": float(np.quantile(each, 0.95, method="higher"))}
 
-    def measured_finely(solver: FixedGrid) -> tuple[dict[str, float], dict[str, float]]:
-        """Its error against the reference of twice as many steps, and that of the other reference, which takes the same draws back. (A solve forth
-        and back by one rule would not show it: their errors cancel.)"""
+    def there_and_back(solver: FixedGrid) -> tuple[Array, np.ndarray]:
+        """Its draws, and the noise that the reference takes them to."""
         drawn = solved(solver, noise)
+        return drawn, returned(drawn, tight)
+
+    def finely(drawn: Array, back: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+        """The error of the draws against the reference of twice as many steps, and that of the other reference, which took them `back`. (A solve forth
+        and back by one rule would not show it: their errors cancel.)"""
         fine = returned(drawn, finer)
-        return length(fine - started), length(fine - returned(drawn, tight))
+        return length(fine - started), length(fine - back)
 
     started = np.asarray(noise / scale)
     rows: list[dict[str, Any]] = []
@@ -91,16 +95,17 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
             solver = FixedGrid(rule, method.grid(steps))
         except ValueError:  # times that are one in float32, of a method with a large power
             continue
-        error, found = length(returned(solved(solver, noise), tight) - started), None
+        drawn, back = there_and_back(solver)
+        error, found = length(back - started), None
         if _under(error):
-            error, found = measured_finely(solver)
+            error, found = finely(drawn, back)
         rows.append({"solver": rule, "steps": steps, "evaluations": solver.evaluations, **error})
         if _under(error):
             break
     best = rows[-1] if _under(rows[-1]) else min(rows, key=lambda row: row["q95"])
     chosen = FixedGrid(best["solver"], method.grid(best["steps"]))
     if found is None or best is not rows[-1]:
-        error, found = measured_finely(chosen)
+        error, found = finely(*there_and_back(chosen))
         best |= error
     certificate = {
         "met": _under(best) and _under(found), "tolerance": {"median": TOLERANCE, "q95": TOLERANCE_Q95},
