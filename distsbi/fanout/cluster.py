@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+CHANGED = ("RAY_", "PYTHONBREAKPOINT")  # what ray.init sets in the environment starts with one of these
 OBJECT_STORE_BYTES = 100 * 2**20  # manifests only: samples never enter it
 PROBE_SECONDS = 5.0  # for something to listen at an address
 
@@ -33,12 +34,12 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float |
     A Ray that is up in this process is used and left up. Else the cluster that is meant (`cluster_address`) is joined,
     or without one a local Ray is started, which listens on the loopback interface alone and, as Ray does unless
     RAY_AUTH_MODE=disabled, asks who connects for a token; it is shut down at the end, and the environment variables
-    which `ray.init` leaves behind (RAY_AUTH_MODE, ...) are put back.
+    which `ray.init` leaves behind (RAY_AUTH_MODE, PYTHONBREAKPOINT, ...) are put back.
 
     Raises ValueError if no cluster answers at the address or it refuses the token, if another Ray is up in this process, or if a worker asks for
     more than this machine has; RuntimeError if a local Ray does not start.
     """
-    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    before = {name: value for name, value in os.environ.items() if name.startswith(CHANGED)}
     import ray
 
     if ray.is_initialized():
@@ -55,7 +56,7 @@ def connected(address: str | None, workers: int | None, cpus: int, gpus: float |
         yield
     finally:
         ray.shutdown()
-        for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
+        for name in [name for name in os.environ if name.startswith(CHANGED) and name not in before]:
             del os.environ[name]
         os.environ.update(before)
 
