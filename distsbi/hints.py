@@ -1,4 +1,4 @@
-"""What errors of bad options say: what a misspelt name was meant to be, and what a count must be.
+"""What errors of bad options say: what a misspelt name was meant to be, and what numbers and counts must be.
 
 >>> did_you_mean("stepsize", ["steps", "step_size"])
 ' Did you mean step_size?'
@@ -30,6 +30,18 @@ def refuse_unknown(what: str, given: Iterable[str], cls: type) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"unknown {what} {name!r};{did_you_mean(name, known)} The {what}s are {', '.join(known)}.")
+
+
+def as_number(what: str, value: Any) -> numbers.Real:
+    """A number, as it is; True and False are none. Raises ValueError for all else, naming `what` it is.
+
+    >>> as_number("rtol", "1e-5")
+    Traceback (most recent call last):
+    ValueError: rtol must be a number; got '1e-5'.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        raise ValueError(f"{what} must be a number; got {value!r}.")
+    return value
 
 
 def as_count(what: str, value: Any, least: int = 1) -> int:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from distsbi.data.prior import check_names
+from distsbi.data.prior import check_names, default_names
 from distsbi.files import Damaged, is_disks, patiently, write_whole
 
 pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
@@ -83,7 +83,7 @@ def read_footer(path: Path) -> Footer:
             f"{path} has pairs format {note['format']}, this distsbi reads up to {FORMAT}; install a newer distsbi."
         )
     theta_shape, x_shape = (_row_shape(path, schema, name, first.get(name)) for name in ("theta", "x"))
-    names = tuple(note.get("names") or (f"theta_{i}" for i in range(theta_shape[0])))
+    names = tuple(note.get("names") or default_names(theta_shape[0]))
     return Footer(rows, check_names(names, theta_shape[0]), theta_shape, x_shape, note.get("source", {}))
 
 

@@ -18,7 +18,6 @@ Two other objectives learn the same averages, for comparison; both train u(s, Y)
 
 import dataclasses
 import math
-import numbers
 from typing import Any, Self
 
 import jax
@@ -30,7 +29,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from distsbi import keys, mesh as meshes
-from distsbi.hints import as_count, refuse_unknown
+from distsbi.hints import as_count, as_number, refuse_unknown
 from distsbi.methods import FlowMatching, Method, Moment
 from distsbi.networks.base import encode
 from distsbi.sampling.flow import denoise, make_field
@@ -88,9 +87,8 @@ class DistillConfig:
         if self.segments > 8:
             raise ValueError(f"a student has 1 to 8 segments; got {self.segments}.")
         for name in ("on_policy", "softness", "power", "max_lr", "ema_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"distill option {name} must be a number; got {value!r}.")
+            if not math.isfinite(as_number(f"distill option {name}", getattr(self, name))):
+                raise ValueError(f"distill option {name} must be finite; got {getattr(self, name)!r}.")
         if (
             not 0 <= self.on_policy <= 1
             or not 0 < self.ema_decay < 1

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
+from distsbi.data.prior import default_names
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.base import Network, takes_missing
@@ -82,7 +83,7 @@ class Posterior(Densities):
         self.dim_theta, self.ch_theta = network.dim_theta, network.ch_theta
         self.dim_x, self.ch_x = network.dim_x, network.ch_x
         self.layout: Layout = getattr(network, "layout", None) or Layout(("",), ((self.dim_x, self.ch_x),))
-        self.parameter_names = self._checked_names(names or tuple(f"theta_{i}" for i in range(self.dim_theta)))
+        self.parameter_names = self._checked_names(names or default_names(self.dim_theta))
         self.default_solver = check_complete(solver) if solver is not None else make_solver(method)
         self.facts = dict(facts or {})
         self.last_check: dict[str, float] | None = None  # of the last draw or log_prob with `check=`

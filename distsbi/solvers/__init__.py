@@ -1,13 +1,12 @@
 """How a draw is made: a time grid and a step rule, or an adaptive solver."""
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from distsbi.hints import as_count
+from distsbi.hints import as_count, as_number
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
 from distsbi.solvers.field import Field
@@ -69,8 +68,8 @@ def make_solver(
     if solver is not None and not isinstance(solver, str):
         raise ValueError(f"solver must be a name, one of {', '.join([*RULES, *SOLVERS])}; got {solver!r}.")
     for name, value in {"step_size": step_size, "rtol": rtol, "atol": atol}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-            raise ValueError(f"{name} must be a number; got {value!r}.")
+        if value is not None:
+            as_number(name, value)
     if len(sizes) > 1:
         raise ValueError("give one of steps and step_size; got both.")
     name = solver.lower() if isinstance(solver, str) else None

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from distsbi.hints import as_number
 from distsbi.methods import Method, Moment
 from distsbi.solvers.field import Field, known
 
@@ -257,8 +258,8 @@ class FixedGrid:
             if name not in defaults:
                 known = f"it has {', '.join(defaults)}" if defaults else "it has none"
                 raise ValueError(f"solver {self.rule!r} has no option {name!r}; {known}.")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"option {name} of solver {self.rule!r} must be a number, 0 or more; got {value!r}.")
+            if not 0 <= float(as_number(f"option {name} of solver {self.rule!r}", value)) < math.inf:
+                raise ValueError(f"option {name} of solver {self.rule!r} must be finite, 0 or more; got {value!r}.")
         object.__setattr__(self, "options", tuple((name, float(given.get(name, v))) for name, v in defaults.items()))
 
     @property

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-import numbers
 from typing import Any, Self
 
-from distsbi.hints import as_count, refuse_unknown
+from distsbi.hints import as_count, as_number, refuse_unknown
 
 OPTIMIZERS = ("muon", "adamw")
 COUNTS = (
@@ -72,9 +71,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            numeric = field.type in (int, float, int | None, float | None) and value is not None
-            if numeric and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-                raise ValueError(f"training option {field.name} must be a number; got {value!r}.")
+            if field.type in (int, float, int | None, float | None) and value is not None:
+                as_number(f"training option {field.name}", value)
         for name in COUNTS:
             if (value := getattr(self, name)) is not None:
                 least = 0 if name == "warmup_steps" else 1

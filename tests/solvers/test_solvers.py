@@ -232,7 +232,7 @@ def test_options():
         ({"rtol": -1.0}, "must be positive"),
         ({"time_grid": [0, 0.5, 0.4, 1]}, "increasing times"), ({"time_grid": [0, np.nan, 1]}, "increasing times"),
         ({"time_grid": [0, 0.5, 1], "solver": "tsit5"}, "tsit5 chooses its own times"), ({"rtol": np.inf}, "positive and finite"),
-        ({"solver": "zero_ends", "solver_options": {"strength": np.inf}}, "must be a number"),
+        ({"solver": "zero_ends", "solver_options": {"strength": np.inf}}, "must be finite"),
         ({"solver": "multistep", "steps": 1_100}, "1100 steps of 'multistep' is too fine for float32 near t = 1; give fewer steps"),
         ({"solver": "heun", "solver_options": {"churn": 1}}, "has no option 'churn'; it has none"),
         ({"solver": "stochastic_heun", "solver_options": {"chrun": 1}}, "it has churn, s_min"),

@@ -529,7 +529,7 @@ def test_bad_options():
     for options, says in (
         ({"nsetps": 3}, "unknown training option 'nsetps'; Did you mean nsteps?"),
         ({"nsteps": 0}, "positive integer"), ({"ema_decay": 1.0}, "fractions"), ({"max_lr": -1}, "positive"),
-        ({"nsteps": float("inf")}, "positive integer; got inf"), ({"patience": float("nan")}, "positive integer; got nan"),
+        ({"nsteps": float("inf")}, "positive integer; got inf"), ({"patience": float("nan")}, "must be a number; got nan"),
         ({"batch_size": 32.5}, "positive integer; got 32.5"), ({"warmup_steps": float("inf")}, "0 or more; got inf"),
         ({"min_lr": 1.0}, "min_lr"), ({"max_lr": "fast"}, "max_lr must be a number; got 'fast'"), ({"warmup_steps": -1}, "0 or more"),
     ):  # fmt: skip
