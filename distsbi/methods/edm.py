@@ -4,7 +4,7 @@
     D(x_t) = c_skip x_t + c_out f(c_in x_t),    target f = (x - c_skip x_t) / c_out = a x + b z
 
 (Karras et al. 2206.00364, eq. 5, 7 and table 1, with sigma_data = 1: the data are standardised.) Equal steps of t are the
-paper's grid, and E[x | x_t] at t = 1 is its last step, from sigma_min to 0.
+nodes of the paper's grid (between them rules step in the straight frame, see `distsbi.solvers.field`), and E[x | x_t] at t = 1 is its last step, from sigma_min to 0.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ from distsbi.sampling.flow import make_field
 from distsbi.solvers import FixedGrid, Solver
 
 CANDIDATES = (*(("multistep", steps) for steps in (8, 10, 12, 14, 16, 20, 24, 32)),
-              ("midpoint", 24), ("rk4", 16), ("rk4", 32))  # fmt: skip
+              ("midpoint", 16), ("midpoint", 24), ("rk4", 16), ("rk4", 32))  # fmt: skip
 # Median and 95 % quantile, over draws, of the length of z' - z. A scale that is wrong by d moves a C2ST by about d / 4: this
 # is below what 10,000 draws can show.
 TOLERANCE, TOLERANCE_Q95 = 0.025, 0.08

@@ -170,7 +170,7 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
             trace = jax.lax.map(along, basis, batch_size=BASIS_AT_ONCE).sum(0)
         return _join(v, trace)
 
-    return _Joined(field.predict, field.method, velocity)
+    return _Joined(field.predict, field.method, velocity, size)
 
 
 def _with_tangent(there: Callable[[Array], Array], y: Array, e: Array) -> tuple[Array, Array]:
@@ -182,6 +182,11 @@ def _with_tangent(there: Callable[[Array], Array], y: Array, e: Array) -> tuple[
 @dataclasses.dataclass(frozen=True)
 class _Joined(Field):
     joined: Callable[[Moment, Array, Context], Array]
+    size: int
+
+    def scaled(self, y: Array, factor: Array, log_factor: Array) -> Array:
+        """The state, and the logarithm of how much its volume grew."""
+        return jnp.concatenate([factor * y[..., :-1], y[..., -1:] + self.size * log_factor], -1)
 
     def velocity(self, m: Moment, y: Any, context: Any) -> Any:
         return self.joined(m, y, context)

@@ -14,6 +14,8 @@ from distsbi.solvers.fixed import RULES, FixedGrid, shown
 
 Solver = FixedGrid | Adaptive
 
+DEFAULT = "midpoint"  # the rule where none is asked for
+
 
 def make_solver(
     method: Method,
@@ -99,15 +101,14 @@ def make_solver(
         count = max(1, math.ceil(1 / step_size - 1e-6))
         return FixedGrid(name or "euler", tuple(i / count for i in range(count + 1)), options)
     if steps is not None:
-        return FixedGrid(name or "midpoint", method.grid(as_count("steps", steps)), options)
+        return FixedGrid(name or DEFAULT, method.grid(as_count("steps", steps)), options)
     if name is None:
         if options:
             raise ValueError(f"solver_options {dict(options)} need the name of their solver.")
-        return default if default is not None else FixedGrid("midpoint", method.grid(16))
+        return default if default is not None else FixedGrid(DEFAULT, method.grid(RULES[DEFAULT].steps))
     if isinstance(default, FixedGrid) and default.rule == name and not options:
         return default
-    count = 128 if RULES[name].stochastic else {"rk3": 10, "rk4": 8, "midpoint": 16, "heun": 16}.get(name, 32)
-    return FixedGrid(name, method.grid(count), options)
+    return FixedGrid(name, method.grid(RULES[name].steps), options)
 
 
 def check_complete(solver: Solver) -> Solver:

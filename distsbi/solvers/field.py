@@ -39,6 +39,10 @@ class Field:
     def f(self, m: Moment, y: Any, context: Any) -> Any:
         return self.predict(m.c_time, m.c_in * y, context)
 
+    def scaled(self, y: Any, factor: Array, log_factor: Array) -> Any:
+        """The state in other units. What a subclass carries beside it may change with it."""
+        return factor * y
+
     def velocity(self, m: Moment, y: Any, context: Any) -> Any:
         """dy/dt of the probability-flow ODE."""
         f = self.f(m, y, context)

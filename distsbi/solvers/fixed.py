@@ -43,29 +43,62 @@ class _Bound:
         return self.field.parts(m, y, self.context)
 
 
+PARTS = {"start": 0.0, "middle": 0.5, "late": 0.75, "end": 1.0}  # of a step
+
+
 def _moments(*where: str) -> Callable[..., dict[str, Any]]:
-    """The preparation of a Runge-Kutta rule: h, and moments at "start", "middle", "late" (three quarters) and "end" as asked."""
+    """The preparation of a Runge-Kutta rule: h, and moments at those of `PARTS` that are asked for. A path that is not straight as it is (that of flow
+    matching is) is followed in the straight frame."""
 
     def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
-        times = {"start": t0, "middle": (t0 + t1) / 2, "late": (t0 + 3 * t1) / 4, "end": t1}
-        return {"h": t1 - t0, **{name: known(method.moment, times[name]) for name in where}}
+        if method.predicts_velocity:
+            h = t1 - t0
+            return {"h": h, **{name: known(method.moment, t0 + PARTS[name] * h) for name in where}}
+        p = _straight(method, t0, t1)
+        moments = {}
+        for name in where:
+            t = known(method.time_at, 1.0 - (p["left0"] - PARTS[name] * p["h"]))
+            m = known(method.moment, {"start": t0, "end": t1}.get(name, t))
+            # the velocity is dY/dtau of Y = y / scale
+            moments[name] = dataclasses.replace(
+                m, c_in=m.c_in * m.scale, v_y=(m.x_y - m.z_y) * m.scale, v_f=m.x_f - m.z_f
+            )
+        down, up = (1 / p["scale0"], -np.log(p["scale0"])), (p["scale1"], np.log(p["scale1"]))
+        return {"h": p["h"], "down": down, "up": up, **moments}
 
     return prepare
 
 
+def _framed(step: Callable[..., tuple[Array, Memory]]) -> Callable[..., tuple[Array, Memory]]:
+    """A Runge-Kutta step in the frame that `_moments` prepared it for."""
+
+    @functools.wraps(step)
+    def framed(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+        if "up" not in p:
+            return step(f, p, y, memory)
+        Y, memory = step(f, p, f.field.scaled(y, *p["down"]), memory)
+        return f.field.scaled(Y, *p["up"]), memory
+
+    return framed
+
+
+@_framed
 def _euler(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     return y + p["h"] * f.v(p["start"], y), memory
 
 
+@_framed
 def _midpoint(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     return y + p["h"] * f.v(p["middle"], y + p["h"] / 2 * f.v(p["start"], y)), memory
 
 
+@_framed
 def _heun(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     k1 = f.v(p["start"], y)
     return y + p["h"] / 2 * (k1 + f.v(p["end"], y + p["h"] * k1)), memory
 
 
+@_framed
 def _rk3(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     """Ralston's third order (1962), the one that Bogacki & Shampine (1989) carry."""
     h = p["h"]
@@ -74,6 +107,7 @@ def _rk3(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     return y + h / 9 * (2 * k1 + 3 * k2 + 4 * f.v(p["late"], y + 0.75 * h * k2)), memory
 
 
+@_framed
 def _rk4(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
     h = p["h"]
     k1 = f.v(p["start"], y)
@@ -193,12 +227,14 @@ def _flow_sde(f: _Bound, p: Any, y: Array, memory: Memory, noise: Callable[[], A
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A step and its preparation, evaluations of the network, and options with their defaults. `stochastic`: it asks for noise.
+    """A step and its preparation, evaluations of the network, and options with their defaults. `steps`: on a method's own grid, where none are asked
+    for: of a Gaussian 20 times narrower than the prior the sd is then right within 5 %, with every method. `stochastic`: it asks for noise.
     `of_velocity`: it asks for nothing but the velocity, so it can carry a density along. `remembers`: it divides by the length of the step before."""
 
     step: Callable[..., tuple[Array, Memory]]
     prepare: Callable[..., dict[str, Any]]
     evaluations: int
+    steps: int
     stochastic: bool = False
     options: tuple[tuple[str, float], ...] = ()
     of_velocity: bool = False
@@ -206,19 +242,19 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
-    "euler": Rule(_euler, _moments("start"), 1, of_velocity=True),
-    "midpoint": Rule(_midpoint, _moments("start", "middle"), 2, of_velocity=True),
-    "heun": Rule(_heun, _moments("start", "end"), 2, of_velocity=True),
-    "rk3": Rule(_rk3, _moments("start", "middle", "late"), 3, of_velocity=True),
-    "rk4": Rule(_rk4, _moments("start", "middle", "end"), 4, of_velocity=True),
-    "multistep": Rule(_multistep, _prepare_multistep, 1, remembers=True),
+    "euler": Rule(_euler, _moments("start"), 1, 128, of_velocity=True),
+    "midpoint": Rule(_midpoint, _moments("start", "middle"), 2, 16, of_velocity=True),
+    "heun": Rule(_heun, _moments("start", "end"), 2, 32, of_velocity=True),
+    "rk3": Rule(_rk3, _moments("start", "middle", "late"), 3, 12, of_velocity=True),
+    "rk4": Rule(_rk4, _moments("start", "middle", "end"), 4, 12, of_velocity=True),
+    "multistep": Rule(_multistep, _prepare_multistep, 1, 32, remembers=True),
     "stochastic_heun": Rule(
-        _stochastic_heun, _prepare_stochastic_heun, 2, True,
+        _stochastic_heun, _prepare_stochastic_heun, 2, 128, True,
         (("churn", 10.0), ("s_min", 0.05), ("s_max", 50.0), ("s_noise", 1.0)),
     ),
-    "euler_maruyama": Rule(_euler_maruyama, _prepare_euler_maruyama, 1, True),
-    "zero_ends": Rule(_flow_sde, _prepare_flow_sde(True), 1, True, (("strength", 1.0),)),
-    "non_singular": Rule(_flow_sde, _prepare_flow_sde(False), 1, True, (("strength", 1.0),)),
+    "euler_maruyama": Rule(_euler_maruyama, _prepare_euler_maruyama, 1, 128, True),
+    "zero_ends": Rule(_flow_sde, _prepare_flow_sde(True), 1, 128, True, (("strength", 1.0),)),
+    "non_singular": Rule(_flow_sde, _prepare_flow_sde(False), 1, 128, True, (("strength", 1.0),)),
 }  # fmt: skip
 
 
