@@ -31,7 +31,7 @@ from distsbi.cli import cli
 from distsbi.config import read_config
 from distsbi.data import Support, write_pairs
 from distsbi.data.stream import StreamedPairs
-from distsbi.methods import FlowMatching, ScoreMatchingVP
+from distsbi.methods import EDM, FlowMatching, ScoreMatchingVE, ScoreMatchingVP
 from distsbi.networks import MLP
 from distsbi.pipelines import PIPELINES
 from distsbi.sampling import Posterior
@@ -296,6 +296,14 @@ def test_one_word_for_what_is_learned():
         MLPSMPipeline(None, None, 2, 2, sde_type="VE", method=ScoreMatchingVP())
     with pytest.raises(ValueError, match='sde_type is "VP" or "VE", .* got 3'):
         MLPSMPipeline(None, None, 2, 2, sde_type=3)
+    for method, says in (
+        ("ebm", "unknown method 'ebm'; known are edm, flow, ve, vp"), (EDM, r"got <class .*EDM'>\. Give EDM\(\)\."), (3, "or a name, one of edm"),
+        (EDM(), "MLPFlowPipeline learns FlowMatching; got method=EDM"), ("vp", "MLPFlowPipeline learns FlowMatching"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            MLPFlowPipeline(None, None, 2, 2, method=method)
+    assert MLPFlowPipeline(None, None, 2, 2, method="flow").method == FlowMatching()
+    assert MLPSMPipeline(None, None, 2, 2, method="ve").method == ScoreMatchingVE()
     with pytest.raises(ValueError, match=r"rngs holds no random numbers; give nnx.Rngs\(0\)"):
         make().train(nnx.Rngs(dropout=0))
 
@@ -304,7 +312,7 @@ def test_a_method_of_a_large_power_gets_the_grids_that_float32_has(monkeypatch):
     monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("multistep", 32), ("rk4", 2)))
     monkeypatch.setattr("distsbi.sampling.calibrate.REFERENCE_STEPS", 4)
     posterior = random_mlp_posterior(dim_x=3)
-    posterior.method = FlowMatching(power=8.0)
+    posterior.method = FlowMatching(power=7.0)
     _, certificate = calibrate(posterior, np.zeros((2, 3, 1), np.float32))
     assert [row["solver"] for row in certificate["candidates"]] == ["rk4"]
 

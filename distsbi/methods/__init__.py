@@ -25,4 +25,26 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name].from_dict(options)
 
 
-__all__ = ["EDM", "METHODS", "FlowMatching", "Method", "Moment", "ScoreMatchingVE", "ScoreMatchingVP", "make_method"]
+def as_method(given: Any) -> Method:
+    """A method, or the one of that name; None: flow matching. Raises ValueError for all else."""
+    if given is None or isinstance(given, str):
+        return make_method("flow" if given is None else given)
+    if not isinstance(given, Method):
+        made = f" Give {given.__name__}()." if isinstance(given, type) and issubclass(given, Method) else ""
+        raise ValueError(
+            f"method must be a distsbi.methods.Method or a name, one of {', '.join(sorted(METHODS))}; got {given!r}.{made}"
+        )
+    return given
+
+
+__all__ = [
+    "EDM",
+    "METHODS",
+    "FlowMatching",
+    "Method",
+    "Moment",
+    "ScoreMatchingVE",
+    "ScoreMatchingVP",
+    "as_method",
+    "make_method",
+]

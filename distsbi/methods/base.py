@@ -10,6 +10,7 @@ One loss, one family of solvers and one log-density serve all methods; a method 
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -17,12 +18,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from distsbi.hints import as_number
+
 Time = Float[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(ABC):
-    """A path and a prediction target. Subclasses are final: frozen dataclasses of plain numbers, hashable and JSON-able."""
+    """A path and a prediction target. Subclasses are final: frozen dataclasses of plain numbers, hashable and JSON-able.
+
+    Raises ValueError for an option that is no finite number, or no truth value, where it must be one.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            what, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{what} must be True or False; got {value!r}.")
+            if field.type is float and not math.isfinite(as_number(what, value)):
+                raise ValueError(f"{what} must be finite; got {value!r}.")
 
     @abstractmethod
     def alpha(self, t: Time) -> Time:

@@ -34,6 +34,7 @@ class EDM(Method):
     denoises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.sigma_min < self.sigma_max or not self.rho > 0 or not self.p_std > 0:
             raise ValueError(
                 f"EDM needs 0 < sigma_min < sigma_max, rho > 0 and p_std > 0; got {self.sigma_min}, {self.sigma_max}, {self.rho} and {self.p_std}."

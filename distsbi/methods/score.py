@@ -35,6 +35,7 @@ class ScoreMatchingVP(Method):
     density_steps: ClassVar[int] = 40
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.beta_min < self.beta_max or not 0 < self.eps < 1:
             raise ValueError(
                 f"ScoreMatchingVP needs 0 < beta_min < beta_max and 0 < eps < 1; got {self.beta_min}, {self.beta_max} and {self.eps}."
@@ -97,6 +98,7 @@ class ScoreMatchingVE(Method):
     denoises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"ScoreMatchingVE needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}."

@@ -1,7 +1,7 @@
 """Joint networks: one sequence of tokens, parameters and data alike, any of which may be given and the others drawn.
 
-    context    = network.encode(values, mask)          what is given, and where
-    prediction = network(t, v_t, context)              for all tokens; those that are given have none
+    context    = network.encode(values, mask)          what is given (0 elsewhere), and where
+    prediction = network(t, v_t, context)              for all tokens; that of those which are given is not used, and their v_t are their values
 
 `Conditional` is such a network with a fixed set of free and of given tokens: a `Network` like any other, so that every way to
 sample serves every conditional.
@@ -14,6 +14,7 @@ Under a random mask (training) which tokens are given differs from pair to pair:
 "one_way" is a matter of which keys a query sees and which time a token has.
 """
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -144,11 +145,27 @@ class JointNetwork(Network):
         return numbers
 
 
+@dataclasses.dataclass(frozen=True)
+class Completed:
+    """A user's own joint module, which sees of the tokens that are given their values without noise, and of the others nothing but what is
+    drawn: in training as when it draws."""
+
+    network: Any
+
+    def encode(self, values: Float[Array, "batch tokens ch"], mask: Bool[Array, "batch tokens"]) -> Context:
+        values = jnp.where(mask[..., None], values, 0.0)
+        return values, mask, self.network.encode(values, mask)
+
+    def __call__(self, t: Float[Array, "..."], v_t: Float[Array, "batch draws tokens ch"], context: Context) -> Array:
+        values, mask, inner = context
+        return self.network(t, jnp.where(mask[:, None, :, None], values[:, None], v_t), inner)
+
+
 class Conditional(Network):
     """p(free tokens | given tokens) of a joint network: encode takes the given ones alone, [batch, given, ch].
 
     A `JointNetwork` works on the tokens that take part. Any other module with `encode(values, mask)` and `__call__(t, v_t, context)`
-    over all tokens is given all of them.
+    over all tokens is given all of them (see `Completed`).
 
     Raises ValueError for tokens that do not exist or are both free and given, and for none that is free.
     """
@@ -170,16 +187,19 @@ class Conditional(Network):
             return self.network.encode(x, None, self.given)
         values = jnp.zeros((x.shape[0], self.network.num_tokens, self.ch_x)).at[:, list(self.given)].set(x)
         mask = np.isin(np.arange(self.network.num_tokens), self.given)
-        return values, self.network.encode(values, jnp.broadcast_to(mask, values.shape[:2]))
+        return Completed(self.network).encode(values, jnp.broadcast_to(mask, values.shape[:2]))
 
     def __call__(
         self, t: Float[Array, "..."], theta_t: Float[Array, "batch draws free ch"], context: Context
     ) -> Float[Array, "batch draws free ch"]:
         if isinstance(self.network, JointNetwork):
             return self.network(t, theta_t, context, self.free)
-        values, inner = context
-        all_tokens = jnp.broadcast_to(values[:, None], (*theta_t.shape[:2], *values.shape[1:]))
-        return self.network(t, all_tokens.at[:, :, list(self.free)].set(theta_t), inner)[:, :, list(self.free)]
+        v_t = (
+            jnp.zeros((*theta_t.shape[:2], self.network.num_tokens, self.ch_theta))
+            .at[:, :, list(self.free)]
+            .set(theta_t)
+        )
+        return Completed(self.network)(t, v_t, context)[:, :, list(self.free)]
 
 
 class Unconditional(Network):

@@ -25,7 +25,7 @@ from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer
 from distsbi.environment import versions
-from distsbi.methods import FlowMatching, Method
+from distsbi.methods import Method, as_method
 from distsbi.networks import Embedded, Layout, Network, takes_missing
 from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
@@ -73,7 +73,7 @@ class ConditionalPipeline(Answers):
         prior: gives parameter names and the support that no draw leaves: a numpyro distribution, `distsbi.Prior`, texts by name such as
             {"mass": "LogNormal(0, 0.5)"}, or any object with `sample(key, shape)`, `log_prob` and `support`. A Task brings its own, and so do
             folders that `simulate` wrote.
-        method: what is learned; default flow matching.
+        method: what is learned, or its name, "flow" (the default), "edm", "vp" or "ve".
         augment: `augment(key, theta, x) -> (theta, x)`, traceable: noise or nuisances added afresh to every training batch.
         embedding: an `nnx.Module` that makes tokens (batch, tokens, features) of x (batch, ...), or a dict with one for each instrument.
             It is trained with the rest and runs once per observation. The named pipelines make one for images and instruments: a
@@ -95,7 +95,7 @@ class ConditionalPipeline(Answers):
         *,
         mesh: meshes.MeshLike = None,
         prior: Any = None,
-        method: Method | None = None,
+        method: Method | str | None = None,
         augment: Callable[[Array, Any, Any], tuple[Array, Any]] | None = None,
         embedding: Any = None,
     ):
@@ -103,7 +103,7 @@ class ConditionalPipeline(Answers):
         self.model = self._adopted(model, dim_obs, ch_obs, nets_by_part(self.layout, embedding))
         self.dim_obs, self.ch_obs = dim_obs, ch_obs
         self.dim_cond, self.ch_cond = self.layout.packed
-        self.method = method or FlowMatching()
+        self.method = as_method(method)
         self.mesh = meshes.make_mesh(mesh, shared=True)
         prior = parse_prior(prior) if isinstance(prior, Mapping) else prior
         carried, names = getattr(train_dataset, "prior", None), getattr(train_dataset, "parameter_names", None)

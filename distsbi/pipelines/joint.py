@@ -36,7 +36,9 @@ class JointPipeline(ConditionalPipeline):
 
     Args:
         model: a joint network over dim_obs + dim_cond tokens (`Flux1Joint`, `Simformer`), or an `nnx.Module` with
-            `encode(values, mask)` and `__call__(t, v_t, context)` over all tokens; see `distsbi.networks.JointNetwork`.
+            `encode(values, mask)` and `__call__(t, v_t, context)` over all tokens: `values` [batch, tokens, channels], standardised, are 0 where the
+            mask [batch, tokens] says that a token is not given; `v_t` [batch, draws, tokens, channels] are the values of tokens that are given, and noisy
+            ones elsewhere, where its prediction is asked for.
         condition_mask: how masks are drawn, "structured" (the default), "bernoulli" or "posterior"; see `ConditionMasks`. `condition_mask_kind`, GenSBI's
             word, means the same.
         other arguments: as for `ConditionalPipeline`; parameters and data need the same channels.

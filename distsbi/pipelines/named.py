@@ -13,7 +13,7 @@ from flax import nnx
 
 from distsbi import mesh as meshes
 from distsbi.hints import did_you_mean
-from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP
+from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP, as_method
 from distsbi.networks import MLP, NETWORKS, JointNetwork, Layout
 from distsbi.networks.embedding import default_nets, embedded_shape
 from distsbi.networks.observation import Dims
@@ -82,12 +82,20 @@ class _Named:
                 )
         if sde_type is not None and options.get("method") is not None:
             raise ValueError("sde_type and method both say what is learned; give one of them.")
+        method = self._method(sde_type) if options.get("method") is None else as_method(options["method"])
+        if not isinstance(
+            method, tuple(SDE_TYPES.values()) if self.make_method in SDE_TYPES.values() else self.make_method
+        ):
+            raise ValueError(
+                f"{type(self).__name__} learns {self.make_method.__name__}; got method={method!r}. Take the pipeline of that name, one of "
+                f"{', '.join(PIPELINES)}, or ConditionalPipeline or JointPipeline with a model of your own."
+            )
         make: Any = super().__init__  # of the pipeline that this is mixed into
         make_model: Any = self.make_model
         make(
             make_model(params, rngs=rngs if rngs is not None else nnx.Rngs(0)),
             train_dataset, val_dataset, dim_obs, dim_cond, ch_obs, ch_cond, training_config,
-            mesh=mesh, prior=prior, **{"method": self._method(sde_type), "embedding": nets, **options},
+            mesh=mesh, prior=prior, **{"embedding": nets, **options, "method": method},
         )  # fmt: skip
 
     @classmethod

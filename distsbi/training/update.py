@@ -21,7 +21,7 @@ from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.base import encode
-from distsbi.networks.joint import Conditional
+from distsbi.networks.joint import Completed, Conditional, JointNetwork
 from distsbi.training.config import TrainingConfig
 
 Batch = tuple[Array, Array]
@@ -87,7 +87,10 @@ class ConditionMasks:
             fixed = Conditional(network, tuple(range(n)), tuple(range(n, v.shape[1])))
             return fixed, v[:, :n], fixed.encode(v[:, n:]), None
         given = self.draw(key, theta.shape[0], n, x.shape[1])
-        return network, v, network.encode(v, given), ~given
+        if isinstance(network, JointNetwork):  # it masks by itself
+            return network, v, network.encode(v, given), ~given
+        own = Completed(network)
+        return own, v, own.encode(v, given), ~given
 
     def draw(self, key: Array, batch: int, dim_theta: int, dim_x: int) -> Bool[Array, "batch tokens"]:
         """Which tokens are given: never all of them."""

@@ -109,6 +109,15 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=f"{cls.__name__} needs"):
             cls(**options)
+    for cls, options, says in (
+        (EDM, {"sigma_max": np.inf}, "EDM.sigma_max must be finite"), (EDM, {"p_mean": np.nan}, "EDM.p_mean must be a number"),
+        (FlowMatching, {"tilt": "4"}, "FlowMatching.tilt must be a number; got '4'"), (FlowMatching, {"power": 7.1}, "1 <= power <= 7;"),
+        (FlowMatching, {"logit_mean": np.inf}, "finite"), (FlowMatching, {"scale_input": "no"}, "True or False; got 'no'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            cls(**options)
+    grid = np.asarray(FlowMatching(power=7.0).grid(96))  # calibration's finest
+    assert (np.diff(grid) > 0).all()
 
 
 def test_training_noise_of_edm_is_log_normal():

@@ -336,6 +336,32 @@ def test_channels_of_given_are_not_guessed():
             posterior.condition({"x": value})
 
 
+def test_a_users_own_joint_module_sees_no_answers():
+    """In training as when it draws: of tokens that are to be predicted what is drawn alone, of those that are given their values without noise."""
+
+    class Own(nnx.Module):
+        num_tokens, ch_theta = 4, 1
+
+        def encode(self, values, mask):
+            return values, mask
+
+        def __call__(self, t, v_t, context):
+            return v_t
+
+    key = jax.random.key(0)
+    theta, x = jnp.arange(1.0, 129.0).reshape(2, 32, 2, 1)
+    network, y, (_, _, (values, mask)), keep = ConditionMasks()(Own(), Standardizer.identity(4, 0), theta, x, key)
+    assert 0.2 < keep.mean() < 0.8
+    np.testing.assert_array_equal(mask, ~keep)
+    np.testing.assert_array_equal(values, jnp.where(keep[..., None], 0.0, y))
+    noisy = -jnp.ones((32, 3, 4, 1))
+    context = network.encode(y, mask)
+    np.testing.assert_array_equal(network(0.5, noisy, context), jnp.where(keep[:, None, :, None], noisy, y[:, None]))
+    fixed = Conditional(Own(), (0, 2), (1, 3))
+    np.testing.assert_array_equal(fixed(0.5, noisy[:, :, :2], fixed.encode(y[:, [1, 3]])), noisy[:, :, :2])
+    np.testing.assert_array_equal(fixed.encode(y[:, [1, 3]])[2][0], y * jnp.asarray([0.0, 1.0, 0.0, 1.0])[:, None])
+
+
 @pytest.mark.long
 def test_a_users_own_joint_module(tmp_path, monkeypatch):
     class Own(nnx.Module):
