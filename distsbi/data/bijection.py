@@ -26,6 +26,7 @@ REAL, INTERVAL, DECADES, ABOVE, BELOW = "real", "interval", "decades", "above", 
 POSITIVE = "positive"  # of x: what all were in training, but no bound
 _EDGE = 1e-6  # from where on probabilities are cut off at either end, or less: float32 uniforms at an edge stay finite
 _DECADES = 10.0  # high / low from which on an interval may be one of decades
+_LEAST_WIDTH = 1e-5  # of the bounds: about a hundred numbers of float32
 _X_DECADES = 100.0  # of the 95 % and the 5 % quantile, from which on positive entries of x are taken by their logarithm
 _X_ROWS = 20_000  # evenly spaced, of which these are
 _LOG_RANGE = 80.0  # exp stays inside float32
@@ -43,6 +44,11 @@ class Support:
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"a support needs low < high; got ({self.low}, {self.high}).")
+        if self.kind == INTERVAL and self.high - self.low < _LEAST_WIDTH * max(abs(self.low), abs(self.high)):
+            raise ValueError(
+                f"the support ({self.low!r}, {self.high!r}) is too narrow for float32 where it lies: let the parameter be the difference from a "
+                f"reference value, such as {self.low!r}."
+            )
 
     @property
     def kind(self) -> str:

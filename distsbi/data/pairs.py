@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from distsbi.data.float32 import as_float32
 from distsbi.data.parquet import read_file, read_footer, write_file
 from distsbi.data.prior import check_names, default_names
 from distsbi.files import one_holder
@@ -42,8 +43,8 @@ def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None, *, missing:
     """Checked pairs from two arrays of shape [n, dim] or [n, dim, ch], x also of images [n, rows, columns, ch]; without names the parameters are `theta_0`,
     `theta_1`, ... `missing`: NaN in x means that the entry is missing.
 
-    Raises ValueError for other shapes, mismatched or zero lengths, entries that are not real numbers, and rows with NaN
-    or inf.
+    Raises ValueError for other shapes, mismatched or zero lengths, entries that are not real numbers, rows with NaN
+    or inf, and columns that float32 cannot tell apart.
     """
     theta, x = _with_channels("theta", theta), _with_channels("x", x)
     if len(theta) != len(x):
@@ -79,8 +80,7 @@ def _with_channels(name: str, array: Any) -> np.ndarray:
     if (array.ndim not in (2, 3) and not (name == "x" and array.ndim > 3)) or 0 in array.shape[1:]:
         advice = f" Add the axis with {name}[:, None]." if array.ndim == 1 else ""
         raise ValueError(f"{name} must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.{advice}")
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which check_finite reports
-        array = array.astype(np.float32, copy=False)
+    array = as_float32(name, array)
     return array if array.ndim > 2 else array[..., None]
 
 

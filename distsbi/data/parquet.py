@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from distsbi.data.float32 import as_float32
 from distsbi.data.prior import check_names, default_names
 from distsbi.files import Damaged, is_disks, patiently, write_whole
 
@@ -155,7 +156,7 @@ def read_file(
         values = storage.flatten()
         if storage.null_count or values.null_count:
             raise ValueError(f"{path} has nulls in column {name}; drop those rows.")
-        rows = np.asarray(values, np.float32)
+        rows = np.asarray(values)
         if _is_plain_list(column.type):
             lengths = set(pc.unique(pc.list_value_length(column)).to_pylist())
             if lengths - {shape[0]}:
@@ -164,7 +165,7 @@ def read_file(
                 )
         if isinstance(column.type, pa.FixedShapeTensorType):
             rows = rows.reshape(-1, *column.type.shape).transpose(0, *(1 + axis for axis in _axes(column.type)))
-        arrays.append(rows.reshape(-1, *shape))
+        arrays.append(as_float32(f"{path}: {name}", rows.reshape(-1, *shape)))
     return arrays[0], arrays[1]
 
 

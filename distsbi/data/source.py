@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from distsbi.data.float32 import as_float32
 from distsbi.data.pairs import as_pairs, open_pairs, read_pairs
 from distsbi.data.prior import check_theta
 from distsbi.data.stream import Groups, StreamedPairs, endless
@@ -90,7 +91,10 @@ def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
 def _checked(data: Any, shapes: Shapes, prior: Any) -> Pairs:
     theta, x = data
     if shapes.layout is not None and not shapes.layout.is_plain:
-        x = shapes.layout.pack(x)
+        packed = shapes.layout.pack(x)
+        for name, part in x.items() if isinstance(x, Mapping) else (("x", x),):
+            as_float32(name, np.asarray(part))  # its error alone: packed they are float32
+        x = packed
     theta, x, _ = as_pairs(theta, x, missing=shapes.missing)
     for name, array, shape in (("theta", theta, shapes[0]), ("x", x, shapes[1])):
         if array.shape[1:] != shape:

@@ -57,11 +57,11 @@ class Standardizer:
         *,
         linear: bool = True,
         decades: bool = True,
-        pool: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+        pool: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
         exchangeable: bool = False,
     ) -> Self:
         """Scales from training pairs. A constant column keeps its mean and gets scale 1. `linear`: with least squares. `decades`: the logarithm of
-        entries of x that are positive and span decades. `pool`: makes (means, standard deviations) of x equal where entries share a scale.
+        entries of x that are positive and span decades. `pool`: makes the means and standard deviations of x, of so many rows each, equal where entries share a scale (0 for a constant).
         `exchangeable`: the entries of x are a set: they share all scales, and least squares is on their sum.
 
         Raises ValueError if there are not as many supports as parameters.
@@ -75,10 +75,11 @@ class Standardizer:
             x = x.reshape(n * size, 1, -1)
         x_bijection = Bijection.of_data(x) if decades else None
         u, x = _unbounded(theta, bijection), x if x_bijection is None else _unbounded(x, x_bijection)
-        mean, std = _scales(u)
-        x_mean, x_std = _scales(x)
+        _, mean, std = _moments(u)
+        count, x_mean, x_std = _moments(x)
         if pool is not None:
-            x_mean, x_std = pool(x_mean, x_std)
+            x_mean, x_std = pool(count, x_mean, x_std)
+        std, x_std = (np.where(scale > 0, scale, 1.0) for scale in (std, x_std))
         if exchangeable:
             x = x.reshape(n, size, -1)
             x = np.concatenate(
@@ -252,9 +253,8 @@ def _scored(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Float[np.n
     return np.nan_to_num((np.asarray(values, np.float64) - mean) / std).reshape(len(values), -1)
 
 
-def _scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(means, standard deviations) over the rows without what is missing (NaN), float64: mean 0 where all is, deviation 1 for a constant
-    column."""
+def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, means, standard deviations) without what is missing (NaN), float64: mean 0 where all is, deviation 0 for a constant column."""
     count, total, largest, squares = (np.zeros(values.shape[1:]) for _ in range(4))
     for part in _parts(values):
         block = np.asarray(values[part], np.float64)
@@ -267,7 +267,7 @@ def _scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         squares += np.sum(np.nan_to_num(np.asarray(values[part], np.float64) - mean) ** 2, 0)
     std = np.sqrt(squares / np.maximum(count, 1))
     constant = std <= 1e-7 * largest  # relative: a column of 1e-21 is data too
-    return mean, np.where(constant, 1.0, std)
+    return count, mean, np.where(constant, 0.0, std)
 
 
 def _parts(*arrays: np.ndarray) -> list[slice]:

@@ -112,18 +112,22 @@ class Layout:
             return jnp.broadcast_to(mask[..., None], (*mask.shape, self.shapes[0][1]))
         return self.unpack(mask[..., None])
 
-    def pooled(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Means and standard deviations of the packed entries [size, 1], made equal over the positions of an image: pixels have no scale
-        of their own."""
+    def pooled(self, count: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Means and standard deviations of the packed entries [size, 1], of `count` rows each, made equal over the positions of an image: pixels have
+        no scale of their own. One that is constant (deviation 0: a border, a dead pixel) or always missing has no part in it, and a constant keeps
+        its mean, so that the network sees 0 there."""
         mean, std, start = mean.copy(), std.copy(), 0
         for shape in self.shapes:
             size = math.prod(shape)
             if len(shape) > 2:
-                m, s = (a[start : start + size].reshape(-1, shape[-1]) for a in (mean, std))
-                centre = m.mean(0)
-                spread = np.sqrt(np.mean(s**2 + (m - centre) ** 2, 0))
-                for a, value in ((mean, centre), (std, np.where(spread > 0, spread, 1.0))):
-                    a[start : start + size] = np.broadcast_to(value, (size // shape[-1], shape[-1])).reshape(size, 1)
+                rows, m, s = (a[start : start + size].reshape(-1, shape[-1]) for a in (count, mean, std))
+                weight = np.where(s > 0, rows, 0.0)
+                total = np.maximum(weight.sum(0), 1.0)
+                centre = (weight * m).sum(0) / total
+                spread = np.sqrt((weight * (s**2 + (m - centre) ** 2)).sum(0) / total)
+                alone = (s == 0) & (rows > 0)
+                mean[start : start + size] = np.where(alone, m, centre).reshape(size, 1)
+                std[start : start + size] = np.broadcast_to(spread, s.shape).reshape(size, 1)
             start += size
         return mean, std
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 
+from distsbi.data import Standardizer, Support
 from distsbi.networks import CNN, MLP, CNNParams, Embedded, Layout, MLPParams, PatchEmbedding, PatchEmbeddingParams
 from distsbi.networks.embedding import embedded_shape
 
@@ -92,13 +93,36 @@ def test_other_layouts_are_refused(dim, channels, message):
 def test_scales_of_an_image_are_those_of_all_its_pixels():
     x = batch(INSTRUMENTS, 500)
     x["image"] = x["image"] * [1.0, 2.0, 3.0] + np.arange(6)[None, None, :, None]
-    packed = INSTRUMENTS.pack(x)
-    mean, std = INSTRUMENTS.pooled(packed.mean(0), packed.std(0))
-    parts = [INSTRUMENTS.unpack(a[None]) for a in (mean, std)]
+    scales = Standardizer.fit(
+        np.zeros((500, 1, 1)), INSTRUMENTS.pack(x), [Support()], decades=False, pool=INSTRUMENTS.pooled
+    )
+    parts = [INSTRUMENTS.unpack(a[None]) for a in (scales.x_mean, scales.x_std)]
     for part, of in zip(parts, (np.mean, np.std), strict=True):
         expected = np.broadcast_to(of(x["image"], axis=(0, 1, 2)), (4, 6, 3))
         np.testing.assert_allclose(part["image"][0], expected, rtol=1e-4)
         np.testing.assert_allclose(part["spectrum"][0], of(x["spectrum"], axis=0), rtol=1e-4)
+
+
+def test_pixels_that_say_nothing_have_no_part_in_the_scales():
+    """A border, a dead pixel and one that is always missing: of the others 1000 +- 10, whatever those are; the network sees 0 there."""
+    layout = Layout.of((8, 8), 1)
+    x = 1000 + 10 * np.random.default_rng(0).normal(size=(400, 8, 8, 1))
+    inner = np.zeros((8, 8), bool)
+    inner[2:6, 2:6] = True
+    inner[3, 3] = inner[4, 4] = False
+    x[:, ~inner] = 0.0
+    x[:, 3, 3], x[:, 4, 4] = 5.0, np.nan
+    x[::2, 5, 5] = np.nan  # missing now and then
+    packed = layout.pack(x)
+    scales = Standardizer.fit(np.zeros((400, 1, 1)), packed, [Support()], decades=False, pool=layout.pooled)
+    np.testing.assert_allclose(scales.x_std, 10.0, rtol=0.03)
+    np.testing.assert_allclose(scales.x_mean.reshape(8, 8)[inner], 1000.0, atol=1.0)
+    seen = np.asarray(scales.forward_x(packed)).reshape(400, 8, 8)
+    np.testing.assert_array_equal(np.nan_to_num(seen[:, ~inner]), 0)
+    dark = Standardizer.fit(
+        np.zeros((400, 1, 1)), 0 * np.nan_to_num(packed), [Support()], decades=False, pool=layout.pooled
+    )
+    np.testing.assert_array_equal(dark.x_std, 1)
 
 
 @pytest.mark.parametrize(
