@@ -237,9 +237,27 @@ class Flat(nnx.Module):
 )
 def test_a_network_that_predicts_another_shape_is_refused(shape, gives):
     with pytest.raises(
-        ValueError, match=re.escape(f"[2, 3, 2, 3] for theta_t of that shape and t of [2, 3]; it gives {gives}.")
+        ValueError,
+        match=re.escape(f"[2, 3, 2, 3] for theta_t of that shape and t of [2, 3] (as in training); it gives {gives}."),
     ):
         ConditionalPipeline(Flat(shape), None, None, 2, 2, ch_obs=3)
+
+
+def test_a_network_that_takes_the_times_of_training_alone_is_refused():
+    class Training(Flat):
+        def __call__(self, t, theta_t, context):
+            return theta_t + 0 * jax.numpy.concatenate([theta_t[..., 0], t[..., None]], -1)[..., :2, None]
+
+    class Once(Flat):
+        def encode(self, x):
+            return x, x.mean()
+
+    with pytest.raises(ValueError, match=r"Training fails on .* t of \[\] \(one for all draws, as in sampling\)"):
+        ConditionalPipeline(Training(...), None, None, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"Once.encode must return arrays with a row for each .*; of two it gives one of shape \[\]"
+    ):
+        ConditionalPipeline(Once(...), None, None, 2, 2)
 
 
 def test_a_run_and_other_folders_are_not_mixed(tmp_path, monkeypatch):

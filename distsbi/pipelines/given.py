@@ -26,26 +26,34 @@ def check_module(model: Any) -> None:
 
 
 def check_output(model: Any, context: Callable[[Any], Any], dim: int, channels: int) -> None:
-    """Raises ValueError if what a user's own network predicts has not the shape of what is drawn. Nothing is computed. `context`: what it encodes,
-    of two observations."""
+    """Raises ValueError if what a user's own network predicts has not the shape of what is drawn, for times as in training and as in sampling, or if what
+    it encodes is not an array, or several, with a row for each observation. Nothing is computed. `context`: what it encodes, of two observations."""
 
-    def predict(state: Any) -> Array:
+    def predict(state: Any, t: Array) -> tuple[Array, Any]:
         network = nnx.merge(graphdef, state)
-        return network(jnp.zeros((2, 3)), jnp.zeros(shape), context(network))
+        encoded = context(network)
+        return network(t, jnp.zeros(shape), encoded), encoded
 
-    shape, (graphdef, state) = (2, 3, dim, channels), nnx.split(model)
-    try:
-        found = jax.eval_shape(predict, state)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} fails on theta_t of [batch, draws, dim, channels], {list(shape)}, t of [2, 3] and what it encodes of two "
-            f"observations: {error} See distsbi.networks.Network."
-        ) from error
-    if getattr(found, "shape", None) != shape:
-        raise ValueError(
-            f"{type(model).__name__} must predict [batch, draws, dim, channels], {list(shape)} for theta_t of that shape and t of [2, 3]; it gives "
-            f"{list(found.shape) if hasattr(found, 'shape') else type(found).__name__}. See distsbi.networks.Network."
-        )
+    name, shape, (graphdef, state) = type(model).__name__, (2, 3, dim, channels), nnx.split(model)
+    for times, when in (((2, 3), "as in training"), ((), "one for all draws, as in sampling")):
+        t = f"t of {list(times)} ({when})"
+        try:
+            found, encoded = jax.eval_shape(predict, state, jnp.zeros(times))
+        except Exception as error:
+            raise ValueError(
+                f"{name} fails on theta_t of [batch, draws, dim, channels], {list(shape)}, {t} and what it encodes of two observations: {error} "
+                f"See distsbi.networks.Network."
+            ) from error
+        if getattr(found, "shape", None) != shape:
+            raise ValueError(
+                f"{name} must predict [batch, draws, dim, channels], {list(shape)} for theta_t of that shape and {t}; it gives "
+                f"{list(found.shape) if hasattr(found, 'shape') else type(found).__name__}. See distsbi.networks.Network."
+            )
+        if wrong := [leaf.shape for leaf in jax.tree.leaves(encoded) if leaf.shape[:1] != (2,)]:
+            raise ValueError(
+                f"{name}.encode must return arrays with a row for each observation; of two it gives one of shape {list(wrong[0])}. "
+                f"See distsbi.networks.Network."
+            )
 
 
 def check_state(model: Any) -> None:
