@@ -29,6 +29,7 @@ from distsbi.tasks.base import Task
 IN_MEMORY_BYTES = 2 * 2**30
 FIT_PAIRS = 50_000  # pairs that scales are fitted on where the set is not in memory
 VALIDATION_PAIRS = 4_096  # and validated on
+FRACTION = 0.05  # of a set that is held out to validate on
 GROUPS_EACH = 4  # row groups, least, that a process which shares a stream has alone
 FIT_BYTES = 256 * 2**20  # most of either, where rows are large
 
@@ -45,7 +46,7 @@ class Source:
     batches: `batches(step, batch_size) -> iterator` over host batches of that size from update `step` on, for streams.
     fit: pairs to fit the scales on.
     fingerprint: a digest of the data, for resuming.
-    hold_out: `hold_out(fraction) -> (source of the rest, validation pairs)`, where nothing was given to validate on.
+    hold_out: `hold_out(fraction) -> (source of the rest, validation pairs)`, where nothing was given to validate on; None: as suits it.
     part: `part(index, count) -> batches` of process `index` of `count`: its rows of every batch, which is made of those of all; None: every process
         reads all, and keeps its rows.
     """
@@ -56,7 +57,7 @@ class Source:
     arrays: Pairs | None = None
     draw: Callable[[Array, Array, Any], tuple[Array, Array]] | None = None
     batches: Callable[[int, int], Iterator[Pairs]] | None = None
-    hold_out: Callable[[float], tuple["Source", Pairs]] | None = None
+    hold_out: Callable[[float | None], tuple["Source", Pairs]] | None = None
     part: Callable[[int, int], Callable[[int, int], Iterator[Pairs]]] | None = None
 
 
@@ -117,7 +118,7 @@ def _from_arrays(pairs: Pairs) -> Source:
         digest.update(f"{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
 
-    def split(fraction: float) -> tuple[Source, Pairs]:
+    def split(fraction: float | None) -> tuple[Source, Pairs]:
         kept, held = hold_out(pairs, fraction)
         return _from_arrays(kept), held
 
@@ -141,7 +142,7 @@ def _from_task(task: Task, shapes: Shapes, prior: Any = None) -> Source:
     def fit() -> Pairs:
         return some(0, _most(FIT_PAIRS // 5, shapes))
 
-    def split(fraction: float) -> tuple[Source, Pairs]:
+    def split(fraction: float | None) -> tuple[Source, Pairs]:
         return source, some(1, _most(VALIDATION_PAIRS, shapes))
 
     source = Source(
@@ -185,8 +186,8 @@ def _streamed(groups: Groups, shapes: Shapes, prior: Any, options: StreamedPairs
     def some(rows: int) -> Pairs:
         return _checked(groups.sample(_most(rows, shapes), shapes.missing), shapes, prior)
 
-    def split(fraction: float) -> tuple[Source, Pairs]:
-        rest, held = groups.hold_out(fraction)
+    def split(fraction: float | None) -> tuple[Source, Pairs]:
+        rest, held = groups.hold_out(FRACTION if fraction is None else fraction)
         found = _checked(held.sample(_most(VALIDATION_PAIRS, shapes), shapes.missing), shapes, prior)
         return _streamed(rest, shapes, prior, options), found
 
@@ -236,12 +237,12 @@ def _from_iterable(data: Iterable[Any], shapes: Shapes, prior: Any = None) -> So
         read_head()
         return _first(_joined(head[held:]), _most(FIT_PAIRS, shapes))
 
-    def split(fraction: float) -> tuple[Source, Pairs]:
+    def split(fraction: float | None) -> tuple[Source, Pairs]:
         nonlocal held
         read_head()
         if len(head) < 2:
             raise ValueError("one batch is too little to hold some out; give val_dataset, or smaller batches.")
-        held = min(len(head) - 1, max(1, round(fraction * len(head))))
+        held = min(len(head) - 1, max(1, round((FRACTION if fraction is None else fraction) * len(head))))
         return source, _first(_joined(head[:held]), _most(VALIDATION_PAIRS, shapes))
 
     def again() -> Iterator[Pairs]:
@@ -312,12 +313,17 @@ def _most(rows: int, shapes: Shapes) -> int:
     return max(1, min(rows, FIT_BYTES // (4 * sum(math.prod(shape) for shape in shapes[:2]))))
 
 
-def hold_out(pairs: Pairs, fraction: float) -> tuple[Pairs, Pairs]:
-    """(training, validation): an evenly spaced share of the rows held out. Raises ValueError for fewer than 20 pairs."""
+def hold_out(pairs: Pairs, fraction: float | None) -> tuple[Pairs, Pairs]:
+    """(training, validation): an evenly spaced share of the rows held out; None: 5 %, but enough to tell a loss by, and no more than that takes. Raises
+    ValueError for fewer than 20 pairs."""
     n = len(pairs[0])
     if n < 20:
         raise ValueError(f"{n} pairs are too few to hold some out; give at least 20, or a validation set.")
-    count = max(1, min(n // 2, max(round(n * fraction), min(100, n // 10)), 5_000))
+    count = (
+        min(n - 1, max(1, round(n * fraction)))
+        if fraction is not None
+        else min(max(round(n * FRACTION), min(100, n // 10)), 5_000)
+    )
     held = np.zeros(n, bool)
     held[np.linspace(0, n - 1, count).round().astype(int)] = True
     theta, x = pairs

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -37,8 +38,8 @@ from distsbi.pipelines.students import distill
 from distsbi.sampling import Posterior
 from distsbi.sampling.checks import extent
 from distsbi.sampling.joint import JointPosterior
-from distsbi.sampling.run import check_place
-from distsbi.solvers import Solver
+from distsbi.sampling.run import check_place, read_spec
+from distsbi.solvers import Solver, solver_from_dict
 from distsbi.training import Trained, TrainingConfig, train
 from distsbi.training.loop import run_root
 from distsbi.training.update import Pose, conditional
@@ -228,6 +229,8 @@ class ConditionalPipeline(Answers):
             mesh=self.mesh, augment=self.augment, pose=self.pose, identity=identity,
         )  # fmt: skip
         self._take(trained, standardizer)
+        if root is not None and not trained.updates and self._is_finished(root, config):
+            return trained.losses, trained.val_losses
         if config.calibrate:
             if root is not None:  # what was learned is on the disk before anything else can fail
                 self.posterior.facts["certificate"] = {"met": None, "says": UNFINISHED}
@@ -236,6 +239,22 @@ class ConditionalPipeline(Answers):
         if root is not None:
             self.posterior.save(root)
         return trained.losses, trained.val_losses
+
+    def _is_finished(self, root: str, config: TrainingConfig) -> bool:
+        """Whether the run directory holds this very posterior, with its grid, from an earlier call: then its facts and grids are taken up as they
+        are."""
+        try:
+            spec = read_spec(Path(root))
+        except (ValueError, OSError):
+            return False
+        chosen = spec["facts"].get("certificate", {}).get("met") is not None
+        if not (chosen or not config.calibrate) or spec["fingerprint"] != self.posterior.fingerprint:
+            return False
+        assert self._last is not None
+        self.posterior.facts, self._last.facts = dict(spec["facts"]), dict(spec["facts"])
+        self.posterior.default_solver = solver_from_dict(spec["solver"])
+        self._last.adopt_grids(self.posterior)
+        return True
 
     def _held_out(self) -> Pairs:
         """The validation pairs as training sees them. Raises ValueError without a training set."""

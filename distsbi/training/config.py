@@ -31,7 +31,9 @@ class TrainingConfig:
         multistep: updates whose gradients are averaged into one.
         ema_decay: of the averaged weights, which are the ones sampled with.
         val_every: updates between validations.
-        val_fraction: held out of the training set where no validation set is given.
+        val_fraction: held out of the training set where no validation set is given: this part of its pairs (of a stream, of its row groups or of the
+            batches that it begins with, of which at most 4,096 pairs are used); None: 5 %, of arrays at least 100 and at most 5,000, and no more than a
+            half. A Task is validated on 4,096 pairs of its own.
         val_draws: noise levels per validation pair (fixed).
         early_stopping: stop after `patience` validations in a row that are not good; the weights of the lowest validation loss are kept either way.
         val_error_ratio: a validation is good if its loss is at most so many times the lowest before it; None: if it is lower than that.
@@ -56,7 +58,7 @@ class TrainingConfig:
     multistep: int = 1
     ema_decay: float = 0.999
     val_every: int | None = None
-    val_fraction: float = 0.05
+    val_fraction: float | None = None
     val_draws: int = 8
     early_stopping: bool = True
     patience: int = 16
@@ -86,7 +88,8 @@ class TrainingConfig:
         for name in ("max_lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training option {name} must be positive; got {getattr(self, name)!r}.")
-        if not 0 < self.ema_decay < 1 or not 0 < self.val_fraction < 1 or not 0 <= self.decay_transition <= 1:
+        fractions = (self.ema_decay, 0.5 if self.val_fraction is None else self.val_fraction)
+        if not all(0 < value < 1 for value in fractions) or not 0 <= self.decay_transition <= 1:
             raise ValueError(
                 "training options ema_decay, val_fraction and decay_transition are fractions between 0 and 1."
             )
@@ -115,6 +118,12 @@ class TrainingConfig:
         nsteps = self.nsteps or int(min(20_000, max(1_500, 100 * round(0.5 * math.sqrt(n)))))
         batch = self.batch_size or 2 ** int(min(9, max(6, round(math.log2(max(n, 1) / 100)))))
         val_every = self.val_every or min(max(100, nsteps // 4000 * 100), nsteps)
+        if (
+            self.val_every is None and self.save_every is not None
+        ):  # the nearest number of updates that it is a multiple of
+            val_every = min(
+                (k for k in range(1, self.save_every + 1) if self.save_every % k == 0), key=lambda k: abs(k - val_every)
+            )
         save_every = self.save_every or max(val_every, val_every * (nsteps // (8 * val_every)))
         if save_every % val_every:
             raise ValueError(f"save_every must be a multiple of val_every; got {save_every} and {val_every}.")

@@ -44,13 +44,14 @@ VALIDATION_ROWS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training made: weights averaged at the best validation, losses, and how it went."""
+    """What training made: weights averaged at the best validation, losses, and how it went. `updates`: made by this call, and by none before."""
 
     params: Any
     last: Any
     losses: list[float]
     val_losses: list[float]
     facts: dict[str, Any]
+    updates: int = 0
 
 
 @processes.in_step()
@@ -100,7 +101,9 @@ def train(
     if source.batches is not None:
         most = max(1, min(DISPATCH, DISPATCH_BYTES // (batch * 4 * sum(part[0].size for part in validation))))
     # by the options and shapes alone, so that a resumed run makes the same dispatches
-    chunk = max(k for k in range(1, min(most, val_every) + 1) if val_every % k == 0)
+    chunk = -(
+        -val_every // -(-val_every // most)
+    )  # dispatches between validations as equal as can be; the last may be shorter
     shuffled = source.size if source.arrays is not None else 0
     divided = source.arrays is not None and rows.is_divided(source.arrays, mesh)
     learner = Learner(
@@ -153,7 +156,7 @@ def train(
     checkpoints = None
     if root:
         checkpoints = Checkpoints(root, what)
-    started, first = time.perf_counter(), 0
+    started, first, before = time.perf_counter(), 0, 0.0
     try:
         if checkpoints is not None:
             restored = checkpoints.restore(state)
@@ -162,6 +165,7 @@ def train(
                 state, first = restored, int(restored.step)
                 losses = [line["loss"] for line in history]
                 val_losses = [line["val_loss"] for line in history]
+                before = history[-1].get("seconds", 0.0) if history else 0.0
         stream, parted = _stream(source, first, batch, mesh)
         with tqdm(
             total=nsteps, initial=first, desc="training", unit="update",
@@ -212,7 +216,8 @@ def train(
                 if first_process and bar.disable:  # a bar says it by itself
                     log.info("update %d of %d: loss %.4f, validation %.4f", step, nsteps, train_loss, val_losses[-1])
                 if checkpoints is not None:
-                    checkpoints.log({"step": step, "loss": train_loss, "val_loss": val_losses[-1]})
+                    seconds = round(before + time.perf_counter() - started, 2)
+                    checkpoints.log({"step": step, "loss": train_loss, "val_loss": val_losses[-1], "seconds": seconds})
                     if step % save_every == 0:
                         checkpoints.save(step, state)
                         saved = step
@@ -221,17 +226,17 @@ def train(
     finally:
         if checkpoints is not None:
             checkpoints.__exit__()
-    seconds = time.perf_counter() - started
+    steps, seconds = int(state.step), before + time.perf_counter() - started  # of all that trained it
     facts = {
-        "steps": int(state.step), "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
+        "steps": steps, "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
         "device_kind": mesh.devices.flat[0].device_kind,
-        "updates_per_second": round((int(state.step) - first) / seconds, 2),
+        "updates_per_second": round(steps / seconds, 2),
     }  # fmt: skip
     whole_state = jax.jit(lambda tree: as_kept(tree, own), out_shardings=whole)
     local = lambda tree: jax.tree.map(jax.numpy.asarray, jax.device_get(tree)) if several else tree  # noqa: E731
     merge = lambda tree: nnx.merge_state(local(whole_state(tree)), rest)  # noqa: E731
-    return Trained(merge(state.best), merge(state.params), losses, val_losses, facts)
+    return Trained(merge(state.best), merge(state.params), losses, val_losses, facts, steps - first)
 
 
 def run_root(config: TrainingConfig) -> str | None:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from distsbi import ConditionalPipeline, MLPFlowPipeline, MLPParams, Prior, mesh as meshes
 from distsbi.data import write_pairs
+from distsbi.data.source import hold_out
 from distsbi.networks import MLP, Simformer, SimformerParams
 from distsbi.processes import Rank, job
 from distsbi.tasks import get_task
@@ -244,6 +245,56 @@ def test_fewer_steps_than_to_a_validation():
     config = TrainingConfig(val_every=100, save_every=200, nsteps=30).resolve(1_000)
     assert (config.val_every, config.save_every) == (30, 30)
     assert TrainingConfig(save_every=30, nsteps=30).resolve(1_000).val_every == 30
+
+
+@pytest.mark.parametrize(("save_every", "val_every"), [(250, 250), (300, 150), (101, 101), (1000, 200)])
+def test_validations_fit_the_checkpoints_that_are_asked_for(save_every, val_every):
+    assert TrainingConfig(save_every=save_every).resolve(30_000).val_every == val_every
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "held"),
+    [
+        (200, 0.05, 10),
+        (400, 0.5, 200),
+        (1_000, 0.02, 20),
+        (30_000, 0.5, 15_000),
+        (200, None, 20),
+        (30_000, None, 1_500),
+        (200_000, None, 5_000),
+    ],
+)
+def test_the_fraction_that_is_held_out(n, fraction, held):
+    rest, out = hold_out((np.zeros((n, 1, 1), np.float32), np.zeros((n, 1, 1), np.float32)), fraction)
+    assert (len(out[0]), len(rest[0])) == (held, n - held)
+
+
+def test_validations_that_no_dispatch_divides(monkeypatch):
+    """Two programs, as long as can be, not one update at a time."""
+    counts, inner = [], Learner.advance
+    monkeypatch.setattr("distsbi.training.loop.DISPATCH", 4)
+    monkeypatch.setattr(Learner, "advance", lambda *given: (counts.append(given[-1]), inner(*given))[1])
+    _pipeline(nsteps=14, val_every=7, save_every=7).train(nnx.Rngs(0))
+    assert counts == [4, 3]
+
+
+def test_the_same_call_again_leaves_a_finished_run_as_it_is(run_dir):
+    """Its seconds, its certificate, the versions that trained it; what was chosen for other patterns too."""
+    first = _pipeline(calibrate=True, save_every=20, checkpoint_dir=str(run_dir))
+    first.train(nnx.Rngs(0))
+    first.posterior.facts["note"] = "of a later call"
+    first.save(str(run_dir))
+    spec, lines = (run_dir / "spec.json").read_bytes(), (run_dir / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    assert first.posterior.facts["training"]["seconds"] >= seconds[-1] > 0
+    again = _pipeline(calibrate=True, save_every=20, checkpoint_dir=str(run_dir))
+    again.train(nnx.Rngs(0))
+    assert (run_dir / "spec.json").read_bytes() == spec
+    assert again.posterior.facts == json.loads(json.dumps(first.posterior.facts))
+    assert again.posterior.default_solver == first.posterior.default_solver
+    options = {"rng": 0, "x_o": np.zeros((1, 2, 1)), "nsamples": 9, "use_ema": False}
+    np.testing.assert_array_equal(again.sample(**options), first.sample(**options))
 
 
 def test_a_folder_larger_than_memory_is_streamed(tmp_path, monkeypatch):
