@@ -139,11 +139,13 @@ def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str
     return xs
 
 
-def one_of(first: str, a: Any, second: str, b: Any) -> Any:
-    """The one of two synonymous arguments that was given. Raises ValueError for both or none."""
-    if (a is None) == (b is None):
-        raise ValueError(f"give {first} or {second}, {'not both' if a is not None else 'one of them is needed'}.")
-    return a if a is not None else b
+def one_of(**words: Any) -> Any:
+    """The one of synonymous arguments, by name, that was given. Raises ValueError for more than one, or none."""
+    given = [value for value in words.values() if value is not None]
+    if len(given) != 1:
+        *first, last = words
+        raise ValueError(f"give {', '.join(first)} or {last}, {'only one' if given else 'one of them is needed'}.")
+    return given[0]
 
 
 def as_ids(observation_ids: Any, count: int) -> np.ndarray:
@@ -153,6 +155,13 @@ def as_ids(observation_ids: Any, count: int) -> np.ndarray:
     if ids.shape != (count,):
         raise ValueError(f"observation_ids must have shape ({count},), one per observation; got {ids.shape}.")
     return ids
+
+
+def draws_asked(nsamples: Any, num_samples: Any, default: int) -> int:
+    """The number of draws that a call asks for, in our word or in GenSBI's. Raises ValueError for both, and as `check_nsamples` does."""
+    if nsamples is None and num_samples is None:
+        return default
+    return check_nsamples(one_of(nsamples=nsamples, num_samples=num_samples))
 
 
 def check_nsamples(nsamples: Any) -> int:

@@ -19,7 +19,7 @@ from distsbi import keys
 from distsbi.hints import as_count
 from distsbi.methods import Method
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import as_array, as_ids, check_nsamples, compare_densities, one_of
+from distsbi.sampling.checks import as_array, as_ids, compare_densities, draws_asked, one_of
 from distsbi.sampling.fill import fill
 from distsbi.sampling.flow import BASIS_AT_ONCE, EXACT, Divergence
 from distsbi.sampling.options import NO_GIVEN, ONE, SampleOptions
@@ -155,20 +155,22 @@ class Densities:
         self,
         key: Any = None,
         x_o: Any = None,
-        nsamples: int = 10_000,
+        nsamples: int | None = None,
         *,
         rng: Any = None,
+        num_samples: int | None = None,
         observation_id: int = 0,
         divergence: str = "exact",
         probes: int = 8,
         **options: Any,
     ) -> tuple[Float[np.ndarray, "nsamples dim_theta ch_theta"], Float[np.ndarray, "nsamples"]]:
-        """Draws and their log p(theta | x_o), in one solve; the solver is that of `log_prob`, so the draws differ from those of
+        """Draws, 10,000 by default, and their log p(theta | x_o), in one solve; the solver is that of `log_prob`, so the draws differ from those of
         `sample` within its certificate, and by the noise that EDM and score matching leave at t = 1, which is kept here: it is in the
         density too (see `log_prob`)."""
-        key = keys.as_key(one_of("rng", rng, "key", key))
+        key = keys.as_key(one_of(rng=rng, key=key))
         x = self._one(x_o)
-        chosen, n = self._density_options(options, (*ONE, "divergence", "probes")), check_nsamples(nsamples)
+        chosen = self._density_options(options, (*ONE, "divergence", "probes"))
+        n = draws_asked(nsamples, num_samples, 10_000)
         if chosen.check:
             raise ValueError("check goes with sample and with log_prob; leave it out where both are asked for at once.")
         draws, density = np.empty((1, n, self.dim_theta, self.ch_theta), np.float32), np.empty((1, n), np.float32)

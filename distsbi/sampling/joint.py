@@ -194,7 +194,7 @@ class JointPosterior(Posterior):
         for name in wanted or ():
             if name not in posterior.parameter_names:
                 raise ValueError(f"{name!r} is given, so it cannot be drawn; leave it out of `of`.")
-        drawn = Posterior.sample(posterior, one_of("rng", rng, "key", key), x, nsamples, **options)
+        drawn = Posterior.sample(posterior, one_of(rng=rng, key=key), x, nsamples, **options)
         if options.get("check"):
             self.last_check = posterior.last_check
         return drawn if wanted is None else drawn[..., [posterior.parameter_names.index(name) for name in wanted], :]

@@ -12,7 +12,8 @@ from distsbi.solvers import Solver, make_solver
 
 ALIASES = {"show_progress_bars": "show_progress", "method": "solver", "return_intermediates": "return_trajectory"}
 
-ONE = ("rng", "key", "x_o", "nsamples", "observation_id")  # what the calls for one observation take themselves
+# What the calls for one observation take themselves.
+ONE = ("rng", "key", "x_o", "nsamples", "num_samples", "observation_id")
 NO_GIVEN = "given= is for joint networks (Flux1Joint, Simformer); this posterior takes all of x as x_o."
 
 

@@ -1,6 +1,7 @@
 """Draws are right (exact Gaussian posteriors), the same everywhere, compiled once, and errors say what to do."""
 
 import pickle
+from functools import partial
 
 import jax
 import numpy as np
@@ -144,9 +145,28 @@ def test_key_words_and_aliases():
     np.testing.assert_array_equal(posterior.get_sampler(x)(rng=1, nsamples=20), base)
     assert posterior.sample(1, x, method="Euler", steps=2).shape == (10_000, 2, 1)
     many = np.arange(6.0).reshape(2, 3, 1)
-    np.testing.assert_array_equal(
-        posterior.sample_batched(1, x_o=many, nsamples=5), posterior.sample_batched(1, many, 5)
-    )
+    batch = posterior.sample_batched(1, many, 5)
+    np.testing.assert_array_equal(posterior.sample_batched(1, x_o=many, nsamples=5), batch)
+    np.testing.assert_array_equal(posterior.sample_batched(key=1, condition=many, num_samples=5), batch)
+
+
+def test_num_samples_is_nsamples_in_every_way_to_draw(tmp_path):
+    posterior, x = random_mlp_posterior({"data": 1}, tile=Tile(4, 16)), np.ones((1, 3, 1))
+    base = posterior.sample(1, x, 5)
+    np.testing.assert_array_equal(posterior.get_sampler(x)(1, num_samples=5), base)
+    both = zip(posterior.sample_and_log_prob(1, x, num_samples=5), posterior.sample_and_log_prob(1, x, 5), strict=True)
+    for found, expected in both:
+        np.testing.assert_array_equal(found, expected)
+    written = posterior.sample_dataset(tmp_path / "draws", 1, x, num_samples=5).read()
+    np.testing.assert_array_equal(np.stack(written.columns, 1), base[..., 0])
+    for draw in (
+        posterior.get_sampler(x), partial(posterior.sample_and_log_prob, x_o=x),
+        partial(posterior.sample_dataset, tmp_path / "other", x_o=x), partial(posterior.sample_batched, xs=x),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="give nsamples or num_samples, only one"):
+            draw(key=1, nsamples=5, num_samples=5)
+        with pytest.raises(ValueError, match="positive integer .*; got 0"):
+            draw(key=1, num_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,7 @@ def test_key_words_and_aliases():
         ({"nsamples": 0}, "nsamples must be a positive integer"), ({"nsamples": -5}, "positive integer"),
         ({"nsamples": 2.5}, "positive integer"), ({"nsamples": True}, "positive integer"),
         ({"stepsize": 0.1}, "unknown keyword 'stepsize'. Did you mean step_size?"),
-        ({"rng": 1}, "not both"), ({"num_samples": 4}, "not both"), ({"key": None}, "one of them is needed"),
+        ({"rng": 1}, "rng or key, only one"), ({"num_samples": 4}, "nsamples or num_samples, only one"), ({"key": None}, "one of them is needed"),
         ({"observation_id": -1}, "observation ids"), ({"chunk_size": 0}, "chunk_size must be a positive integer"), ({"chunk_size": 2.5}, "positive integer; got 2.5"),
         ({"observation_id": None}, "observation ids"), ({"tile": (4, 16)}, "tile must be"), ({"solver": 3}, "solver must be a name"),
         ({"step_size": "a"}, "step_size must be a number"), ({"time_grid": 3}, "time_grid must be a list"),
@@ -181,8 +201,11 @@ def test_batch_errors_and_failed_solves():
     posterior = random_mlp_posterior()
     many = np.ones((2, 3, 1))
     for arguments, says in (
-        ({}, "give xs or x_o, one of them is needed"),
-        ({"xs": many, "x_o": many}, "not both"),
+        ({}, "give xs, x_o or condition, one of them is needed"),
+        ({"xs": many, "x_o": many}, "only one"),
+        ({"xs": many, "condition": many}, "only one"),
+        ({"xs": many, "num_samples": 5}, "nsamples or num_samples, only one"),
+        ({"xs": many, "model_extras": {}}, "unknown keyword 'model_extras'"),
         ({"x": many}, r"'x'. Did you mean x_o\?"),
     ):
         with pytest.raises(ValueError, match=says):
