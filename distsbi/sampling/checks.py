@@ -17,6 +17,7 @@ from distsbi.sampling import tiles
 BLOCK_ROWS = 4_096  # observations that are looked at together
 CHECK_WARNS = 0.1  # posterior sd of draws, nat of densities, 95 % quantile: what `check=` warns of
 EXTENT_ENTRIES = 4_096  # above which one extent serves all
+ROUNDING = 16 * float(np.finfo(np.float32).eps)  # of a value: a last digit is then less than CHECK_WARNS
 FAR = 2.0  # times the training set's most extreme value: what is warned of
 
 
@@ -219,8 +220,9 @@ def compare_densities(density: np.ndarray, refined: np.ndarray) -> dict[str, flo
 
 def compare(draws: np.ndarray, refined: np.ndarray, sd: np.ndarray) -> dict[str, float]:
     """What halving the steps changes, in standard deviations of each posterior: largest over parameters, median and 95 % quantile over
-    draws."""
-    error = (np.abs(draws - refined) / np.maximum(sd, np.finfo(np.float32).tiny)).max(axis=(-2, -1))
+    draws. The sd counts as `ROUNDING` of the value at least: of a parameter that does not vary rounding is no change."""
+    least = np.maximum(ROUNDING * np.abs(draws), np.finfo(np.float32).tiny)
+    error = (np.abs(draws - refined) / np.maximum(sd, least)).max(axis=(-2, -1))
     q95 = float(np.quantile(error, 0.95))
     if q95 > CHECK_WARNS:
         warnings.warn(

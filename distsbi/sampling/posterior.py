@@ -260,13 +260,16 @@ class Posterior(Densities):
         """Chooses the sampling grid by measurement on observations `xs`, as training does on validation data (see `distsbi.sampling.calibrate`): it
         becomes `default_solver`, and its certificate, which is returned, is kept in `facts`; both are saved with the run.
 
-        Warns where no grid is under tolerance. Raises ValueError for a student, and as `draw` does.
+        Warns where no grid is under tolerance. Raises ValueError for a student, for no observations, and as `draw` does.
         """
         from distsbi.sampling.calibrate import calibrate
 
         if self.is_student:
             raise ValueError("this run is a student, made to draw in steps of its own; calibrate its teacher.")
-        solver, certificate = calibrate(self, self.check_xs(xs))
+        xs = self.check_xs(xs)
+        if not len(xs):
+            raise ValueError("xs holds no observations to calibrate on; give some that were not trained on.")
+        solver, certificate = calibrate(self, xs)
         if not certificate["met"]:
             warnings.warn(
                 f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
@@ -293,6 +296,8 @@ class Posterior(Densities):
             raise ValueError(
                 "check compares with the sd of the draws, which one draw has not: draw more, or leave it out."
             )
+        if chosen.check and not len(xs):
+            raise ValueError("check has nothing to compare, for xs holds no observations: give some, or leave it out.")
         if chosen.on_the_way:
             if chosen.check:
                 raise ValueError(

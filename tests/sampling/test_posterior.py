@@ -12,6 +12,7 @@ from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
 from distsbi.networks import MLP, MLPParams
 from distsbi.sampling import Posterior, SolveError, Tile, fill as fill_module, tiles
+from distsbi.sampling.checks import compare
 from distsbi.solvers import make_solver
 from tests.compilations import Compilations
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
@@ -229,6 +230,29 @@ def test_batch_errors_and_failed_solves():
     broken = Posterior(posterior.network, posterior.method, posterior.weights.standardizer)
     with pytest.raises(RuntimeError, match="did not converge"):
         broken.sample(0, np.ones((1, 3, 1)), 5)
+
+
+def test_no_observations_are_refused_where_something_is_measured_on_them():
+    posterior, nothing = random_mlp_posterior({"data": 1}), np.zeros((0, 3, 1))
+    assert posterior.sample_batched(0, nothing, 5).shape == (5, 0, 2, 1)
+    with pytest.raises(ValueError, match="xs holds no observations: give some, or leave it out"):
+        posterior.sample_batched(0, nothing, 5, check=0.5)
+    with pytest.raises(ValueError, match="xs holds no observations to calibrate on; give some"):
+        posterior.calibrate(nothing)
+
+
+def test_a_parameter_that_does_not_vary_is_not_checked_by_its_rounding():
+    """The other one still is, in its own sd."""
+    rng = np.random.default_rng(0)
+    draws = np.stack([np.full((1, 50), 3.0), rng.normal(size=(1, 50))], -1)[..., None].astype(np.float32)
+    refined = np.stack([np.nextafter(draws[:, :, 0], np.float32(4)), draws[:, :, 1] + np.float32(0.05)], 2)
+    found = compare(draws, refined, draws.std(1, keepdims=True))
+    assert found["q95"] == pytest.approx(0.05 / draws[0, :, 1].std(), rel=1e-4)
+    still = compare(draws[:, :, :1], refined[:, :, :1], draws[:, :, :1].std(1, keepdims=True))
+    assert 0 < still["q95"] < 0.1
+    moved = draws + np.float32(0.3)
+    with pytest.warns(UserWarning, match="moves 5 % of the draws by more than"):
+        compare(draws, moved, draws.std(1, keepdims=True))
 
 
 def test_an_observation_that_fails_does_not_cost_the_others():
