@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from distsbi import processes
+from distsbi.hints import as_count
 
 DATA, MODEL = "data", "model"
 
@@ -27,7 +28,7 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
     None or "auto": all of them on the "data" axis. A dict: sizes of the axes "data" and "model" (one may be -1: what is left); fewer devices
     than there are is allowed. A `jax.sharding.Mesh` that has a "data" axis is taken as it is, without `shared` this process' part of it.
 
-    Raises ValueError for unknown axes, more devices than there are, and a shared mesh in which a process has no part.
+    Raises ValueError for unknown axes, sizes that are no whole numbers, more devices than there are, and a shared mesh in which a process has no part.
     """
     if isinstance(mesh, Mesh):
         if DATA not in mesh.axis_names:
@@ -47,7 +48,7 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
     unknown = set(mesh) - {DATA, MODEL}
     if unknown:
         raise ValueError(f'unknown mesh axes {sorted(unknown)}; the axes are "{DATA}" and "{MODEL}".')
-    sizes = {DATA: int(mesh.get(DATA, 1)), MODEL: int(mesh.get(MODEL, 1))}
+    sizes = {axis: as_count(f'the size of mesh axis "{axis}"', mesh.get(axis, 1), -1) for axis in (DATA, MODEL)}
     if list(sizes.values()).count(-1) == 1:
         free = DATA if sizes[DATA] == -1 else MODEL
         other = MODEL if free == DATA else DATA

@@ -17,7 +17,9 @@ def test_meshes():
 @pytest.mark.parametrize(
     ("mesh", "says"),
     [
-        ({"data": 9}, "needs 9 devices"), ({"rows": 2}, "unknown mesh axes"), ({"data": 0}, "positive"), (3, "mesh must be"),
+        ({"data": 9}, "needs 9 devices"), ({"rows": 2}, "unknown mesh axes"), ({"data": 0}, "positive"),
+        ({"data": 1.7}, 'the size of mesh axis "data" must be a whole number, -1 or more; got 1.7'), ({"data": "two"}, "got 'two'"),
+        ({"data": 1, "model": True}, 'axis "model" must be a whole number'), (3, "mesh must be"),
         (jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("x",)), "axis named"),
     ],
 )  # fmt: skip

@@ -32,16 +32,7 @@ def as_array(
     Raises ValueError, by `name`, for what is no array of real numbers, another shape, and values that are NaN or infinite.
     """
     says = f"({', '.join('n' if i in many else str(n) for i, n in enumerate(shape))}{',' if len(shape) == 1 else ''})"
-    try:
-        array = np.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers of shape {says}; got {type(x).__name__}.") from error
-    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
-        raise ValueError(
-            f"{name} must be an array of real numbers of shape {shape}; got {type(x).__name__} of dtype {array.dtype}."
-        )
-    with np.errstate(over="ignore"):  # beyond float32 becomes inf, which is refused below
-        array = array.astype(np.float32, copy=False)
+    array = as_reals(x, says, name)
     if array.shape != shape:
         hint = _reshape_hint(array.shape, shape, name)
         if missing and not hint and array.ndim == len(shape) and array.shape[-2:-1] < shape[-2:-1]:
@@ -56,6 +47,21 @@ def as_array(
             f"{', or train with missing=True (on the command line --missing)' if missing is False else ''}."
         )
     return array
+
+
+def as_reals(x: Any, says: str, name: str) -> np.ndarray:
+    """`x` as a float32 array; numbers beyond float32 become inf. `says`: the shape it should have. Raises ValueError, by `name`, for what is no array
+    of real numbers."""
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers of shape {says}; got {type(x).__name__}.") from error
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise ValueError(
+            f"{name} must be an array of real numbers of shape {says}; got {type(x).__name__} of dtype {array.dtype}."
+        )
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
 
 
 def _reshape_hint(given: tuple[int, ...], wanted: tuple[int, ...], name: str) -> str:

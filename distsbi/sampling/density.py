@@ -207,6 +207,6 @@ def _divergence(name: str, probes: int, solver: Solver) -> Divergence:
     if name == "hutchinson" and not isinstance(solver, FixedGrid):
         able = [rule_name for rule_name, rule in RULES.items() if rule.of_velocity]
         raise ValueError(f'divergence="hutchinson" needs a fixed grid ({", ".join(able)}); got {solver.name!r}.')
-    if name != "hutchinson" or isinstance(probes, bool) or int(probes) != probes or probes < 1:
-        raise ValueError(f'divergence must be "exact" or "hutchinson" with probes >= 1; got {name!r} with {probes!r}.')
-    return Divergence(int(probes))
+    if name != "hutchinson":
+        raise ValueError(f'divergence must be "exact" or "hutchinson"; got {name!r}.')
+    return Divergence(as_count('divergence="hutchinson" takes probes >= 1, which', probes))

@@ -15,7 +15,7 @@ from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.joint import Conditional, JointNetwork
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import one_of
+from distsbi.sampling.checks import as_reals, one_of
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile, Weights
 from distsbi.solvers import Solver, solver_from_dict
@@ -184,7 +184,9 @@ class JointPosterior(Posterior):
         """
         if given is None and of is None:
             return super().sample(key, x_o, nsamples, rng=rng, **options)
-        given = dict(given or {})
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ValueError(f'given must be a dict of what is known by name, such as {{"x": x_o}}; got {given!r}.')
         if x_o is not None:
             if X in given:
                 raise ValueError("x is given twice, as x_o and in given; leave one of them out.")
@@ -205,8 +207,8 @@ class JointPosterior(Posterior):
         values: dict[int, np.ndarray] = {}
         for name, value in given.items():
             numbers = self.tokens([name])
-            array = np.asarray(value, np.float32)
             shape = (len(numbers), self.ch_theta)
+            array = as_reals(value, str(shape), f"given[{name!r}]")
             known = (
                 array.shape in (shape, (1, *shape)) or 1 in shape
             )  # else the order of tokens and channels is not known

@@ -35,3 +35,16 @@ def test_num_samples_is_nsamples_here_too(pipeline, tmp_path):
         assert asked.sample_dataset(tmp_path / "draws", 0, X, num_samples=5).nsamples == 5
         with pytest.raises(ValueError, match="give nsamples or num_samples, only one"):
             asked.sample(0, given=given, nsamples=5, num_samples=5)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["x"], r"given must be a dict of what is known by name, such as .*; got \['x'\]"), ("x", "given must be a dict"),
+        ({"x": {"x_0": 1.0}}, r"given\['x'\] must be an array of real numbers of shape \(2, 1\); got dict"),
+        ({"theta_0": "one"}, "array of real numbers"), ({"theta_0": "1"}, "array of real numbers"), ({"x": [[1.0], [1.0, 2.0]]}, "array of numbers"),
+    ],
+)  # fmt: skip
+def test_what_is_given_is_numbers_by_name(pipeline, given, says):
+    with pytest.raises(ValueError, match=says):
+        pipeline.sample(0, given=given, nsamples=3)

@@ -232,6 +232,12 @@ def test_batch_errors_and_failed_solves():
         broken.sample(0, np.ones((1, 3, 1)), 5)
 
 
+@pytest.mark.parametrize("probes", [None, "8", 1.5, True, float("inf")])
+def test_probes_are_counted(probes):
+    with pytest.raises(ValueError, match="takes probes >= 1, which must be a positive integer; got"):
+        gaussian_posterior().log_prob(np.zeros((2, 3, 1)), X, divergence="hutchinson", probes=probes)
+
+
 def test_no_observations_are_refused_where_something_is_measured_on_them():
     posterior, nothing = random_mlp_posterior({"data": 1}), np.zeros((0, 3, 1))
     assert posterior.sample_batched(0, nothing, 5).shape == (5, 0, 2, 1)
