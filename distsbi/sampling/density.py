@@ -66,8 +66,8 @@ class Densities:
         out: their density is that of theta with this noise (0.001 to 0.002 standardised units by default).
 
         Velocity and divergence in one pass, by Runge-Kutta of order four on the method's grid (`steps=16` for flow matching, 64
-        evaluations; 32 for EDM and VE, 40 for VP), or any solver that `options` name ("euler", "midpoint", "heun", "rk3", "rk4", and the
-        adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
+        evaluations; 32 for EDM and VE, 40 for VP) or in the equal steps of a `step_size`, or by any solver that `options` name ("euler",
+        "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
         parameters. `check=0.1`: of a tenth of the points the density is computed again with every step halved; what that changes, in nat, is in
         `last_check`.
 
@@ -135,7 +135,7 @@ class Densities:
         if self.is_student:
             raise ValueError("this run is a student, whose steps are no flow, so it has no log_prob; use its teacher.")
         default = FixedGrid(DENSITY_RULE, self.method.grid(self.method.density_steps))
-        if chosen.solver is None and chosen.steps is not None:
+        if chosen.solver is None and (chosen.steps is not None or chosen.step_size is not None):
             chosen = dataclasses.replace(chosen, solver=DENSITY_RULE)
         solver = chosen.make_solver(self.method, default)
         if not solver.gives_density:

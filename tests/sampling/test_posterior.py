@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.stats import multivariate_normal
 
 from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
@@ -123,6 +124,16 @@ def test_log_prob_of_a_gaussian():
     exact = -0.5 * np.einsum("ni,ij,nj->n", residual, np.linalg.inv(covariance), residual)
     exact -= 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
     np.testing.assert_allclose(posterior.log_prob(theta, X, steps=64), exact, atol=0.02)
+
+
+def test_a_step_size_of_a_density_is_of_rk4():
+    """As `steps` are; Euler's of 0.05 are off by more than a nat."""
+    posterior = gaussian_posterior({"data": 1})
+    theta = posterior.sample(KEY, X, 50)
+    exact = multivariate_normal(posterior.network.mean(X), posterior.network.covariance()).logpdf(theta[..., 0])
+    np.testing.assert_allclose(posterior.log_prob(theta, X, step_size=0.05), exact, atol=5e-3)
+    assert np.abs(posterior.log_prob(theta, X, step_size=0.05, solver="euler") - exact).max() > 1.0
+    assert np.abs(posterior.sample_and_log_prob(KEY, X, 50, step_size=0.05)[1] - exact).max() < 0.1
 
 
 @pytest.mark.long
