@@ -21,6 +21,9 @@ NO_GIVEN = "given= is for joint networks (Flux1Joint, Simformer); this posterior
 class SampleOptions:
     """How to draw.
 
+    Fixed grids, and adaptive solves of flow matching, give the same bits on any number of devices. Adaptive ones of EDM and score matching (VP, VE)
+    differ there in the last digits, within their tolerances, and `coupled` ties the draws of a tile together.
+
     Args:
         solver, steps, step_size, time_grid, rtol, atol, coupled, solver_options: see `distsbi.solvers.make_solver`; all None: the calibrated grid.
         tile: rows worked on at a time, `Tile(slots, draws)`; None: the run's.

@@ -46,7 +46,7 @@ class Posterior(Densities):
     """p(theta | x) learned from simulations.
 
     Draws depend on (seed, observation id, draw index) alone: not on the number of devices, the order of observations or what
-    else is drawn. More draws of an observation extend the earlier ones.
+    else is drawn; see `SampleOptions` for what is excepted. More draws of an observation extend the earlier ones.
 
     Args:
         network: a trained network.
@@ -332,7 +332,8 @@ class Posterior(Densities):
     ) -> Float[np.ndarray, "nsamples dim_theta ch_theta"]:
         """Draws for one observation `x_o` of shape (1, dim_x, ch_x); 10,000 by default. `rng` and `key`, `nsamples` and `num_samples` mean the same.
 
-        The same draws as row `observation_id` of a batch or a catalog gets. Raises as `draw` does.
+        The same draws as row `observation_id` of a batch or a catalog gets, on any number of devices; adaptive solves of EDM and score matching
+        agree there within their tolerances only. Raises as `draw` does.
 
         Example:
             `posterior.sample(rng=jax.random.key(0), x_o=x_o, nsamples=10_000)`
