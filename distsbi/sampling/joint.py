@@ -149,7 +149,7 @@ class JointPosterior(Posterior):
             )
             each = tiles.bytes_per_row(network, scales)  # of which there may be many more tokens than of theta
             fitting = {kind: tile.within(tiles.KINDS[kind].most_rows(each)) for kind, tile in self.tile_by_kind.items()}
-            made = Posterior(
+            made = Pattern(
                 network, self.method, scales,
                 names=tuple(self.token_names[i] for i in free),
                 solver=solver_from_dict(known["solver"]) if known else self.default_solver,
@@ -160,7 +160,7 @@ class JointPosterior(Posterior):
             far = self.facts.get("token_extent", ())
             if len(far) == len(self.token_names) * self.ch_theta:
                 made.facts["x_extent"] = np.reshape(far, (-1, self.ch_theta))[list(fixed)].ravel().tolist()
-            made.given_names = tuple(self.token_names[i] for i in fixed)
+            made.whole, made.given_names = self, tuple(self.token_names[i] for i in fixed)
             self._patterns[free, fixed] = made
         return self._patterns[free, fixed]
 
@@ -224,6 +224,18 @@ class JointPosterior(Posterior):
             else np.zeros((1, 0, self.ch_theta), np.float32)
         )
         return posterior, x
+
+
+class Pattern(Posterior):
+    """The posterior of one pattern, of a joint posterior that keeps its grid. Saved and loaded it is a `Posterior` alone."""
+
+    whole: JointPosterior
+
+    def calibrate(self, xs: Any) -> dict[str, Any]:
+        """See `Posterior.calibrate`; the grid is saved with the joint posterior too."""
+        certificate = self.whole.calibrate(xs, self.given_names)
+        self.adopt_grids(self.whole.pattern(self.given_names))
+        return certificate
 
 
 def data_names(dim_x: int) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class Posterior(Densities):
 
     def __repr__(self) -> str:
         x, solver = self.layout.describe(), self.default_solver
-        given = "" if self.is_unconditional else f" given x {x}"
+        given = "" if self.is_unconditional or not self.dim_x else f" given x {x}"
         count = solver.evaluations and solver.evaluations + self.method.denoises
         how = f"{count} evaluations a draw" if count else "adaptive"
         return (
@@ -190,6 +190,8 @@ class Posterior(Densities):
             if x_o is not None and np.any(np.asarray(x_o)):
                 raise ValueError("this run is a density without conditions: leave x_o out, and give nsamples by name.")
             x_o = np.zeros((1, self.dim_x, self.ch_x), np.float32)
+        if x_o is None and not self.dim_x:  # a pattern of a joint model in which nothing is given
+            x_o = np.zeros((1, 0, self.ch_x), np.float32)
         if x_o is None:
             raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
         if self.layout.is_plain:

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 
-from distsbi import Flux1JointFlowPipeline
+from distsbi import Flux1JointFlowPipeline, load
+from distsbi.cli import cli
 from distsbi.data import Standardizer
+from distsbi.methods import FlowMatching
 from distsbi.networks import Flux1Joint, Flux1JointParams
 from distsbi.sampling import Tile
+from distsbi.sampling.joint import JointPosterior
+from distsbi.sampling.run import read_spec
 from tests.weights import shaken
 
 PARAMS = Flux1JointParams(in_channels=1, dim_joint=4, num_heads=2, depth_single_blocks=1, val_emb_dim=8)
@@ -48,3 +53,52 @@ def test_num_samples_is_nsamples_here_too(pipeline, tmp_path):
 def test_what_is_given_is_numbers_by_name(pipeline, given, says):
     with pytest.raises(ValueError, match=says):
         pipeline.sample(0, given=given, nsamples=3)
+
+
+def test_where_nothing_is_given_no_x_is_asked_for(pipeline, tmp_path):
+    """Saved and loaded it is what it was, too: not the joint model, of as many parameters as that has tokens."""
+    everything = pipeline.posterior.pattern([])
+    assert "given x" not in repr(everything)
+    theta = everything.sample(0, nsamples=3)
+    density = everything.log_prob(theta)
+    np.testing.assert_array_equal(everything.sample(0, np.zeros((1, 0, 1)), 3), theta)
+    np.testing.assert_array_equal(pipeline.sample(0, given={}, nsamples=3), theta)
+    everything.save(tmp_path / "run")
+    loaded = load(tmp_path / "run", mesh={"data": 1})
+    assert not isinstance(loaded, JointPosterior)
+    assert loaded.parameter_names == ("theta_0", "theta_1", "x_0", "x_1")
+    np.testing.assert_array_equal(loaded.sample(0, nsamples=3), theta)
+    np.testing.assert_array_equal(loaded.log_prob(theta), density)
+    words = ["sample", str(tmp_path / "run"), "-n", "3", "--mesh", "data=1", "--out", str(tmp_path / "draws.npy")]
+    out = CliRunner().invoke(cli, words)
+    assert out.exit_code == 0, out.output
+    np.testing.assert_array_equal(np.load(tmp_path / "draws.npy"), theta)
+
+
+def test_a_joint_model_of_parameters_alone_stays_one(pipeline, tmp_path):
+    """Its fingerprint is that of runs that were saved before patterns said that they are such."""
+    joint = pipeline.posterior.joint
+    JointPosterior(joint, FlowMatching(), Standardizer.identity(4, 0), 4, mesh={"data": 1}).save(tmp_path / "run")
+    assert "kind" not in read_spec(tmp_path / "run")
+    loaded = load(tmp_path / "run", mesh={"data": 1})
+    assert isinstance(loaded, JointPosterior) and loaded.dim_theta == 4
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:no sampling grid is under tolerance")
+def test_the_grid_of_a_pattern_is_saved_with_the_joint_posterior(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("distsbi.sampling.calibrate.CANDIDATES", (("midpoint", 3),))
+    posterior = pipeline._make_posterior(
+        nnx.state(pipeline.posterior.joint, nnx.Param), Standardizer.identity(4, 0), None, {}
+    )
+    emulator = posterior.pattern(["theta"])
+    first = posterior.calibrate(np.repeat(X, 3, 0))  # after which patterns are made anew
+    assert posterior.pattern(["theta"]) is not emulator
+    certificate = emulator.calibrate(np.repeat(X, 4, 0))
+    assert (first["observations"], certificate["observations"]) == (3, 4)
+    posterior.save(tmp_path / "run")
+    for found in (emulator, posterior.pattern(["theta"]), load(tmp_path / "run", mesh={"data": 1}).pattern(["theta"])):
+        assert found.facts["certificate"] == certificate
+        assert (found.default_solver.rule, len(found.default_solver.times)) == ("midpoint", 4)
+    with pytest.raises(ValueError, match="xs holds no observations to calibrate on"):
+        posterior.calibrate(X[:0], ["theta"])
