@@ -72,6 +72,10 @@ class SampleOptions:
         return cls(**renamed)
 
     def __post_init__(self) -> None:
+        if self.solver_options is not None and not isinstance(self.solver_options, Mapping):
+            raise ValueError(
+                f'solver_options must be a dict of numbers by name, such as {{"churn": 10}}; got {self.solver_options!r}.'
+            )
         if not isinstance(self.check, numbers.Real) or not 0 <= self.check <= 1:
             raise ValueError(f"check is a share of the draws, between 0 and 1; got {self.check!r}.")
         if self.chunk_size is not None:
