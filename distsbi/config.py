@@ -337,8 +337,6 @@ def _section(name: str, cls: type, sections: Mapping[str, Any], keys: list[str] 
             raise ValueError(f"{name}.{given} and {name}.{key} mean the same; keep one.")
         else:
             found[key] = _typed(f"{name}.{given}", hints[key], value)
-    if name == "model" and found.get("theta") == -1:  # GenSBI's word for the default
-        del found["theta"]
     return found
 
 

@@ -1,12 +1,13 @@
 """Every mesh axis and sharding rule, once.
 
 A mesh has two axes. Batches and tiles are split over "data". Parameters are replicated, or (`fsdp`) split over "data"
-along their largest divisible dimension; "model" is reserved for tensor parallelism and has size 1 by default.
+along their largest divisible dimension; "model" is reserved for tensor parallelism, has size 1 by default, and nothing is split over it yet.
 
 Of several processes (distsbi/processes), a training has one mesh that spans them all, and each process draws on a mesh of its own devices.
 """
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from distsbi import processes
+from distsbi.hints import as_count
 
 DATA, MODEL = "data", "model"
 
@@ -25,9 +27,9 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
     """The mesh that `mesh` describes, of this process' devices, or (`shared`) of the devices of all processes, as many from each.
 
     None or "auto": all of them on the "data" axis. A dict: sizes of the axes "data" and "model" (one may be -1: what is left); fewer devices
-    than there are is allowed. A `jax.sharding.Mesh` that has a "data" axis is taken as it is, without `shared` this process' part of it.
+    than there are is allowed. Warns of a "model" axis of more than one device, which all do the same work. A `jax.sharding.Mesh` that has a "data" axis is taken as it is, without `shared` this process' part of it.
 
-    Raises ValueError for unknown axes, more devices than there are, and a shared mesh in which a process has no part.
+    Raises ValueError for unknown axes, sizes that are no whole numbers, more devices than there are, and a shared mesh in which a process has no part.
     """
     if isinstance(mesh, Mesh):
         if DATA not in mesh.axis_names:
@@ -36,6 +38,7 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
             own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
             return _of(own, len(own), 1)
         _check_parts(list(mesh.devices.flat), shared)
+        _warn_idle(mesh.size // mesh.shape[DATA])
         return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     devices = jax.devices() if shared else jax.local_devices()
     if mesh is None or mesh == "auto":
@@ -47,7 +50,7 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
     unknown = set(mesh) - {DATA, MODEL}
     if unknown:
         raise ValueError(f'unknown mesh axes {sorted(unknown)}; the axes are "{DATA}" and "{MODEL}".')
-    sizes = {DATA: int(mesh.get(DATA, 1)), MODEL: int(mesh.get(MODEL, 1))}
+    sizes = {axis: as_count(f'the size of mesh axis "{axis}"', mesh.get(axis, 1), -1) for axis in (DATA, MODEL)}
     if list(sizes.values()).count(-1) == 1:
         free = DATA if sizes[DATA] == -1 else MODEL
         other = MODEL if free == DATA else DATA
@@ -60,6 +63,7 @@ def make_mesh(mesh: MeshLike = None, *, shared: bool = False) -> Mesh:
             f"mesh {dict(mesh)} needs {count} devices; there are {len(devices)}. On CPUs, virtual devices come from "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}, set before JAX starts."
         )
+    _warn_idle(sizes[MODEL])
     return _of(_some(devices, count) if shared else devices[:count], sizes[DATA], sizes[MODEL])
 
 
@@ -74,6 +78,16 @@ def cpu_mesh() -> Mesh | None:
 def _of(devices: list[Any], data: int, model: int) -> Mesh:
     axis_types = (AxisType.Auto, AxisType.Auto)
     return Mesh(np.asarray(devices).reshape(data, model), (DATA, MODEL), axis_types=axis_types)
+
+
+def _warn_idle(alike: int) -> None:
+    """Of so many devices for each part of the data: by stacklevel 1 once, however often a mesh is passed on."""
+    if alike > 1:
+        warnings.warn(
+            f'{alike} devices of this mesh do the same work: nothing is split over an axis other than "{DATA}" yet; put all devices on it, such as '
+            f'mesh={{"{DATA}": -1}}.',
+            stacklevel=1,
+        )
 
 
 def _some(devices: list[Any], count: int) -> list[Any]:

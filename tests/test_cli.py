@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distsbi import open_catalog
+from distsbi import load, open_catalog
 from distsbi.cli import cli, main
 from distsbi.data import write_pairs
 from distsbi.fanout import Terminated
@@ -128,6 +128,24 @@ def test_sample_takes_solver_options(distsbi: Cli, untrained: Path, tmp_path: Pa
         assert code == 0, err
         draws.append(np.load(file))
     assert not np.array_equal(*draws)
+
+
+def test_sample_takes_options_of_a_solver(distsbi: Cli, untrained: Path, tmp_path: Path) -> None:
+    command = ["sample", untrained, "--x", "0,0", "-n", 50, "--solver", "stochastic_heun", "--steps", 4]
+    options = ["--solver-option", "churn=2", "--solver-option", "s_noise=1.5"]
+    code, _, err = distsbi(*command, *options, "--out", tmp_path / "draws.npy")
+    assert code == 0, err
+    churned = {"churn": 2.0, "s_noise": 1.5}
+    asked = {"solver": "stochastic_heun", "steps": 4, "solver_options": churned}
+    drawn = load(untrained).sample(0, np.zeros((1, 2, 1)), 50, **asked)
+    np.testing.assert_array_equal(np.load(tmp_path / "draws.npy"), drawn)
+    for wrong, says in (
+        (["churn"], "write a number by name, such as churn=10; got churn="), (["churn=much"], "got churn=much"),
+        (["churn=1", "churn=2"], "churn is given twice; keep one"), (["chrun=1"], "has no option 'chrun'; it has churn"),
+    ):  # fmt: skip
+        words = [word for option in wrong for word in ("--solver-option", option)]
+        code, _, err = distsbi(*command, *words, "--out", tmp_path / "other.npy")
+        assert (code, says in err) == (2, True), err
 
 
 @pytest.mark.timeout(600)

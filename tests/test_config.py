@@ -60,7 +60,7 @@ def test_a_file_of_gensbi(tmp_path: Path) -> None:
     assert config.pipeline == "Flux1Flow"
     assert config.model["depth"] == 8
     assert config.model["param_dtype"] == "float32"
-    assert "theta" not in config.model
+    assert config.model["theta"] == -1  # which Flux1Params takes as it is
     assert config.training_config["max_lr"] == 4e-4
     assert config.training_config["nsteps"] == 50_000
     assert (config.training_config["optimizer"], config.training_config["weight_decay"]) == ("adamw", 1e-4)

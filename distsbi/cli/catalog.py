@@ -257,6 +257,6 @@ def plan(run: Path, as_json: bool, **options: Any) -> None:
     """Say how long a catalog of RUN will take, what it stores, and how to divide it. It rehearses for about a minute."""
     from distsbi.fanout import plan as planning
 
-    given = {name: options.pop(name) for name in ("solver", "steps", "step_size", "rtol", "atol")}
+    given = {name: options.pop(name) for name in ("solver", "steps", "step_size", "rtol", "atol", "solver_options")}
     made = planning.plan(run, **options, **{name: value for name, value in given.items() if value is not None})
     click.echo(planning.to_json(made) if as_json else planning.report(made))

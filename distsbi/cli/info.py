@@ -64,7 +64,7 @@ def _parameters(spec: dict[str, Any]) -> str:
 def _data(spec: dict[str, Any]) -> str:
     """The shape of x, and of which entries the logarithm is taken."""
     dim_x, ch_x = spec["sizes"][2:]
-    if "unconditional" in spec.get("kind", ()):
+    if "unconditional" in spec.get("kind", ()) or not dim_x:
         return "none: a density without conditions"
     logs = [i for i, kind in enumerate(spec["standardizer"].get("x_kinds", ())) if kind == "positive"]
     which = (

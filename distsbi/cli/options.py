@@ -114,9 +114,32 @@ def worker_options(command: Any, *, kept: bool = False) -> Any:
     return command
 
 
+def _numbers_by_name(ctx: click.Context, param: click.Parameter, parts: tuple[str, ...]) -> dict[str, float] | None:
+    """NAME=NUMBER of every --solver-option; None where there is none."""
+    found: dict[str, float] = {}
+    for name, _, number in (part.partition("=") for part in parts):
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice; keep one.", ctx, param)
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise click.BadParameter(
+                f"write a number by name, such as churn=10; got {name}={number}.", ctx, param
+            ) from None
+    return found or None
+
+
 def solver_options(command: Any) -> Any:
     """How to solve; without any of these the grid that was calibrated after training is used."""
     for option in (
+        click.option(
+            "--solver-option",
+            "solver_options",
+            multiple=True,
+            metavar="NAME=NUMBER",
+            callback=_numbers_by_name,
+            help="Of a stochastic solver, such as churn=10; once for each.",
+        ),
         click.option("--atol", type=float, help="Absolute tolerance of an adaptive solver."),
         click.option("--rtol", type=float, help="Relative tolerance of an adaptive solver."),
         click.option("--step-size", type=float, help="Equal steps of this size, e.g. 0.01."),

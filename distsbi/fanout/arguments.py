@@ -1,5 +1,6 @@
 """Checks of the arguments that catalogs and simulations share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from distsbi.sampling.run import SPEC
 
 
 def plain(value: Any) -> Any:
-    """numpy's numbers as Python's: they are counted, compared and written as JSON."""
+    """numpy's numbers as Python's, those in a dict too: they are counted, compared and written as JSON."""
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -61,6 +61,7 @@ def sample_catalog(
     step_size: float | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    solver_options: Mapping[str, float] | None = None,
     draws: bool = True,
     thin: int = 1,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
@@ -97,7 +98,7 @@ def sample_catalog(
             ids: with the default it has row numbers.
         x_column, x_columns: one list or tensor column, or several columns that are joined. Default for a run of several instruments: a
             column of the name of each.
-        solver, steps, step_size, rtol, atol: as for `Posterior.sample`.
+        solver, steps, step_size, rtol, atol, solver_options: as for `Posterior.sample`.
         draws, thin, quantiles: what is written: draws at all, every thin-th, which quantiles.
         network: for a run of a user's own module, "package.module:function" that makes it, importable on the workers.
         num_gpus_per_worker, cpus_per_worker: what each worker gets.
@@ -126,7 +127,8 @@ def sample_catalog(
     _check_out(where, folder)
     columns = tuple(x_columns) if x_columns is not None else instruments(run)
     spec = SourceSpec(where.url, id_column, x_column, columns)
-    given = {"solver": solver, "steps": steps, "step_size": step_size, "rtol": rtol, "atol": atol}
+    given = {"solver": solver, "steps": steps, "step_size": step_size, "rtol": rtol, "atol": atol,
+             "solver_options": solver_options}  # fmt: skip
     opened = open_source(spec)
     job = Job(
         run=str(Path(run).absolute()),

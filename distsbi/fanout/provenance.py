@@ -137,7 +137,10 @@ def command(run: dict[str, Any], out: str) -> str:
     words += ["--thin", str(kept["thin"])] if kept["thin"] != 1 else []
     if tuple(kept["quantiles"]) != Output().quantiles:
         words += ["--quantiles", ",".join(map(str, kept["quantiles"]))]
-    for name, value in there.get("options", {}).items():
+    options = dict(there.get("options", {}))
+    for name, value in options.pop("solver_options", {}).items():
+        words += ["--solver-option", f"{name}={value}"]
+    for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--network", there["network"]] if there.get("network") else []
     return shlex.join([*words, *worker_words(run)])

@@ -278,7 +278,7 @@ class Flux1(Network):
             positions = jnp.stack([jnp.arange(n), jnp.full(n, which)], 1)
         else:
             positions = jnp.stack([jnp.full(n, which), *self._places(side)], 1)
-        return rotation(positions.astype(jnp.float32), p.axes_dim or (), float(p.theta or 1))
+        return rotation(positions.astype(jnp.float32), p.axes_dim or (), float(p.theta))  # type: ignore[arg-type]
 
     def _places(self, side: str) -> tuple[Array, Array]:
         """Row and column of every token."""

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from flax import nnx
 
+from distsbi.hints import as_number
 from distsbi.networks.base import CONDITIONINGS, DTYPES, NetworkParams
 
 ID_STRATEGIES = ("absolute", "pos1d", "pos2d", "rope1d", "rope2d", "none")
@@ -29,7 +30,7 @@ class Flux1Params(NetworkParams):
             column), "rope1d" or "rope2d"; of the data also "none": they are a set, whose order does not matter.
         obs_grid, cond_grid: (rows, columns) of the tokens, for the strategies in two dimensions; None: a square.
         id_merge_mode: "sum" or "concat".
-        theta: base of RoPE's frequencies; None for 10 (dim_obs + dim_cond).
+        theta: base of RoPE's frequencies, positive; None, or -1 (GenSBI's word), for 10 (dim_obs + dim_cond).
         conditioning: "one_way" or "joint", see `networks.flux1`.
         pooled: with "one_way", the mean of the data's last tokens joins the time in vec, as a pooled prompt does in FLUX.1. Not in GenSBI's network.
         dtype: inputs of the blocks' matrix products, "float32" or "bfloat16" (accumulated in float32). param_dtype: of the weights,
@@ -84,7 +85,11 @@ class Flux1Params(NetworkParams):
                 raise ValueError(f"Flux1Params.{name} must be at least 1; got {getattr(self, name)}.")
         put("id_embedding_strategy", tuple(self.id_embedding_strategy))
         put("axes_dim", None if self.axes_dim is None else tuple(int(n) for n in self.axes_dim))
-        put("theta", 10 * (self.dim_obs + self.dim_cond) if self.theta is None else self.theta)
+        put("theta", 10 * (self.dim_obs + self.dim_cond) if self.theta in (None, -1) else self.theta)
+        if not 0 < float(as_number("Flux1Params.theta", self.theta)) < math.inf:
+            raise ValueError(
+                f"Flux1Params.theta must be positive, or None for 10 (dim_obs + dim_cond); got {self.theta}."
+            )
         self._name_dtypes()
         for name in ("dtype", "param_dtype"):
             _one_of(name, getattr(self, name), DTYPES)

@@ -49,13 +49,13 @@ class Answers(ABC):
         self,
         key: Any = None,
         xs: Any = None,
-        nsamples: int = 10_000,
+        nsamples: int | None = None,
         *,
         rng: Any = None,
         use_ema: bool = True,
         **options: Any,
     ) -> Float[np.ndarray, "nsamples batch dim_obs ch_obs"]:
-        """Draws for many observations, `xs` or `x_o`. See `Posterior.sample_batched`."""
+        """Draws for many observations, `xs`, `x_o` or `condition`. See `Posterior.sample_batched`."""
         return self._chosen(use_ema).sample_batched(key, xs, nsamples, rng=rng, **options)
 
     def sample_dataset(
@@ -63,7 +63,7 @@ class Answers(ABC):
         path: str | os.PathLike[str],
         key: Any = None,
         x_o: Any = None,
-        nsamples: int = 1_000_000,
+        nsamples: int | None = None,
         *,
         use_ema: bool = True,
         **options: Any,
@@ -82,7 +82,7 @@ class Answers(ABC):
         return self._chosen(use_ema).log_prob_batched(theta, xs, **options)
 
     def sample_and_log_prob(
-        self, key: Any = None, x_o: Any = None, nsamples: int = 10_000, *, use_ema: bool = True, **options: Any
+        self, key: Any = None, x_o: Any = None, nsamples: int | None = None, *, use_ema: bool = True, **options: Any
     ) -> Any:
         """(draws, their log p(theta | x_o)). See `Posterior.sample_and_log_prob`."""
         return self._chosen(use_ema).sample_and_log_prob(key, x_o, nsamples, **options)

@@ -152,7 +152,7 @@ class UnconditionalPipeline(ConditionalPipeline):
         self,
         path: str | os.PathLike[str],
         key: Any = None,
-        nsamples: int = 1_000_000,
+        nsamples: int | None = None,
         *,
         use_ema: bool = True,
         **options: Any,
@@ -165,7 +165,7 @@ class UnconditionalPipeline(ConditionalPipeline):
         return self._chosen(use_ema).log_prob(theta, NOTHING, **options)
 
     def sample_and_log_prob(  # type: ignore[override]
-        self, key: Any = None, nsamples: int = 10_000, *, use_ema: bool = True, **options: Any
+        self, key: Any = None, nsamples: int | None = None, *, use_ema: bool = True, **options: Any
     ) -> Any:
         """(draws, their log p(theta)). See `Posterior.sample_and_log_prob`."""
         return self._chosen(use_ema).sample_and_log_prob(key, NOTHING, nsamples, **options)

@@ -17,6 +17,7 @@ from distsbi.sampling import tiles
 BLOCK_ROWS = 4_096  # observations that are looked at together
 CHECK_WARNS = 0.1  # posterior sd of draws, nat of densities, 95 % quantile: what `check=` warns of
 EXTENT_ENTRIES = 4_096  # above which one extent serves all
+ROUNDING = 16 * float(np.finfo(np.float32).eps)  # of a value: a last digit is then less than CHECK_WARNS
 FAR = 2.0  # times the training set's most extreme value: what is warned of
 
 
@@ -31,16 +32,7 @@ def as_array(
     Raises ValueError, by `name`, for what is no array of real numbers, another shape, and values that are NaN or infinite.
     """
     says = f"({', '.join('n' if i in many else str(n) for i, n in enumerate(shape))}{',' if len(shape) == 1 else ''})"
-    try:
-        array = np.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers of shape {says}; got {type(x).__name__}.") from error
-    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
-        raise ValueError(
-            f"{name} must be an array of real numbers of shape {shape}; got {type(x).__name__} of dtype {array.dtype}."
-        )
-    with np.errstate(over="ignore"):  # beyond float32 becomes inf, which is refused below
-        array = array.astype(np.float32, copy=False)
+    array = as_reals(x, says, name)
     if array.shape != shape:
         hint = _reshape_hint(array.shape, shape, name)
         if missing and not hint and array.ndim == len(shape) and array.shape[-2:-1] < shape[-2:-1]:
@@ -55,6 +47,21 @@ def as_array(
             f"{', or train with missing=True (on the command line --missing)' if missing is False else ''}."
         )
     return array
+
+
+def as_reals(x: Any, says: str, name: str) -> np.ndarray:
+    """`x` as a float32 array; numbers beyond float32 become inf. `says`: the shape it should have. Raises ValueError, by `name`, for what is no array
+    of real numbers."""
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers of shape {says}; got {type(x).__name__}.") from error
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise ValueError(
+            f"{name} must be an array of real numbers of shape {says}; got {type(x).__name__} of dtype {array.dtype}."
+        )
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
 
 
 def _reshape_hint(given: tuple[int, ...], wanted: tuple[int, ...], name: str) -> str:
@@ -139,11 +146,13 @@ def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str
     return xs
 
 
-def one_of(first: str, a: Any, second: str, b: Any) -> Any:
-    """The one of two synonymous arguments that was given. Raises ValueError for both or none."""
-    if (a is None) == (b is None):
-        raise ValueError(f"give {first} or {second}, {'not both' if a is not None else 'one of them is needed'}.")
-    return a if a is not None else b
+def one_of(**words: Any) -> Any:
+    """The one of synonymous arguments, by name, that was given. Raises ValueError for more than one, or none."""
+    given = [value for value in words.values() if value is not None]
+    if len(given) != 1:
+        *first, last = words
+        raise ValueError(f"give {', '.join(first)} or {last}, {'only one' if given else 'one of them is needed'}.")
+    return given[0]
 
 
 def as_ids(observation_ids: Any, count: int) -> np.ndarray:
@@ -153,6 +162,13 @@ def as_ids(observation_ids: Any, count: int) -> np.ndarray:
     if ids.shape != (count,):
         raise ValueError(f"observation_ids must have shape ({count},), one per observation; got {ids.shape}.")
     return ids
+
+
+def draws_asked(nsamples: Any, num_samples: Any, default: int) -> int:
+    """The number of draws that a call asks for, in our word or in GenSBI's. Raises ValueError for both, and as `check_nsamples` does."""
+    if nsamples is None and num_samples is None:
+        return default
+    return check_nsamples(one_of(nsamples=nsamples, num_samples=num_samples))
 
 
 def check_nsamples(nsamples: Any) -> int:
@@ -210,8 +226,9 @@ def compare_densities(density: np.ndarray, refined: np.ndarray) -> dict[str, flo
 
 def compare(draws: np.ndarray, refined: np.ndarray, sd: np.ndarray) -> dict[str, float]:
     """What halving the steps changes, in standard deviations of each posterior: largest over parameters, median and 95 % quantile over
-    draws."""
-    error = (np.abs(draws - refined) / np.maximum(sd, np.finfo(np.float32).tiny)).max(axis=(-2, -1))
+    draws. The sd counts as `ROUNDING` of the value at least: of a parameter that does not vary rounding is no change."""
+    least = np.maximum(ROUNDING * np.abs(draws), np.finfo(np.float32).tiny)
+    error = (np.abs(draws - refined) / np.maximum(sd, least)).max(axis=(-2, -1))
     q95 = float(np.quantile(error, 0.95))
     if q95 > CHECK_WARNS:
         warnings.warn(

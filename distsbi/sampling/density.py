@@ -19,7 +19,7 @@ from distsbi import keys
 from distsbi.hints import as_count
 from distsbi.methods import Method
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import as_array, as_ids, check_nsamples, compare_densities, one_of
+from distsbi.sampling.checks import as_array, as_ids, compare_densities, draws_asked, one_of
 from distsbi.sampling.fill import fill
 from distsbi.sampling.flow import BASIS_AT_ONCE, EXACT, Divergence
 from distsbi.sampling.options import NO_GIVEN, ONE, SampleOptions
@@ -66,8 +66,8 @@ class Densities:
         out: their density is that of theta with this noise (0.001 to 0.002 standardised units by default).
 
         Velocity and divergence in one pass, by Runge-Kutta of order four on the method's grid (`steps=16` for flow matching, 64
-        evaluations; 32 for EDM and VE, 40 for VP), or any solver that `options` name ("euler", "midpoint", "heun", "rk3", "rk4", and the
-        adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
+        evaluations; 32 for EDM and VE, 40 for VP) or in the equal steps of a `step_size`, or by any solver that `options` name ("euler",
+        "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
         parameters. `check=0.1`: of a tenth of the points the density is computed again with every step halved; what that changes, in nat, is in
         `last_check`.
 
@@ -135,7 +135,7 @@ class Densities:
         if self.is_student:
             raise ValueError("this run is a student, whose steps are no flow, so it has no log_prob; use its teacher.")
         default = FixedGrid(DENSITY_RULE, self.method.grid(self.method.density_steps))
-        if chosen.solver is None and chosen.steps is not None:
+        if chosen.solver is None and (chosen.steps is not None or chosen.step_size is not None):
             chosen = dataclasses.replace(chosen, solver=DENSITY_RULE)
         solver = chosen.make_solver(self.method, default)
         if not solver.gives_density:
@@ -155,20 +155,22 @@ class Densities:
         self,
         key: Any = None,
         x_o: Any = None,
-        nsamples: int = 10_000,
+        nsamples: int | None = None,
         *,
         rng: Any = None,
+        num_samples: int | None = None,
         observation_id: int = 0,
         divergence: str = "exact",
         probes: int = 8,
         **options: Any,
     ) -> tuple[Float[np.ndarray, "nsamples dim_theta ch_theta"], Float[np.ndarray, "nsamples"]]:
-        """Draws and their log p(theta | x_o), in one solve; the solver is that of `log_prob`, so the draws differ from those of
+        """Draws, 10,000 by default, and their log p(theta | x_o), in one solve; the solver is that of `log_prob`, so the draws differ from those of
         `sample` within its certificate, and by the noise that EDM and score matching leave at t = 1, which is kept here: it is in the
         density too (see `log_prob`)."""
-        key = keys.as_key(one_of("rng", rng, "key", key))
+        key = keys.as_key(one_of(rng=rng, key=key))
         x = self._one(x_o)
-        chosen, n = self._density_options(options, (*ONE, "divergence", "probes")), check_nsamples(nsamples)
+        chosen = self._density_options(options, (*ONE, "divergence", "probes"))
+        n = draws_asked(nsamples, num_samples, 10_000)
         if chosen.check:
             raise ValueError("check goes with sample and with log_prob; leave it out where both are asked for at once.")
         draws, density = np.empty((1, n, self.dim_theta, self.ch_theta), np.float32), np.empty((1, n), np.float32)
@@ -205,6 +207,6 @@ def _divergence(name: str, probes: int, solver: Solver) -> Divergence:
     if name == "hutchinson" and not isinstance(solver, FixedGrid):
         able = [rule_name for rule_name, rule in RULES.items() if rule.of_velocity]
         raise ValueError(f'divergence="hutchinson" needs a fixed grid ({", ".join(able)}); got {solver.name!r}.')
-    if name != "hutchinson" or isinstance(probes, bool) or int(probes) != probes or probes < 1:
-        raise ValueError(f'divergence must be "exact" or "hutchinson" with probes >= 1; got {name!r} with {probes!r}.')
-    return Divergence(int(probes))
+    if name != "hutchinson":
+        raise ValueError(f'divergence must be "exact" or "hutchinson"; got {name!r}.')
+    return Divergence(as_count('divergence="hutchinson" takes probes >= 1, which', probes))

@@ -15,7 +15,7 @@ from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks.joint import Conditional, JointNetwork
 from distsbi.sampling import tiles
-from distsbi.sampling.checks import one_of
+from distsbi.sampling.checks import as_reals, one_of
 from distsbi.sampling.posterior import Posterior
 from distsbi.sampling.tiles import Tile, Weights
 from distsbi.solvers import Solver, solver_from_dict
@@ -149,7 +149,7 @@ class JointPosterior(Posterior):
             )
             each = tiles.bytes_per_row(network, scales)  # of which there may be many more tokens than of theta
             fitting = {kind: tile.within(tiles.KINDS[kind].most_rows(each)) for kind, tile in self.tile_by_kind.items()}
-            made = Posterior(
+            made = Pattern(
                 network, self.method, scales,
                 names=tuple(self.token_names[i] for i in free),
                 solver=solver_from_dict(known["solver"]) if known else self.default_solver,
@@ -160,7 +160,7 @@ class JointPosterior(Posterior):
             far = self.facts.get("token_extent", ())
             if len(far) == len(self.token_names) * self.ch_theta:
                 made.facts["x_extent"] = np.reshape(far, (-1, self.ch_theta))[list(fixed)].ravel().tolist()
-            made.given_names = tuple(self.token_names[i] for i in fixed)
+            made.whole, made.given_names = self, tuple(self.token_names[i] for i in fixed)
             self._patterns[free, fixed] = made
         return self._patterns[free, fixed]
 
@@ -184,7 +184,9 @@ class JointPosterior(Posterior):
         """
         if given is None and of is None:
             return super().sample(key, x_o, nsamples, rng=rng, **options)
-        given = dict(given or {})
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ValueError(f'given must be a dict of what is known by name, such as {{"x": x_o}}; got {given!r}.')
         if x_o is not None:
             if X in given:
                 raise ValueError("x is given twice, as x_o and in given; leave one of them out.")
@@ -194,7 +196,7 @@ class JointPosterior(Posterior):
         for name in wanted or ():
             if name not in posterior.parameter_names:
                 raise ValueError(f"{name!r} is given, so it cannot be drawn; leave it out of `of`.")
-        drawn = Posterior.sample(posterior, one_of("rng", rng, "key", key), x, nsamples, **options)
+        drawn = Posterior.sample(posterior, one_of(rng=rng, key=key), x, nsamples, **options)
         if options.get("check"):
             self.last_check = posterior.last_check
         return drawn if wanted is None else drawn[..., [posterior.parameter_names.index(name) for name in wanted], :]
@@ -205,8 +207,8 @@ class JointPosterior(Posterior):
         values: dict[int, np.ndarray] = {}
         for name, value in given.items():
             numbers = self.tokens([name])
-            array = np.asarray(value, np.float32)
             shape = (len(numbers), self.ch_theta)
+            array = as_reals(value, str(shape), f"given[{name!r}]")
             known = (
                 array.shape in (shape, (1, *shape)) or 1 in shape
             )  # else the order of tokens and channels is not known
@@ -222,6 +224,18 @@ class JointPosterior(Posterior):
             else np.zeros((1, 0, self.ch_theta), np.float32)
         )
         return posterior, x
+
+
+class Pattern(Posterior):
+    """The posterior of one pattern, of a joint posterior that keeps its grid. Saved and loaded it is a `Posterior` alone."""
+
+    whole: JointPosterior
+
+    def calibrate(self, xs: Any) -> dict[str, Any]:
+        """See `Posterior.calibrate`; the grid is saved with the joint posterior too."""
+        certificate = self.whole.calibrate(xs, self.given_names)
+        self.adopt_grids(self.whole.pattern(self.given_names))
+        return certificate
 
 
 def data_names(dim_x: int) -> tuple[str, ...]:

@@ -12,13 +12,17 @@ from distsbi.solvers import Solver, make_solver
 
 ALIASES = {"show_progress_bars": "show_progress", "method": "solver", "return_intermediates": "return_trajectory"}
 
-ONE = ("rng", "key", "x_o", "nsamples", "observation_id")  # what the calls for one observation take themselves
+# What the calls for one observation take themselves.
+ONE = ("rng", "key", "x_o", "nsamples", "num_samples", "observation_id")
 NO_GIVEN = "given= is for joint networks (Flux1Joint, Simformer); this posterior takes all of x as x_o."
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """How to draw.
+
+    Fixed grids, and adaptive solves of flow matching, give the same bits on any number of devices. Adaptive ones of EDM and score matching (VP, VE)
+    differ there in the last digits, within their tolerances, and `coupled` ties the draws of a tile together.
 
     Args:
         solver, steps, step_size, time_grid, rtol, atol, coupled, solver_options: see `distsbi.solvers.make_solver`; all None: the calibrated grid.
@@ -68,6 +72,10 @@ class SampleOptions:
         return cls(**renamed)
 
     def __post_init__(self) -> None:
+        if self.solver_options is not None and not isinstance(self.solver_options, Mapping):
+            raise ValueError(
+                f'solver_options must be a dict of numbers by name, such as {{"churn": 10}}; got {self.solver_options!r}.'
+            )
         if not isinstance(self.check, numbers.Real) or not 0 <= self.check <= 1:
             raise ValueError(f"check is a share of the draws, between 0 and 1; got {self.check!r}.")
         if self.chunk_size is not None:

@@ -28,6 +28,7 @@ from distsbi.sampling.checks import (
     check_inside,
     check_nsamples,
     compare,
+    draws_asked,
     far_rows,
     far_says,
     one_of,
@@ -45,7 +46,7 @@ class Posterior(Densities):
     """p(theta | x) learned from simulations.
 
     Draws depend on (seed, observation id, draw index) alone: not on the number of devices, the order of observations or what
-    else is drawn. More draws of an observation extend the earlier ones.
+    else is drawn; see `SampleOptions` for what is excepted. More draws of an observation extend the earlier ones.
 
     Args:
         network: a trained network.
@@ -99,7 +100,7 @@ class Posterior(Densities):
 
     def __repr__(self) -> str:
         x, solver = self.layout.describe(), self.default_solver
-        given = "" if self.is_unconditional else f" given x {x}"
+        given = "" if self.is_unconditional or not self.dim_x else f" given x {x}"
         count = solver.evaluations and solver.evaluations + self.method.denoises
         how = f"{count} evaluations a draw" if count else "adaptive"
         return (
@@ -189,6 +190,8 @@ class Posterior(Densities):
             if x_o is not None and np.any(np.asarray(x_o)):
                 raise ValueError("this run is a density without conditions: leave x_o out, and give nsamples by name.")
             x_o = np.zeros((1, self.dim_x, self.ch_x), np.float32)
+        if x_o is None and not self.dim_x:  # a pattern of a joint model in which nothing is given
+            x_o = np.zeros((1, 0, self.ch_x), np.float32)
         if x_o is None:
             raise ValueError(f"x_o is missing: an observation, {self.layout.describe()} with n = 1.")
         if self.layout.is_plain:
@@ -259,13 +262,16 @@ class Posterior(Densities):
         """Chooses the sampling grid by measurement on observations `xs`, as training does on validation data (see `distsbi.sampling.calibrate`): it
         becomes `default_solver`, and its certificate, which is returned, is kept in `facts`; both are saved with the run.
 
-        Warns where no grid is under tolerance. Raises ValueError for a student, and as `draw` does.
+        Warns where no grid is under tolerance. Raises ValueError for a student, for no observations, and as `draw` does.
         """
         from distsbi.sampling.calibrate import calibrate
 
         if self.is_student:
             raise ValueError("this run is a student, made to draw in steps of its own; calibrate its teacher.")
-        solver, certificate = calibrate(self, self.check_xs(xs))
+        xs = self.check_xs(xs)
+        if not len(xs):
+            raise ValueError("xs holds no observations to calibrate on; give some that were not trained on.")
+        solver, certificate = calibrate(self, xs)
         if not certificate["met"]:
             warnings.warn(
                 f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
@@ -292,6 +298,8 @@ class Posterior(Densities):
             raise ValueError(
                 "check compares with the sd of the draws, which one draw has not: draw more, or leave it out."
             )
+        if chosen.check and not len(xs):
+            raise ValueError("check has nothing to compare, for xs holds no observations: give some, or leave it out.")
         if chosen.on_the_way:
             if chosen.check:
                 raise ValueError(
@@ -324,24 +332,21 @@ class Posterior(Densities):
         num_samples: int | None = None,
         **options: Any,
     ) -> Float[np.ndarray, "nsamples dim_theta ch_theta"]:
-        """Draws for one observation `x_o` of shape (1, dim_x, ch_x); 10,000 by default. `rng` and `key` mean the same.
+        """Draws for one observation `x_o` of shape (1, dim_x, ch_x); 10,000 by default. `rng` and `key`, `nsamples` and `num_samples` mean the same.
 
-        The same draws as row `observation_id` of a batch or a catalog gets. Raises as `draw` does.
+        The same draws as row `observation_id` of a batch or a catalog gets, on any number of devices; adaptive solves of EDM and score matching
+        agree there within their tolerances only. Raises as `draw` does.
 
         Example:
             `posterior.sample(rng=jax.random.key(0), x_o=x_o, nsamples=10_000)`
         """
         chosen = SampleOptions.parse(options, ONE, self.no_given)
-        key = one_of("rng", rng, "key", key)
-        count = (
-            10_000
-            if nsamples is None and num_samples is None
-            else one_of("nsamples", nsamples, "num_samples", num_samples)
-        )
-        return self._sampler(self._one(x_o), observation_id, chosen)(key, nsamples=count)
+        key = one_of(rng=rng, key=key)
+        return self._sampler(self._one(x_o), observation_id, chosen)(key, nsamples, num_samples=num_samples)
 
     def get_sampler(self, x_o: Any = None, *, observation_id: int = 0, **options: Any) -> Callable[..., np.ndarray]:
-        """A function `sampler(key, nsamples=10_000)` for one observation, compiled at its first call and reused after."""
+        """A function `sampler(key, nsamples=10_000)` for one observation, compiled at its first call and reused after; it takes `rng` and `num_samples`
+        too."""
         chosen = SampleOptions.parse(options, ("x_o", "observation_id"), self.no_given)
         return self._sampler(self._one(x_o), observation_id, chosen)
 
@@ -350,10 +355,12 @@ class Posterior(Densities):
         ids = as_ids([observation_id], len(x))
         keys.split_id(ids)
 
-        def sampler(key: Any = None, nsamples: int = 10_000, *, rng: Any = None) -> np.ndarray:
-            """Draws, (nsamples, dim_theta, ch_theta)."""
-            key = keys.as_key(one_of("rng", rng, "key", key))
-            drawn = self._draw(key, x, ids, check_nsamples(nsamples), chosen)
+        def sampler(
+            key: Any = None, nsamples: int | None = None, *, rng: Any = None, num_samples: int | None = None
+        ) -> np.ndarray:
+            """Draws, (nsamples, dim_theta, ch_theta); 10,000 by default."""
+            key = keys.as_key(one_of(rng=rng, key=key))
+            drawn = self._draw(key, x, ids, draws_asked(nsamples, num_samples, 10_000), chosen)
             return drawn[:, 0] if chosen.on_the_way else drawn[0]
 
         return sampler
@@ -363,40 +370,45 @@ class Posterior(Densities):
         path: str | os.PathLike[str],
         key: Any = None,
         x_o: Any = None,
-        nsamples: int = 1_000_000,
+        nsamples: int | None = None,
         *,
         rng: Any = None,
+        num_samples: int | None = None,
         **options: Any,
     ) -> Dataset:
-        """`sample` into a Parquet dataset, a folder of parts; of several processes all call this, and each writes its own parts. See
+        """`sample` into a Parquet dataset, a folder of parts, 1,000,000 draws by default; of several processes all call this, and each writes its own parts. See
         `distsbi.sampling.dataset.write`."""
         if "given" in options:
             raise ValueError(self.no_given)
-        key = keys.as_key(one_of("rng", rng, "key", key))
-        return write(path, self, key, self._one(x_o), check_nsamples(nsamples), **options)
+        key = keys.as_key(one_of(rng=rng, key=key))
+        count = draws_asked(nsamples, num_samples, 1_000_000)
+        return write(path, self, key, self._one(x_o), count, **options)
 
     def sample_batched(
         self,
         key: Any = None,
         xs: Any = None,
-        nsamples: int = 10_000,
+        nsamples: int | None = None,
         *,
         rng: Any = None,
         x_o: Any = None,
+        condition: Any = None,
+        num_samples: int | None = None,
         observation_ids: Any = None,
         **options: Any,
     ) -> Float[np.ndarray, "nsamples batch dim_theta ch_theta"]:
-        """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles; `xs` and `x_o`, `rng` and `key` mean the same.
-        Raises as `draw` does."""
-        words = ("rng", "key", "xs", "x_o", "nsamples", "observation_ids")
+        """Draws for many observations `xs` of shape (batch, dim_x, ch_x) through the same tiles, 10,000 of each by default; `xs`, `x_o` and
+        `condition`, `rng` and `key`, `nsamples` and `num_samples` mean the same. Raises as `draw` does."""
+        words = ("rng", "key", "xs", "x_o", "condition", "nsamples", "num_samples", "observation_ids")
         chosen = SampleOptions.parse(options, words, self.no_given)
-        key = keys.as_key(one_of("rng", rng, "key", key))
+        key = keys.as_key(one_of(rng=rng, key=key))
         if self.is_unconditional:
             raise ValueError(
                 "a density without conditions has no observations to draw for; use sample(key, nsamples=...)."
             )
-        xs = self._many(one_of("xs", xs, "x_o", x_o))
-        drawn = self._draw(key, xs, as_ids(observation_ids, len(xs)), check_nsamples(nsamples), chosen)
+        xs = self._many(one_of(xs=xs, x_o=x_o, condition=condition))
+        count = draws_asked(nsamples, num_samples, 10_000)
+        drawn = self._draw(key, xs, as_ids(observation_ids, len(xs)), count, chosen)
         return np.moveaxis(drawn, -4, -3)
 
     def save(self, path: str) -> None:

@@ -41,6 +41,7 @@ FORMAT, OLDEST = 6, 5
 VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditional}  # of a joint network
 SPEC, WEIGHTS = "spec.json", "weights"
 KINDS = ("student", "unconditional")  # what a posterior may be that its network does not say
+ALL_FREE = "pattern"  # beside them: the pattern of a joint model in which nothing is given, which is else told from the joint model by its scales
 REQUIRED = ("network", "sizes", "method", "standardizer", "parameter_names", "solver", "tile", "weights",
             "weights_sha256", "fingerprint", "versions", "facts")  # fmt: skip
 
@@ -59,6 +60,8 @@ def model_spec(posterior: Posterior) -> dict[str, Any]:
         posterior.joint_standardizer if isinstance(posterior, JointPosterior) else posterior.weights.standardizer
     )
     kind = [name for name in KINDS if getattr(posterior, f"is_{name}")]
+    if isinstance(network, Conditional) and not network.given and not isinstance(posterior, JointPosterior):
+        kind.append(ALL_FREE)
     pattern = {"free": list(network.free), "given": list(network.given)} if isinstance(network, Conditional) else None
     return {
         "network": {"name": name, "params": params, "view": view, "pattern": pattern, **embedded},
@@ -265,7 +268,11 @@ def load(
     options: dict[str, Any] = {"names": names, "solver": solver, "tile": tile, "mesh": target, "facts": facts}
     kind: dict[str, Any] = {name: name in spec.get("kind", ()) for name in KINDS}
     try:
-        if isinstance(merged, Conditional) and len(standardizer.bijection.kinds) == merged.network.num_tokens:
+        if (
+            isinstance(merged, Conditional)
+            and ALL_FREE not in spec.get("kind", ())
+            and len(standardizer.bijection.kinds) == merged.network.num_tokens
+        ):
             posterior: Posterior = JointPosterior(merged.network, method, standardizer, merged.dim_theta, **options)
         else:
             posterior = Posterior(merged, method, standardizer, **options, **kind)

@@ -17,7 +17,7 @@ import pytest
 from fake_posterior import DEVICE, RAISE, draws_hash, load, make_run
 
 from distsbi import open_catalog, simulate
-from distsbi.fanout import catalog as catalog_module, sample_catalog
+from distsbi.fanout import catalog as catalog_module, provenance, sample_catalog
 from distsbi.fanout.catalog import choose_rows_per_shard
 from distsbi.fanout.pool import InProcess
 from distsbi.fanout.worker import Job, Worker, unlike
@@ -203,6 +203,23 @@ def test_another_run_is_refused_by_name(run, make_catalog, tmp_path):
     moved = shutil.copy(catalog, tmp_path / "moved.parquet")
     sample_catalog(shutil.copytree(run, tmp_path / "copy"), moved, out, **{**QUICK, "rows_per_shard": None})
     assert draws_hash(out) == before
+
+
+def test_options_of_a_solver_are_of_the_run(run, make_catalog, tmp_path):
+    """They are in what identifies it, and in the command that goes on with it."""
+    catalog, out = make_catalog(), tmp_path / "out"
+    asked = {**QUICK, "solver": "stochastic_heun", "steps": 4}
+    sample_catalog(run, catalog, out, **asked, solver_options={"churn": np.float32(2.0)})
+    kept = open_catalog(out).run
+    assert kept["definition"]["solver"]["options"]["churn"] == 2.0
+    assert "--solver-option churn=2.0" in provenance.command(kept, str(out))
+    assert provenance.call(kept, out)["solver_options"] == {"churn": 2.0}
+    assert sample_catalog(run, catalog, out, **asked, solver_options={"churn": 2}).shards_now == 0
+    for options in ({"churn": 3}, None):
+        with pytest.raises(ValueError, match=r"holds another run.*solver.options.churn: given \S+, found 2.0"):
+            sample_catalog(run, catalog, out, **asked, solver_options=options)
+    with pytest.raises(ValueError, match="solver_options must be a dict of numbers by name"):
+        sample_catalog(run, catalog, tmp_path / "other", **asked, solver_options=["churn"])
 
 
 def test_a_shard_that_is_damaged_is_made_again(run, make_catalog, tmp_path, caplog):

@@ -243,6 +243,11 @@ def test_bfloat16_is_close_to_float32():
     assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
 
 
+def test_minus_one_is_the_default_base_of_rope():
+    """GenSBI's word for it, in Python as in its files."""
+    assert dataclasses.replace(SMALL, theta=-1) == dataclasses.replace(SMALL, theta=None) == SMALL
+
+
 def test_params_round_trip():
     params = dataclasses.replace(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(3), axes_dim=[4, 2])
     assert params.dtype == "bfloat16" and params.theta == 70 and params.hidden_size == 12
@@ -276,6 +281,9 @@ def test_params_round_trip():
             dict(id_merge_mode="concat", val_emb_dim=2, id_emb_dim=2, id_embedding_strategy=("rope1d", "absolute")),
             'use it, or "absolute"',
         ),
+        (dict(theta=0), "theta must be positive, or None for 10 .dim_obs . dim_cond.; got 0"),
+        (dict(theta=-2), "positive.*got -2"),
+        (dict(theta="a"), "theta must be a number"),
         (dict(guidance_embed=True), "set guidance_embed=False"),
         (dict(pooled=True, conditioning="joint"), 'pooled goes with conditioning="one_way"'),
         (dict(dtype="float16"), "'float32', 'bfloat16'; got 'float16'"),

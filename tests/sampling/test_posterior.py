@@ -1,16 +1,19 @@
 """Draws are right (exact Gaussian posteriors), the same everywhere, compiled once, and errors say what to do."""
 
 import pickle
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.stats import multivariate_normal
 
 from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
 from distsbi.networks import MLP, MLPParams
 from distsbi.sampling import Posterior, SolveError, Tile, fill as fill_module, tiles
+from distsbi.sampling.checks import compare
 from distsbi.solvers import make_solver
 from tests.compilations import Compilations
 from tests.gaussian import GaussianNetwork, gaussian_posterior, random_mlp_posterior
@@ -123,6 +126,16 @@ def test_log_prob_of_a_gaussian():
     np.testing.assert_allclose(posterior.log_prob(theta, X, steps=64), exact, atol=0.02)
 
 
+def test_a_step_size_of_a_density_is_of_rk4():
+    """As `steps` are; Euler's of 0.05 are off by more than a nat."""
+    posterior = gaussian_posterior({"data": 1})
+    theta = posterior.sample(KEY, X, 50)
+    exact = multivariate_normal(posterior.network.mean(X), posterior.network.covariance()).logpdf(theta[..., 0])
+    np.testing.assert_allclose(posterior.log_prob(theta, X, step_size=0.05), exact, atol=5e-3)
+    assert np.abs(posterior.log_prob(theta, X, step_size=0.05, solver="euler") - exact).max() > 1.0
+    assert np.abs(posterior.sample_and_log_prob(KEY, X, 50, step_size=0.05)[1] - exact).max() < 0.1
+
+
 @pytest.mark.long
 def test_log_prob_on_a_bounded_prior_integrates_to_one():
     posterior = random_mlp_posterior()
@@ -144,9 +157,28 @@ def test_key_words_and_aliases():
     np.testing.assert_array_equal(posterior.get_sampler(x)(rng=1, nsamples=20), base)
     assert posterior.sample(1, x, method="Euler", steps=2).shape == (10_000, 2, 1)
     many = np.arange(6.0).reshape(2, 3, 1)
-    np.testing.assert_array_equal(
-        posterior.sample_batched(1, x_o=many, nsamples=5), posterior.sample_batched(1, many, 5)
-    )
+    batch = posterior.sample_batched(1, many, 5)
+    np.testing.assert_array_equal(posterior.sample_batched(1, x_o=many, nsamples=5), batch)
+    np.testing.assert_array_equal(posterior.sample_batched(key=1, condition=many, num_samples=5), batch)
+
+
+def test_num_samples_is_nsamples_in_every_way_to_draw(tmp_path):
+    posterior, x = random_mlp_posterior({"data": 1}, tile=Tile(4, 16)), np.ones((1, 3, 1))
+    base = posterior.sample(1, x, 5)
+    np.testing.assert_array_equal(posterior.get_sampler(x)(1, num_samples=5), base)
+    both = zip(posterior.sample_and_log_prob(1, x, num_samples=5), posterior.sample_and_log_prob(1, x, 5), strict=True)
+    for found, expected in both:
+        np.testing.assert_array_equal(found, expected)
+    written = posterior.sample_dataset(tmp_path / "draws", 1, x, num_samples=5).read()
+    np.testing.assert_array_equal(np.stack(written.columns, 1), base[..., 0])
+    for draw in (
+        posterior.get_sampler(x), partial(posterior.sample_and_log_prob, x_o=x),
+        partial(posterior.sample_dataset, tmp_path / "other", x_o=x), partial(posterior.sample_batched, xs=x),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="give nsamples or num_samples, only one"):
+            draw(key=1, nsamples=5, num_samples=5)
+        with pytest.raises(ValueError, match="positive integer .*; got 0"):
+            draw(key=1, num_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +194,7 @@ def test_key_words_and_aliases():
         ({"nsamples": 0}, "nsamples must be a positive integer"), ({"nsamples": -5}, "positive integer"),
         ({"nsamples": 2.5}, "positive integer"), ({"nsamples": True}, "positive integer"),
         ({"stepsize": 0.1}, "unknown keyword 'stepsize'. Did you mean step_size?"),
-        ({"rng": 1}, "not both"), ({"num_samples": 4}, "not both"), ({"key": None}, "one of them is needed"),
+        ({"rng": 1}, "rng or key, only one"), ({"num_samples": 4}, "nsamples or num_samples, only one"), ({"key": None}, "one of them is needed"),
         ({"observation_id": -1}, "observation ids"), ({"chunk_size": 0}, "chunk_size must be a positive integer"), ({"chunk_size": 2.5}, "positive integer; got 2.5"),
         ({"observation_id": None}, "observation ids"), ({"tile": (4, 16)}, "tile must be"), ({"solver": 3}, "solver must be a name"),
         ({"step_size": "a"}, "step_size must be a number"), ({"time_grid": 3}, "time_grid must be a list"),
@@ -181,8 +213,11 @@ def test_batch_errors_and_failed_solves():
     posterior = random_mlp_posterior()
     many = np.ones((2, 3, 1))
     for arguments, says in (
-        ({}, "give xs or x_o, one of them is needed"),
-        ({"xs": many, "x_o": many}, "not both"),
+        ({}, "give xs, x_o or condition, one of them is needed"),
+        ({"xs": many, "x_o": many}, "only one"),
+        ({"xs": many, "condition": many}, "only one"),
+        ({"xs": many, "num_samples": 5}, "nsamples or num_samples, only one"),
+        ({"xs": many, "model_extras": {}}, "unknown keyword 'model_extras'"),
         ({"x": many}, r"'x'. Did you mean x_o\?"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -206,6 +241,35 @@ def test_batch_errors_and_failed_solves():
     broken = Posterior(posterior.network, posterior.method, posterior.weights.standardizer)
     with pytest.raises(RuntimeError, match="did not converge"):
         broken.sample(0, np.ones((1, 3, 1)), 5)
+
+
+@pytest.mark.parametrize("probes", [None, "8", 1.5, True, float("inf")])
+def test_probes_are_counted(probes):
+    with pytest.raises(ValueError, match="takes probes >= 1, which must be a positive integer; got"):
+        gaussian_posterior().log_prob(np.zeros((2, 3, 1)), X, divergence="hutchinson", probes=probes)
+
+
+def test_no_observations_are_refused_where_something_is_measured_on_them():
+    posterior, nothing = random_mlp_posterior({"data": 1}), np.zeros((0, 3, 1))
+    assert posterior.sample_batched(0, nothing, 5).shape == (5, 0, 2, 1)
+    with pytest.raises(ValueError, match="xs holds no observations: give some, or leave it out"):
+        posterior.sample_batched(0, nothing, 5, check=0.5)
+    with pytest.raises(ValueError, match="xs holds no observations to calibrate on; give some"):
+        posterior.calibrate(nothing)
+
+
+def test_a_parameter_that_does_not_vary_is_not_checked_by_its_rounding():
+    """The other one still is, in its own sd."""
+    rng = np.random.default_rng(0)
+    draws = np.stack([np.full((1, 50), 3.0), rng.normal(size=(1, 50))], -1)[..., None].astype(np.float32)
+    refined = np.stack([np.nextafter(draws[:, :, 0], np.float32(4)), draws[:, :, 1] + np.float32(0.05)], 2)
+    found = compare(draws, refined, draws.std(1, keepdims=True))
+    assert found["q95"] == pytest.approx(0.05 / draws[0, :, 1].std(), rel=1e-4)
+    still = compare(draws[:, :, :1], refined[:, :, :1], draws[:, :, :1].std(1, keepdims=True))
+    assert 0 < still["q95"] < 0.1
+    moved = draws + np.float32(0.3)
+    with pytest.warns(UserWarning, match="moves 5 % of the draws by more than"):
+        compare(draws, moved, draws.std(1, keepdims=True))
 
 
 def test_an_observation_that_fails_does_not_cost_the_others():
