@@ -41,6 +41,7 @@ NSAMPLES, OBSERVATIONS = 10_000, 10
 CORES = len(os.sched_getaffinity(0))
 MOST_DEVICES = min(CORES, 2)
 RATE_SECONDS, RATE_REPEATS = 3.0, 3
+MOST_BUSY = 0.2  # cores; timings that began with more busy are "~" in the table
 
 
 def reference(task: str) -> dict[str, np.ndarray]:
@@ -297,20 +298,23 @@ def queue(arguments: argparse.Namespace) -> None:
 def table(arguments: argparse.Namespace) -> None:
     cells: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in read_results(arguments.results):
-        task, pipeline, nsims, seed, label, _ = identity(line)
-        if fnmatch.fnmatch(f"{task}-{pipeline}-{nsims}-{label}", arguments.cells):
+        task, pipeline, nsims, seed, label, observation = identity(line)
+        wanted = fnmatch.fnmatch(f"{task}-{pipeline}-{nsims}-{label}", arguments.cells)
+        if wanted and observation <= arguments.observations:
             cells[task, pipeline, nsims, label][seed].append(line)
     head = (
-        "task, pipeline, simulations, label, seeds, scored, mean C2ST, worst, random forest, training s, evaluations, "
-        "draws/s on one virtual device, on two"
+        "task, pipeline, simulations, label, seeds, scored, mean C2ST, worst, random forest, evaluations, "
+        "timed on, cores, seeds timed, training s, draws/s on one virtual device, on two"
     )
     print(f"| {head.replace(', ', ' | ')} |")
     print("|---" * (head.count(", ") + 1) + "|")
     for cell, seeds in sorted(cells.items()):
         lines = [line for scored in seeds.values() for line in scored]
-        firsts = [scored[0] for scored in seeds.values()]
+        firsts = [seeds[seed][0] for seed in sorted(seeds)]
         forest = [line["c2st_forest"] for line in lines if "c2st_forest" in line]
-        rates = [[first["draws_per_second"].get(n) for first in firsts] for n in ("1", "2")]
+        (cpu, cores, trained_on), timed = timed_alike(firsts)
+        about = "~" if any(first.get("busy_before", 0) > MOST_BUSY for first in timed) else ""
+        rates = [[first["draws_per_second"].get(n) for first in timed] for n in ("1", "2")]
         columns = [
             *cell,
             " ".join(map(str, sorted(seeds))),
@@ -318,11 +322,23 @@ def table(arguments: argparse.Namespace) -> None:
             f"{np.mean([line['c2st'] for line in lines]):.3f}",
             f"{max(line['c2st'] for line in lines):.3f}",
             f"{np.mean(forest):.3f}" if forest else "",
-            f"{np.mean([training_seconds(first) for first in firsts]):.0f}",
-            " ".join(sorted({str(first["evaluations"]) for first in firsts if "evaluations" in first})),
-            *(f"{np.mean(found):,.0f}" if None not in found else "" for found in rates),
+            " ".join(map(str, sorted({first["evaluations"] for first in firsts if "evaluations" in first}))),
+            cpu,
+            cores,
+            " ".join(str(first["seed"]) for first in timed),
+            f"{about}{np.mean([training_seconds(first) for first in timed]):.0f}{trained_on and f' on {trained_on}'}",
+            *(f"{about}{np.mean(found):,.0f}" if None not in found else "" for found in rates),
         ]
         print(f"| {' | '.join(map(str, columns))} |")
+
+
+def timed_alike(firsts: list[dict[str, Any]]) -> tuple[tuple[str, int, str], list[dict[str, Any]]]:
+    """CPU, cores and, where it is another, device of training that timed most of the seeds (of equals: the last one), and these seeds."""
+    alike = defaultdict(list)
+    for first in firsts:
+        hardware = first["hardware"]
+        alike[hardware["cpu"], hardware["cores"], first.get("trained_on") or ""].append(first)
+    return max(alike.items(), key=lambda item: (len(item[1]), item[1][-1]["seed"]))
 
 
 def training_seconds(line: dict[str, Any]) -> float:
@@ -386,6 +402,7 @@ def main() -> None:
         "table", help="a line of Markdown per task, pipeline, simulations and label, over its seeds"
     )
     three.add_argument("--cells", default="*", help="pattern, such as 'slcp-*-10000-*'")
+    three.add_argument("--observations", type=int, default=OBSERVATIONS, help="how many of the ten, from the first on")
     for command, run in ((two, score), (three, table), (four, queue)):
         command.add_argument("--results", type=Path, default=RESULTS)
         command.set_defaults(run=run)
