@@ -209,7 +209,8 @@ def test_contract(method, network, solver, place, request, tmp_path):
     ],
 )
 def test_gradients_and_density(method, network):
-    """The loss reaches every weight that the prediction depends on, and draws agree with their density."""
+    """The loss reaches every weight that the prediction depends on, and draws have the density of the way back; both share base and Jacobian, whose
+    values test_density has."""
     name, network = network, make_network(network)
     graphdef, params, rest = nnx.split(network, nnx.Param, ...)
     joint = isinstance(network, JointNetwork)

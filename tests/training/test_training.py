@@ -467,6 +467,47 @@ class _Named(nnx.Module):
 LARGE, SMALLER = {"embedding.kernel", "scale_net.kernel", "bias_net.kernel"}, {"small.kernel"}
 
 
+def _moves(gradients, **options):
+    """What weights are moved by, after each of these gradients in turn."""
+    tool = update.make_optimizer(TrainingConfig(weight_decay=0.0, **options))
+    weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), gradients)
+    step = lambda state, gradient: tool.update(gradient, state, weights)[::-1]  # noqa: E731
+    return jax.jit(lambda g: jax.lax.scan(step, tool.init(weights), g)[1])(gradients)
+
+
+@pytest.mark.parametrize(("optimizer", "multistep"), [("muon", 1), ("adamw", 1), ("adamw", 4)])
+def test_the_learning_rate(optimizer, multistep):
+    """In 40 updates up to the maximum, there until half of 200, and down by a cosine: the same gradient all along moves weights by so much more or less
+    than at a constant rate, by which Adam moves them in the end. Where gradients are averaged, only the last of them moves any."""
+    same = {"bias": jnp.full((204, 1), 0.1), "matrix": jnp.tile(0.1 * jnp.eye(32), (204, 1, 1))}
+
+    def moves(**options):
+        found = _moves(same, optimizer=optimizer, multistep=multistep, nsteps=200, max_lr=1e-2, **options)
+        return np.stack([found["bias"][:, 0], found["matrix"][:, 0, 0]], 1).reshape(-1, multistep, 2)
+
+    scheduled = moves(min_lr=1e-4, warmup_steps=40, decay_transition=0.5)
+    constant = moves(min_lr=1e-2, warmup_steps=0)
+    assert not scheduled[:, :-1].any()
+    assert constant[-1, -1, 0] == pytest.approx(-1e-2, rel=1e-3)
+    late = 1e-4 + 9.9e-3 * (1 + np.cos(0.48 * np.pi)) / 2
+    rates = {0: 1e-5, 20: 5.005e-3, 40: 1e-2, 72: 1e-2, 100: 1e-2, 148: late, 200: 1e-4}
+    for update_number, rate in rates.items():
+        at = update_number // multistep
+        np.testing.assert_allclose(1e-2 * scheduled[at, -1] / constant[at, -1], rate, rtol=1e-3)
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 3.0])
+def test_large_gradients_are_clipped(clip_norm):
+    """One of norm 10, to the norm of all weights together; one of norm 0.5 before it is not. What Adam moves weights by has both."""
+    given = {"a": jnp.asarray([0.3, 6.0]), "b": jnp.asarray([-0.4, 8.0])}
+    options = {"optimizer": "adamw", "nsteps": 9, "warmup_steps": 0, "decay_transition": 1.0, "max_lr": 1e-3}
+    moves = _moves(given, clip_norm=clip_norm, **options)
+    for name, (first, second) in given.items():
+        second = second * clip_norm / 10
+        mean, square = (0.9 * first + second) / 1.9, (0.999 * first**2 + second**2) / 1.999
+        np.testing.assert_allclose(moves[name][1], -1e-3 * mean / np.sqrt(square), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("optimizer", "decayed"), [("muon", LARGE), ("adamw", LARGE | SMALLER)])
 def test_which_weights_decay(optimizer, decayed):
     """A step without a gradient moves what decays alone."""
