@@ -1,5 +1,6 @@
 """Draws are right (exact Gaussian posteriors), the same everywhere, compiled once, and errors say what to do."""
 
+import dataclasses
 import pickle
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from scipy.stats import multivariate_normal
 
+from distsbi import keys
 from distsbi.data import Standardizer
 from distsbi.methods import FlowMatching
 from distsbi.networks import MLP, MLPParams
@@ -44,8 +46,6 @@ def test_the_map_from_noise_is_exact():
     network.sd[...] = 0.3 * np.ones(3, np.float32)
     posterior = Posterior(network, posterior.method, Standardizer.identity(3, 2))
     tight = posterior.sample(KEY, X, 200, solver="tsit5", rtol=1e-6, atol=1e-6)
-    from distsbi import keys
-
     z = keys.draw_noise(KEY, keys.split_id(np.asarray(0)), np.uint32(0), 200, (3, 1))
     np.testing.assert_allclose(tight[..., 0], network.mean(X) + 0.3 * np.asarray(z)[..., 0], atol=5e-5)
     for options in (
@@ -54,6 +54,29 @@ def test_the_map_from_noise_is_exact():
         {"solver": "multistep", "steps": 64},
     ):
         np.testing.assert_allclose(posterior.sample(KEY, X, 200, **options), tight, atol=3e-3)
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"solver": "zero_ends", "steps": 6}, marks=pytest.mark.long)])
+def test_a_callers_own_program(options):
+    """The draws of sample_batched, with their gradient in x and weights of the caller's."""
+    posterior = random_mlp_posterior(mesh={"data": 1})
+    xs, ids = np.asarray([[[0.4], [-1.2], [1.0]], [[0.0], [0.3], [-1.0]]], np.float32), [7, 2**40]
+    draws = jax.jit(posterior.traceable(9, **options))
+    expected = posterior.sample_batched(KEY, xs, 9, **options)
+    np.testing.assert_allclose(draws(posterior.weights, KEY, xs), np.moveaxis(expected, 1, 0), atol=1e-5)
+    named = posterior.sample_batched(KEY, xs, 9, observation_ids=ids, **options)
+    words = keys.split_id(np.asarray(ids))
+    np.testing.assert_allclose(draws(posterior.weights, KEY, xs, words), np.moveaxis(named, 1, 0), atol=1e-5)
+    slope = jax.grad(lambda x: draws(posterior.weights, KEY, x).sum())(xs)
+    assert (np.abs(slope) > 0).all()
+    assert np.isfinite(slope).all()
+    zero = jax.tree.map(lambda a: 0 * a, posterior.weights.params)
+    assert (
+        np.abs(draws(dataclasses.replace(posterior.weights, params=zero), KEY, xs) - np.moveaxis(expected, 1, 0)).max()
+        > 0.01
+    )
+    with pytest.raises(ValueError, match="go with sample; leave them out"):
+        posterior.traceable(9, check=0.1)
 
 
 def test_more_draws_extend_fewer_and_rows_equal_single_observations():
