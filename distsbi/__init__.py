@@ -5,7 +5,7 @@ and touches no device.
 
 >>> import distsbi
 >>> distsbi.__version__
-'0.1.0'
+'0.2.0'
 """
 
 import importlib
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from distsbi.store import open_catalog as open_catalog
     from distsbi.tasks import get_task as get_task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PIPELINES = (
     *("ConditionalPipeline", "JointPipeline", "UnconditionalPipeline"),

@@ -78,7 +78,7 @@ def test_help(distsbi: Cli, command: str | None) -> None:
 
 
 def test_version(distsbi: Cli) -> None:
-    assert distsbi("--version")[1] == "distsbi, version 0.1.0\n"
+    assert distsbi("--version")[1] == "distsbi, version 0.2.0\n"
 
 
 def test_help_loads_no_jax() -> None:

@@ -1,41 +1,69 @@
 """Data are float32 from here on: not silently where that would take from them what tells them apart."""
 
+import warnings
+
 import numpy as np
 
 ROWS = 20  # fewer may be alike by chance
 LOST = 1e-3  # of the range of a column: the rounding from which on it is refused
-CONSTANT = 1e-12  # relative: the range of a column that is constant but for the rounding of float64
+NOISE = 1e-12  # relative: the range of a column that is constant but for the rounding of float64
+CONSTANT = 1e-7  # relative: the range of what may be a constant, such as what a solver of an ODE conserves
 BLOCK_BYTES = 64 * 2**20
 
 
-def as_float32(what: str, array: np.ndarray) -> np.ndarray:
-    """Rows of numbers [n, ...] in float32; those beyond its range become infinite.
+class Columns:
+    """How far the columns of an array go that comes in parts [n, ...], and how far float32 rounds them."""
 
-    Raises ValueError for columns that float32 rounds to a part of their range that matters, such as times in seconds since 1970 that lie
-    within a minute.
-    """
-    with np.errstate(over="ignore"):
-        small = array.astype(np.float32, copy=False)
-    exact = array.dtype.kind == "b" or np.can_cast(array.dtype, np.float32)
-    if exact or len(array) < ROWS or not array.size:
-        return small
-    wide, narrow = array.reshape(len(array), -1), small.reshape(len(array), -1)
-    low, high, rounding = (np.full(wide.shape[1], value) for value in (np.inf, -np.inf, 0.0))
-    rows = max(1, BLOCK_BYTES // (8 * wide.shape[1]))
-    for start in range(0, len(wide), rows):
-        block, rounded = np.asarray(wide[start : start + rows], np.float64), narrow[start : start + rows]
-        low, high = np.fmin(low, np.fmin.reduce(block)), np.fmax(high, np.fmax.reduce(block))
+    def __init__(self) -> None:
+        self.rows, self.shape = 0, ()
+        self.low = self.high = self.rounding = np.zeros(0)
+
+    def add(self, array: np.ndarray) -> None:
+        """Rows of the array, as they came."""
+        if array.dtype.kind == "b" or np.can_cast(array.dtype, np.float32) or not array.size:
+            return
+        wide = array.reshape(len(array), -1)
+        if not self.rows:
+            self.shape = array.shape[1:]
+            self.low, self.high, self.rounding = (np.full(wide.shape[1], value) for value in (np.inf, -np.inf, 0.0))
+        self.rows += len(wide)
+        count = max(1, BLOCK_BYTES // (8 * wide.shape[1]))
+        for start in range(0, len(wide), count):
+            block = np.asarray(wide[start : start + count], np.float64)
+            self.low = np.fmin(self.low, np.fmin.reduce(block))
+            self.high = np.fmax(self.high, np.fmax.reduce(block))
+            with np.errstate(invalid="ignore", over="ignore"):
+                rounded = block.astype(np.float32)
+                off = np.where(np.isfinite(rounded), np.abs(block - rounded), 0.0)
+            self.rounding = np.maximum(self.rounding, off.max(0))
+
+    def check(self, what: str, *, constants: bool = False) -> None:
+        """Raises ValueError for columns that float32 rounds to a part of their range that matters, such as times in seconds since 1970 that lie
+        within a minute. `constants`: what varies by less than 1e-7 of itself is warned of, for it may be constant but for a solver's error."""
+        if self.rows < ROWS:
+            return
         with np.errstate(invalid="ignore"):
-            off = np.where(np.isfinite(rounded), np.abs(block - rounded), 0.0)
-        rounding = np.maximum(rounding, off.max(0))
-    with np.errstate(invalid="ignore"):
-        varies = high - low > CONSTANT * np.maximum(np.abs(low), np.abs(high))
-        lost = np.flatnonzero(varies & (rounding > LOST * (high - low)))
-    if lost.size:
-        at = int(lost[0])
-        where = ", ".join(str(int(i)) for i in np.unravel_index(at, array.shape[1:]))
-        raise ValueError(
-            f"{what}[:, {where}] goes from {float(low[at])!r} to {float(high[at])!r}, which float32 cannot tell apart: subtract a reference value from it, such as "
-            f"{float(low[at])!r}{f' ({lost.size} columns are like this)' if lost.size > 1 else ''}."
-        )
-    return small
+            span = self.high - self.low
+            varies = span / np.maximum(np.maximum(np.abs(self.low), np.abs(self.high)), np.finfo(float).tiny)
+            lost = np.flatnonzero((varies > NOISE) & (self.rounding > LOST * span))
+        if not lost.size:
+            return
+        at = int(lost[np.argmax(varies[lost])])
+        where = ", ".join(str(int(i)) for i in np.unravel_index(at, self.shape))
+        low, high = float(self.low[at]), float(self.high[at])
+        says = f"{what}[:, {where}] goes from {low!r} to {high!r}, which float32 cannot tell apart"
+        alike = f" ({lost.size} columns are like this)" if lost.size > 1 else ""
+        if constants and varies[at] < CONSTANT:
+            warnings.warn(
+                f"{says}: it is taken for a constant. If it says something, subtract a reference value from it, such as {low!r}{alike}.",
+                stacklevel=2,
+            )
+            return
+        raise ValueError(f"{says}: subtract a reference value from it, such as {low!r}, or leave it out{alike}.")
+
+
+def check_float32(what: str, array: np.ndarray, *, constants: bool = False) -> None:
+    """`Columns.check` of a whole array."""
+    columns = Columns()
+    columns.add(array)
+    columns.check(what, constants=constants)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from distsbi.data.float32 import as_float32
+from distsbi.data.float32 import Columns, check_float32
 from distsbi.data.parquet import read_file, read_footer, write_file
 from distsbi.data.prior import check_names, default_names
 from distsbi.files import one_holder
@@ -39,13 +39,16 @@ class Pairs(NamedTuple):
     names: tuple[str, ...]
 
 
-def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None, *, missing: bool = False) -> Pairs:
+def as_pairs(
+    theta: Any, x: Any, names: Sequence[str] | None = None, *, missing: bool = False, whole: bool = True
+) -> Pairs:
     """Checked pairs from two arrays of shape [n, dim] or [n, dim, ch], x also of images [n, rows, columns, ch]; without names the parameters are `theta_0`,
-    `theta_1`, ... `missing`: NaN in x means that the entry is missing.
+    `theta_1`, ... `missing`: NaN in x means that the entry is missing. `whole`: these are all pairs, no batch of them.
 
     Raises ValueError for other shapes, mismatched or zero lengths, entries that are not real numbers, rows with NaN
     or inf, and columns that float32 cannot tell apart.
     """
+    given = np.asarray(theta), np.asarray(x)
     theta, x = _with_channels("theta", theta), _with_channels("x", x)
     if len(theta) != len(x):
         raise ValueError(
@@ -54,6 +57,9 @@ def as_pairs(theta: Any, x: Any, names: Sequence[str] | None = None, *, missing:
     if not len(theta):
         raise ValueError("theta and x have no rows; give at least one pair.")
     check_finite(theta, x, missing=missing)
+    if whole:
+        check_float32("theta", given[0])
+        check_float32("x", given[1], constants=True)
     dim = theta.shape[1]
     return Pairs(theta, x, check_names(names, dim) if names is not None else default_names(dim))
 
@@ -80,7 +86,8 @@ def _with_channels(name: str, array: Any) -> np.ndarray:
     if (array.ndim not in (2, 3) and not (name == "x" and array.ndim > 3)) or 0 in array.shape[1:]:
         advice = f" Add the axis with {name}[:, None]." if array.ndim == 1 else ""
         raise ValueError(f"{name} must have shape [n, dim] or [n, dim, channels]; got {list(array.shape)}.{advice}")
-    array = as_float32(name, array)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which check_finite reports
+        array = array.astype(np.float32, copy=False)
     return array if array.ndim > 2 else array[..., None]
 
 
@@ -195,10 +202,12 @@ def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool = Fa
     folder = path if isinstance(path, PairsFolder) else open_pairs(path)
     theta = np.empty((len(folder), *folder.theta_shape), np.float32)
     x = np.empty((len(folder), *folder.x_shape), np.float32)
-    start = 0
+    start, columns = 0, {"theta": Columns(), "x": Columns()}
     for file, rows in zip(folder.files, folder.rows, strict=True):
-        theta[start : start + rows], x[start : start + rows] = _read(file, folder, missing)
+        theta[start : start + rows], x[start : start + rows] = _read(file, folder, missing, columns)
         start += rows
+    for name, found in columns.items():
+        found.check(f"{folder.files[0].parent}: {name}" if folder.files else name, constants=name == "x")
     return Pairs(theta, x, folder.names)
 
 
@@ -284,8 +293,10 @@ def _holds(path: Path, theta: np.ndarray, x: np.ndarray, names: tuple[str, ...],
     return np.array_equal(found[0], theta) and np.array_equal(found[1], x, equal_nan=True)
 
 
-def _read(path: Path, folder: PairsFolder, missing: bool) -> tuple[np.ndarray, np.ndarray]:
-    theta, x = read_file(path, folder.theta_shape, folder.x_shape)
+def _read(
+    path: Path, folder: PairsFolder, missing: bool, columns: dict[str, Columns] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    theta, x = read_file(path, folder.theta_shape, folder.x_shape, columns=columns)
     try:
         check_finite(theta, x, missing=missing)
     except ValueError as error:

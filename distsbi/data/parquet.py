@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from distsbi.data.float32 import as_float32
+from distsbi.data.float32 import Columns
 from distsbi.data.prior import check_names, default_names
 from distsbi.files import Damaged, is_disks, patiently, write_whole
 
@@ -143,12 +143,19 @@ def row_groups(path: Path) -> tuple[int, ...]:
 
 
 def read_file(
-    path: Path, theta_shape: tuple[int, ...], x_shape: tuple[int, ...], *, group: int | None = None
+    path: Path,
+    theta_shape: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    *,
+    group: int | None = None,
+    columns: dict[str, Columns] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """theta and x of one file, or of one of its row groups, float32. Raises ValueError if it is damaged or holds nulls, OSError if it cannot be
+    """theta and x of one file, or of one of its row groups, float32; `columns` are told of the numbers as they are written.
+
+    Raises ValueError if it is damaged or holds nulls, OSError if it cannot be
     read now."""
-    columns = ["theta", "x"]
-    table = _read(path, lambda file: file.read(columns) if group is None else file.read_row_group(group, columns))
+    names = ["theta", "x"]
+    table = _read(path, lambda file: file.read(names) if group is None else file.read_row_group(group, names))
     arrays = []
     for name, shape in (("theta", theta_shape), ("x", x_shape)):
         column = table[name].combine_chunks()
@@ -165,7 +172,11 @@ def read_file(
                 )
         if isinstance(column.type, pa.FixedShapeTensorType):
             rows = rows.reshape(-1, *column.type.shape).transpose(0, *(1 + axis for axis in _axes(column.type)))
-        arrays.append(as_float32(f"{path}: {name}", rows.reshape(-1, *shape)))
+        rows = rows.reshape(-1, *shape)
+        if columns is not None:
+            columns[name].add(rows)
+        with np.errstate(over="ignore"):
+            arrays.append(rows.astype(np.float32, copy=False))
     return arrays[0], arrays[1]
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from distsbi.data.float32 import as_float32
+from distsbi.data.float32 import check_float32
 from distsbi.data.pairs import as_pairs, open_pairs, read_pairs
 from distsbi.data.prior import check_theta
 from distsbi.data.stream import Groups, StreamedPairs, endless
@@ -81,7 +81,7 @@ def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
     if isinstance(data, (str, os.PathLike)):
         return _from_folder(data, shapes, prior)
     if isinstance(data, tuple) and len(data) == 2 and all(hasattr(p, "shape") or isinstance(p, Mapping) for p in data):
-        return _from_arrays(_checked(data, shapes, prior))
+        return _from_arrays(_checked(data, shapes, prior, whole=True))
     if isinstance(data, Iterable):
         return _from_iterable(data, shapes, prior)
     raise ValueError(
@@ -89,14 +89,14 @@ def make_source(data: Any, shapes: Shapes, prior: Any = None) -> Source:
     )
 
 
-def _checked(data: Any, shapes: Shapes, prior: Any) -> Pairs:
+def _checked(data: Any, shapes: Shapes, prior: Any, *, whole: bool = False) -> Pairs:
     theta, x = data
     if shapes.layout is not None and not shapes.layout.is_plain:
         packed = shapes.layout.pack(x)
-        for name, part in x.items() if isinstance(x, Mapping) else (("x", x),):
-            as_float32(name, np.asarray(part))  # its error alone: packed they are float32
+        for name, part in (x.items() if isinstance(x, Mapping) else (("x", x),)) if whole else ():
+            check_float32(name, np.asarray(part), constants=True)  # packed they are float32
         x = packed
-    theta, x, _ = as_pairs(theta, x, missing=shapes.missing)
+    theta, x, _ = as_pairs(theta, x, missing=shapes.missing, whole=whole)
     for name, array, shape in (("theta", theta, shapes[0]), ("x", x, shapes[1])):
         if array.shape[1:] != shape:
             raise ValueError(

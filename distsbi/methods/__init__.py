@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import numpy as np
+
 from distsbi.methods.base import Method, Moment
 from distsbi.methods.edm import EDM
 from distsbi.methods.flow import FlowMatching
 from distsbi.methods.score import ScoreMatchingVE, ScoreMatchingVP
+
+FINEST = 96  # steps of the finest grid that calibration solves on
 
 METHODS: dict[str, type[Method]] = {
     "flow": FlowMatching,
@@ -26,13 +30,17 @@ def make_method(name: str, **options: Any) -> Method:
 
 
 def as_method(given: Any) -> Method:
-    """A method, or the one of that name; None: flow matching. Raises ValueError for all else."""
+    """A method to learn, or the one of that name; None: flow matching. Raises ValueError for all else, and for one whose finest grids float64 has not."""
     if given is None or isinstance(given, str):
         return make_method("flow" if given is None else given)
     if not isinstance(given, Method):
         made = f" Give {given.__name__}()." if isinstance(given, type) and issubclass(given, Method) else ""
         raise ValueError(
             f"method must be a distsbi.methods.Method or a name, one of {', '.join(sorted(METHODS))}; got {given!r}.{made}"
+        )
+    if np.any(np.diff(given.grid(FINEST)) <= 0):
+        raise ValueError(
+            f"{given} puts the times of {FINEST} steps so near the data that some are one number: give it a smaller power."
         )
     return given
 

@@ -73,6 +73,8 @@ class Method(ABC):
 
     # Whether the network predicts the velocity itself: alpha' = a and sigma' = b.
     predicts_velocity: ClassVar[bool] = False
+    # Whether alpha + sigma = 1 at every time: the path is straight as it is.
+    straight: ClassVar[bool] = False
     # Whether noise is left at t = 1, where sigma(1) > 0 keeps the score finite, and E[x | x_1] takes it out.
     denoises: ClassVar[bool] = False
     # Steps of Runge-Kutta of order four on the method's grid for a density: where two modes part, 95 % of its errors are under about 0.01.

@@ -17,7 +17,6 @@ from jaxtyping import Array, Key
 
 from distsbi.methods.base import Method, Time
 
-MOST_POWER = 7.0  # above it the times of a fine grid near the data are one number
 TIMES = ("tilted", "uniform", "logit_normal")
 
 
@@ -27,7 +26,7 @@ class FlowMatching(Method):
 
     `times`: how training times are drawn, "tilted" by `tilt` >= 0, "uniform", or "logit_normal" with `logit_mean` and
     `logit_std` (Esser et al. 2403.03206, eq. 19). `uniform` in [0, 1]: share of the training times that are uniform all the
-    same. `power` from 1 to 7: the solver's grid is 1 - (1 - u)^power on uniform u, 1 is uniform; larger values put more steps near
+    same. `power` >= 1: the solver's grid is 1 - (1 - u)^power on uniform u, 1 is uniform; larger values put more steps near
     the data. `scale_input`: the network is given x_t at unit variance; else x_t itself, as GenSBI's models are.
     """
 
@@ -40,6 +39,7 @@ class FlowMatching(Method):
     scale_input: bool = True
 
     predicts_velocity: ClassVar[bool] = True
+    straight: ClassVar[bool] = True
     density_steps: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
@@ -48,9 +48,9 @@ class FlowMatching(Method):
             raise ValueError(f"FlowMatching.times must be one of {', '.join(TIMES)}; got {self.times!r}.")
         if not self.logit_std > 0:
             raise ValueError(f"FlowMatching.logit_std must be positive; got {self.logit_std}.")
-        if not self.tilt >= 0 or not 1 <= self.power <= MOST_POWER or not 0 <= self.uniform <= 1:
+        if not self.tilt >= 0 or not self.power >= 1 or not 0 <= self.uniform <= 1:
             raise ValueError(
-                f"FlowMatching needs tilt >= 0, 0 <= uniform <= 1 and 1 <= power <= {MOST_POWER:g}; got {self.tilt}, {self.uniform} and {self.power}."
+                f"FlowMatching needs tilt >= 0, 0 <= uniform <= 1 and power >= 1; got {self.tilt}, {self.uniform} and {self.power}."
             )
 
     def alpha(self, t: Time) -> Time:

@@ -229,7 +229,13 @@ class ConditionalPipeline(Answers):
             mesh=self.mesh, augment=self.augment, pose=self.pose, identity=identity,
         )  # fmt: skip
         self._take(trained, standardizer)
-        if root is not None and not trained.updates and self._is_finished(root, config):
+        finished = None if root is None or trained.updates else self._finished(root, config)
+        if finished is not None:  # by an earlier call, of which nothing is to be forgotten
+            for posterior in (self._posterior, self._last):
+                posterior.facts, posterior.default_solver = (
+                    dict(finished["facts"]),
+                    solver_from_dict(finished["solver"]),
+                )
             return trained.losses, trained.val_losses
         if config.calibrate:
             if root is not None:  # what was learned is on the disk before anything else can fail
@@ -240,21 +246,14 @@ class ConditionalPipeline(Answers):
             self.posterior.save(root)
         return trained.losses, trained.val_losses
 
-    def _is_finished(self, root: str, config: TrainingConfig) -> bool:
-        """Whether the run directory holds this very posterior, with its grid, from an earlier call: then its facts and grids are taken up as they
-        are."""
+    def _finished(self, root: str, config: TrainingConfig) -> dict[str, Any] | None:
+        """The spec of the run directory, if that holds this very posterior with its grid."""
         try:
             spec = read_spec(Path(root))
         except (ValueError, OSError):
-            return False
-        chosen = spec["facts"].get("certificate", {}).get("met") is not None
-        if not (chosen or not config.calibrate) or spec["fingerprint"] != self.posterior.fingerprint:
-            return False
-        assert self._last is not None
-        self.posterior.facts, self._last.facts = dict(spec["facts"]), dict(spec["facts"])
-        self.posterior.default_solver = solver_from_dict(spec["solver"])
-        self._last.adopt_grids(self.posterior)
-        return True
+            return None
+        chosen = spec["facts"].get("certificate", {}).get("met") is not None or not config.calibrate
+        return spec if chosen and spec["fingerprint"] == self.posterior.fingerprint else None
 
     def _held_out(self) -> Pairs:
         """The validation pairs as training sees them. Raises ValueError without a training set."""

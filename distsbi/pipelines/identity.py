@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distsbi.data.source import Pairs
+from distsbi.data.source import FRACTION, Pairs
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
 from distsbi.networks import Embedded, network_name
@@ -27,10 +27,14 @@ def training_identity(
     standardizer: Standardizer,
 ) -> dict[str, Any]:
     """Plain values that are equal for the same training. `data`: the fingerprint of the training set."""
+    options = config.to_dict()
+    options["val_fraction"] = (
+        FRACTION if config.val_fraction is None else config.val_fraction
+    )  # the pairs themselves are in "validation"
     return {
         "network": _network(model),
         "method": [type(method).__name__, method.to_dict()],
-        "config": {name: value for name, value in config.to_dict().items() if name not in FREE},
+        "config": {name: value for name, value in options.items() if name not in FREE},
         "pose": repr(pose) if dataclasses.is_dataclass(pose) else "conditional",
         "data": data,
         "validation": _digest(validation),

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys
+from distsbi.methods import FINEST
 from distsbi.networks.base import encode
 from distsbi.sampling.flow import make_field
 from distsbi.solvers import FixedGrid, Solver
@@ -27,7 +28,7 @@ CANDIDATES = (*(("multistep", steps) for steps in (8, 10, 12, 14, 16, 20, 24, 32
 TOLERANCE, TOLERANCE_Q95 = 0.025, 0.08
 OBSERVATIONS, DRAWS = 16, 32
 # Of RK4, for all candidates; for the one that is chosen, and to tell the reference's own error, twice as many.
-REFERENCE_STEPS = 48
+REFERENCE_STEPS = FINEST // 2
 
 
 def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[Solver, dict[str, Any]]:

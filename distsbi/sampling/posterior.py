@@ -369,18 +369,20 @@ class Posterior(Densities):
     def traceable(
         self, nsamples: int, **options: Any
     ) -> Callable[..., Float[Array, "batch nsamples dim_theta ch_theta"]]:
-        """A pure function `draws(weights, key, xs, words=None)` for your own `jax.jit`, `grad` or `vmap`, on the devices that it is called on.
+        """A pure function `draws(weights, key, xs, words=None)` for your own `jax.jit`, `grad` or `vmap`.
 
-        `weights`: `posterior.weights`, or others of the same network. `xs`: [batch, dim_x, ch_x], packed (see `check_xs`) and unchecked. `words`: of the
+        `weights`: `posterior.weights`, or others of the same network. They lie on all devices of the posterior's mesh, and so does what is made of
+        them; for another place give `jax.device_put(posterior.weights, place)`, and for a part of `xs` on each device an `xs` that is sharded. `xs`: [batch, dim_x, ch_x], packed (see `check_xs`) and unchecked. `words`: of the
         observation ids, [batch, 2] (`distsbi.keys.split_id`); None: of 0, 1, 2, ... The draws are those of `sample_batched` but for rounding, without the
         tiles that bound its memory. `options`: those of the solver, see `SampleOptions`.
 
-        Raises ValueError as `draw` does, and for `check`, `return_trajectory` and `time_grid`.
+        Raises ValueError as `draw` does, and for options that are not the solver's.
         """
         chosen = SampleOptions.parse(options, ("nsamples",), self.no_given)
-        solver, count = self.solver_for(chosen), check_nsamples(nsamples)
-        if chosen.check or chosen.on_the_way:
-            raise ValueError("check, return_trajectory and time_grid go with sample; leave them out.")
+        solver, count, plain = self.solver_for(chosen), check_nsamples(nsamples), SampleOptions()
+        for name in ("tile", "chunk_size", "return_trajectory", "time_grid", "check", "show_progress"):
+            if np.any(getattr(chosen, name) != getattr(plain, name)):
+                raise ValueError(f"{name} goes with sample; leave it out of traceable.")
         graphdef, method, schedule = self.graphdef, self.method, make_schedule(solver, self.method)
         numbers: dict[str, Any] = {"start": np.uint32(0), "draws": count, "shape": (self.dim_theta, self.ch_theta)}
 

@@ -41,7 +41,7 @@ FORMAT, OLDEST = 6, 5
 VIEWS: dict[str, Any] = {"conditional": Conditional, "unconditional": Unconditional}  # of a joint network
 SPEC, WEIGHTS = "spec.json", "weights"
 KINDS = ("student", "unconditional")  # what a posterior may be that its network does not say
-ALL_FREE = "pattern"  # beside them: the pattern of a joint model in which nothing is given, which is else told from the joint model by its scales
+ALL_FREE = "all_free"  # beside them: the pattern of a joint model in which nothing is given, which is else told from the joint model by its scales
 REQUIRED = ("network", "sizes", "method", "standardizer", "parameter_names", "solver", "tile", "weights",
             "weights_sha256", "fingerprint", "versions", "facts")  # fmt: skip
 

@@ -51,7 +51,7 @@ def _moments(*where: str) -> Callable[..., dict[str, Any]]:
     matching is) is followed in the straight frame."""
 
     def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
-        if method.predicts_velocity:
+        if method.straight:
             h = t1 - t0
             return {"h": h, **{name: known(method.moment, t0 + PARTS[name] * h) for name in where}}
         p = _straight(method, t0, t1)

@@ -120,10 +120,10 @@ class TrainingConfig:
         val_every = self.val_every or min(max(100, nsteps // 4000 * 100), nsteps)
         if (
             self.val_every is None and self.save_every is not None
-        ):  # the nearest number of updates that it is a multiple of
-            val_every = min(
-                (k for k in range(1, self.save_every + 1) if self.save_every % k == 0), key=lambda k: abs(k - val_every)
-            )
+        ):  # about as often, at updates that checkpoints fall on
+            parts = [k for k in range(1, self.save_every + 1) if self.save_every % k == 0 and 2 * k >= val_every]
+            usual, val_every = val_every, self.save_every
+            val_every = min(parts, key=lambda k: abs(math.log(k / usual)), default=val_every)
         save_every = self.save_every or max(val_every, val_every * (nsteps // (8 * val_every)))
         if save_every % val_every:
             raise ValueError(f"save_every must be a multiple of val_every; got {save_every} and {val_every}.")

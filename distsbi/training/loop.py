@@ -165,7 +165,7 @@ def train(
                 state, first = restored, int(restored.step)
                 losses = [line["loss"] for line in history]
                 val_losses = [line["val_loss"] for line in history]
-                before = history[-1].get("seconds", 0.0) if history else 0.0
+                before = history[-1].get("seconds") or 0.0 if history else 0.0
         stream, parted = _stream(source, first, batch, mesh)
         with tqdm(
             total=nsteps, initial=first, desc="training", unit="update",
@@ -226,12 +226,12 @@ def train(
     finally:
         if checkpoints is not None:
             checkpoints.__exit__()
-    steps, seconds = int(state.step), before + time.perf_counter() - started  # of all that trained it
+    steps, spent = int(state.step), time.perf_counter() - started
     facts = {
-        "steps": steps, "seconds": round(seconds, 2), "best_val_loss": float(state.best_loss),
+        "steps": steps, "seconds": round(before + spent, 2), "best_val_loss": float(state.best_loss),
         "seed": keys.key_words(key), "config": config.to_dict(), "devices": int(mesh.devices.size),
         "device_kind": mesh.devices.flat[0].device_kind,
-        "updates_per_second": round(steps / seconds, 2),
+        "updates_per_second": round((steps - first) / spent, 2),
     }  # fmt: skip
     whole_state = jax.jit(lambda tree: as_kept(tree, own), out_shardings=whole)
     local = lambda tree: jax.tree.map(jax.numpy.asarray, jax.device_get(tree)) if several else tree  # noqa: E731

@@ -1,72 +1,90 @@
-"""What float32 would take from data is refused, not taken."""
+"""What float32 would take from data is refused, or told where it may be nothing; not taken in silence."""
+
+import warnings
 
 import numpy as np
+import numpyro.distributions as dist
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from distsbi import MLPFlowPipeline
 from distsbi.data import Prior, Support, read_pairs, write_pairs
-from distsbi.data.float32 import as_float32
+from distsbi.data.float32 import check_float32
 
 DRAW = np.random.default_rng(0)
+DAYS = 2459000.5 + 0.2 * DRAW.normal(size=(500, 1))  # of Julius
+SECONDS = 1.7e9 + DRAW.normal(size=(500, 1))  # since 1970
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        2459000.5 + 0.05 * DRAW.normal(size=(500, 1)),  # days of Julius
-        1.7e9 + DRAW.normal(size=(500, 1)),  # seconds since 1970
-        (1_700_000_000 + DRAW.integers(0, 50, size=(500, 1))),
-    ],
-)
+@pytest.mark.parametrize("values", [DAYS, SECONDS, 1_700_000_000 + DRAW.integers(0, 50, size=(500, 1))])
 def test_what_it_cannot_tell_apart_is_named(values):
     array = np.concatenate([np.ones_like(values), values], 1)
-    with pytest.raises(ValueError, match=r"x\[:, 1\] goes from .* float32 cannot tell apart: subtract a reference"):
-        as_float32("x", array)
+    with pytest.raises(ValueError, match=r"theta\[:, 1\] goes from .* float32 cannot tell apart: subtract a reference"):
+        check_float32("theta", array)
     with pytest.raises(ValueError, match=r"2 columns are like this"):
-        as_float32("x", np.concatenate([array, values], 1))
+        check_float32("theta", np.concatenate([array, values], 1))
+
+
+@pytest.mark.parametrize("relative", [1e-11, 1e-9, 1e-8])
+def test_what_may_be_a_constant_is_told(relative):
+    """Such as what a solver of an ODE conserves."""
+    values = 1000 * (1 + relative * DRAW.uniform(size=(500, 2)))
+    with pytest.warns(UserWarning, match=r"x\[:, .\] goes from .* taken for a constant.*2 columns"):
+        check_float32("x", values, constants=True)
+    with pytest.raises(ValueError, match=r"x\[:, 2\] goes from .* cannot tell apart"):
+        check_float32("x", np.concatenate([values, DAYS], 1), constants=True)
 
 
 @pytest.mark.parametrize(
     "values",
     [
         DRAW.normal(size=(500, 2)), 1e4 + DRAW.normal(size=(500, 2)), np.full((500, 2), 0.1), 0.1 + 1e-16 * DRAW.normal(size=(500, 2)),
-        DRAW.integers(0, 9, size=(500, 2)), np.full((500, 2), np.nan), np.full((500, 2), 1e300), (1.7e9 + DRAW.normal(size=(5, 2))),
-        (1.7e9 + DRAW.normal(size=(500, 2))).astype(np.float32), np.zeros((0, 2)), 1e-30 * DRAW.normal(size=(500, 2)),
+        DRAW.integers(0, 9, size=(500, 2)), np.full((500, 2), np.nan), np.full((500, 2), 1e300), SECONDS[:5], SECONDS.astype(np.float32),
+        np.zeros((0, 2)), 1e-30 * DRAW.normal(size=(500, 2)), np.zeros((500, 2)), DRAW.normal(size=(500, 1)) > 0,
     ],
 )  # fmt: skip
-def test_all_else_is_rounded(values):
-    with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(as_float32("x", values), values.astype(np.float32))
+def test_all_else_passes(values):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_float32("x", values)
 
 
 def test_wherever_data_come_in(tmp_path):
-    theta, x = DRAW.normal(size=(100, 1)), 1.7e9 + DRAW.normal(size=(100, 3))
-    with pytest.raises(ValueError, match=r"x\[:, 0, 0\] goes from|x\[:, 0\] goes from"):
+    theta, x = DRAW.normal(size=(500, 1)), np.tile(DAYS, 3)
+    with pytest.raises(ValueError, match=r"x\[:, 0\] goes from"):
         MLPFlowPipeline((theta, x), None, 1, 3)
-    with pytest.raises(ValueError, match="such as"):
+    with pytest.raises(ValueError, match=r"a\[:, 0\] goes from"):
         MLPFlowPipeline((theta, {"a": x, "b": theta}), None, 1, {"a": 3, "b": 1})
-    with pytest.raises(ValueError, match="such as"):
+    with pytest.raises(ValueError, match=r"x\[:, 0, 0\] goes from"):
         MLPFlowPipeline((theta, np.tile(x[:, None], (1, 3, 1))), None, 1, (3, 3))
-    with pytest.raises(ValueError, match="such as"):
+    with pytest.raises(ValueError, match=r"x\[:, 0\] goes from"):
         write_pairs(tmp_path / "own", theta, x)
-    columns = {
-        name: pa.FixedSizeListArray.from_arrays(a.ravel(), a.shape[1]) for name, a in (("theta", theta), ("x", x))
-    }
-    (tmp_path / "others").mkdir()
-    pq.write_table(pa.table(columns), tmp_path / "others" / "part-0.parquet")
-    with pytest.raises(ValueError, match=r"part-0.parquet: x\[:, 0, 0\] goes from"):
-        read_pairs(tmp_path / "others")
+
+
+@pytest.mark.parametrize("nights", [1, 10])
+def test_a_folder_of_others_is_judged_as_a_whole(tmp_path, nights):
+    """Of one night in a file they are data, if there are many nights."""
+    for night in range(nights):
+        theta, x = DRAW.normal(size=(100, 1)), DAYS[:100] + 365 * night
+        columns = {name: pa.FixedSizeListArray.from_arrays(a.ravel(), 1) for name, a in (("theta", theta), ("x", x))}
+        pq.write_table(pa.table(columns), tmp_path / f"part-{night}.parquet")
+    if nights > 1:
+        assert len(read_pairs(tmp_path).theta) == 1000
+        return
+    with pytest.raises(ValueError, match=r": x\[:, 0, 0\] goes from"):
+        read_pairs(tmp_path)
+
+
+def test_batches_are_not_judged_alone():
+    batches = [(DRAW.normal(size=(100, 1)), DAYS[:100] + 365 * night) for night in range(10)]
+    config = {"nsteps": 2, "batch_size": 50, "calibrate": False, "show_progress": False}
+    MLPFlowPipeline(batches, None, 1, 1, training_config=config)
 
 
 def test_a_prior_that_it_cannot_tell_apart():
-    with pytest.raises(
-        ValueError, match=r"too narrow for float32 where it lies: let the parameter be the difference from a reference"
-    ):
+    with pytest.raises(ValueError, match=r"too narrow for float32 where it lies: let the parameter be the difference"):
         Support(1.7e9, 1.7e9 + 10)
-    import numpyro.distributions as dist
-
     with pytest.raises(ValueError, match="too narrow"):
         MLPFlowPipeline(None, None, 1, 3, prior=Prior(t=dist.Uniform(1.7e9, 1.7e9 + 1000)))
     Support(1.0, 1.0001)

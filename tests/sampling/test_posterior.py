@@ -59,7 +59,7 @@ def test_the_map_from_noise_is_exact():
 @pytest.mark.parametrize("options", [{}, pytest.param({"solver": "zero_ends", "steps": 6}, marks=pytest.mark.long)])
 def test_a_callers_own_program(options):
     """The draws of sample_batched, with their gradient in x and weights of the caller's."""
-    posterior = random_mlp_posterior(mesh={"data": 1})
+    posterior = random_mlp_posterior(mesh={"data": 2})
     xs, ids = np.asarray([[[0.4], [-1.2], [1.0]], [[0.0], [0.3], [-1.0]]], np.float32), [7, 2**40]
     draws = jax.jit(posterior.traceable(9, **options))
     expected = posterior.sample_batched(KEY, xs, 9, **options)
@@ -75,8 +75,9 @@ def test_a_callers_own_program(options):
         np.abs(draws(dataclasses.replace(posterior.weights, params=zero), KEY, xs) - np.moveaxis(expected, 1, 0)).max()
         > 0.01
     )
-    with pytest.raises(ValueError, match="go with sample; leave them out"):
-        posterior.traceable(9, check=0.1)
+    for other in ({"check": 0.1}, {"chunk_size": 3}, {"show_progress": True}, {"time_grid": [0.0, 1.0]}):
+        with pytest.raises(ValueError, match="goes with sample; leave it out of traceable"):
+            posterior.traceable(9, **other)
 
 
 def test_more_draws_extend_fewer_and_rows_equal_single_observations():

@@ -247,7 +247,9 @@ def test_fewer_steps_than_to_a_validation():
     assert TrainingConfig(save_every=30, nsteps=30).resolve(1_000).val_every == 30
 
 
-@pytest.mark.parametrize(("save_every", "val_every"), [(250, 250), (300, 150), (101, 101), (1000, 200)])
+@pytest.mark.parametrize(
+    ("save_every", "val_every"), [(250, 250), (300, 150), (101, 101), (1000, 200), (997, 997), (998, 499), (30, 30)]
+)
 def test_validations_fit_the_checkpoints_that_are_asked_for(save_every, val_every):
     assert TrainingConfig(save_every=save_every).resolve(30_000).val_every == val_every
 
