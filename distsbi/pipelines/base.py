@@ -231,7 +231,7 @@ class ConditionalPipeline(Answers):
         self._take(trained, standardizer)
         finished = None if root is None or trained.updates else self._finished(root, config)
         if finished is not None:  # by an earlier call, of which nothing is to be forgotten
-            for posterior in (self._posterior, self._last):
+            for posterior in filter(None, (self._posterior, self._last)):
                 posterior.facts, posterior.default_solver = (
                     dict(finished["facts"]),
                     solver_from_dict(finished["solver"]),
