@@ -84,6 +84,7 @@ def _framed(step: Callable[..., tuple[Array, Memory]]) -> Callable[..., tuple[Ar
 
 @_framed
 def _euler(f: _Bound, p: Any, y: Array, memory: Memory) -> tuple[Array, Memory]:
+    """Of E[x] and E[z] at the start, alpha E[x] + sigma E[z] at the end: that of Karras et al. (2206.00364, algorithm 1), and DDIM (2010.02502, eq. 12)."""
     return y + p["h"] * f.v(p["start"], y), memory
 
 

@@ -190,9 +190,9 @@ def test_an_iterator_that_ends_ends_the_training(run_dir):
     assert _same(first, again)
 
 
-@pytest.mark.parametrize(("bytes_", "expected"), [(2**28, 10), (4 * 32 * 4 * 4, 2), (1, 1)])
+@pytest.mark.parametrize(("bytes_", "expected"), [(2**28, 10), (4 * 32 * 4 * 4, 4), (1, 1)])
 def test_batches_on_the_devices_are_bounded_in_bytes(monkeypatch, bytes_, expected):
-    """A dispatch of a stream holds as many batches as there is room for, of 10 a divisor."""
+    """A dispatch of a stream holds as many batches as there is room for, of the 10 between validations."""
     from distsbi.training import loop
 
     def counting(stream, count, mesh, parted):
