@@ -74,8 +74,8 @@ def sample(
     from distsbi.sampling import load
     from distsbi.sampling.run import read_spec
 
-    spec = read_spec(run)
-    if x_o is None and spec["sizes"][2] and "unconditional" not in spec.get("kind", ()):
+    spec = read_spec(run) if x_o is None else None
+    if spec is not None and spec["sizes"][2] and "unconditional" not in spec.get("kind", ()):
         raise click.UsageError("give --x, the observation: a .npy file, or its numbers as 0.1,0.2.")
     posterior = load(run, mesh=axes, network=network)
     x = None if x_o is None else _observation(x_o, posterior)
