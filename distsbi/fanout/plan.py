@@ -180,7 +180,10 @@ def plan(
             {"cpus_per_worker": cpus_per_worker, "num_gpus_per_worker": num_gpus_per_worker, "network": network,
              "draws": draws, "thin": thin, **options},
         )  # fmt: skip
-        how, on = f"rehearsed here with {at_once} worker{"s" if at_once > 1 else ""} at once", told["about"]["devices"][0]
+        how, on = (
+            f"rehearsed here with {at_once} worker{'s' if at_once > 1 else ''} at once",
+            told["about"]["devices"][0],
+        )
         tile = tiles.Tile(*told["definition"]["tile"])
     shards = layout.shard_count(n_rows, rows)
     each = ROW_BYTES + 4 * size * (kept + 5)
