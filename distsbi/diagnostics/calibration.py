@@ -133,7 +133,7 @@ def check_calibration(
     posterior = getattr(posterior, "posterior", posterior)
     if posterior.is_unconditional:
         raise ValueError("this is a density without conditions; calibration is of posteriors given data.")
-    xs = warn_far(posterior.check_xs(x), posterior.scales, posterior.facts.get("x_extent"))
+    xs = warn_far(posterior.check_xs(x), posterior.scales, posterior.facts)
     truth = np.asarray(theta, np.float32)
     truth = truth[..., None] if truth.ndim == 2 and posterior.ch_theta == 1 else truth
     shape = (len(xs), posterior.dim_theta, posterior.ch_theta)

@@ -114,6 +114,12 @@ def sample_catalog(
         KeyboardInterrupt: says how far it came; after SIGTERM its subclass `distsbi.fanout.Terminated`.
     """
     began = time.monotonic()
+    for name, value in (("run", run), ("catalog", catalog), ("out", out)):
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError(
+                f"{name} must be a path, for workers are other processes; got {type(value).__name__}. Save a posterior with save(path), and data in a file "
+                f"(np.save), or draw here with sample_batched."
+            )
     nsamples, workers, rows_per_shard, steps, thin = map(plain, (nsamples, workers, rows_per_shard, steps, thin))
     cpus_per_worker, num_gpus_per_worker, max_failures, time_limit = map(
         plain, (cpus_per_worker, num_gpus_per_worker, max_failures, time_limit)

@@ -36,7 +36,7 @@ from distsbi.pipelines.identity import training_identity
 from distsbi.pipelines.saved import check_prior, common_names, saved_run
 from distsbi.pipelines.students import distill
 from distsbi.sampling import Posterior
-from distsbi.sampling.checks import extent
+from distsbi.sampling.checks import extent, missing_counts
 from distsbi.sampling.joint import JointPosterior
 from distsbi.sampling.run import check_place, read_spec
 from distsbi.solvers import Solver, solver_from_dict
@@ -309,10 +309,11 @@ class ConditionalPipeline(Answers):
             self._last.adopt_grids(self.posterior)
         return certificate
 
-    def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, list[float]]:
+    def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, Any]:
         """How far these pairs lie from their mean, by which `Posterior.far` tells what is far outside; one number where the entries
-        of x are many, or a set."""
-        return {"x_extent": extent(pairs[1], posterior.scales, alike=self._exchangeable)}
+        of x are many, or a set; and how many entries are missing at most, where some may be."""
+        missing = {"x_missing": int(missing_counts(pairs[1]).max())} if posterior.missing else {}
+        return {"x_extent": extent(pairs[1], posterior.scales, alike=self._exchangeable), **missing}
 
     @property
     def example(self) -> Float[np.ndarray, "1 dim_cond ch_cond"]:

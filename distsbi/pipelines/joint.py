@@ -93,7 +93,7 @@ class JointPipeline(ConditionalPipeline):
             names=self.parameter_names, solver=solver, mesh=self.mesh, facts={**facts, "condition_mask": self.condition_mask},
         )  # fmt: skip
 
-    def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, list[float]]:
+    def _extents(self, pairs: Pairs, posterior: Posterior) -> dict[str, Any]:
         assert isinstance(posterior, JointPosterior)
         scales = jax.tree.map(np.asarray, posterior.joint_standardizer)
         every = range(self.dim_obs + self.dim_cond)

@@ -4,7 +4,7 @@ Every message names what was given, what was expected and what to do: of an arra
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,12 +84,14 @@ def _indexed_shape(array: np.ndarray, index: str) -> tuple[int, ...]:
     return array[tuple(parts[p.strip()] for p in index[1:-1].split(","))].shape
 
 
-def warn_far(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | None) -> np.ndarray:
+def warn_far(xs: np.ndarray, scales: Standardizer, facts: Mapping[str, Any]) -> np.ndarray:
     """xs. `scales`: in numpy arrays, so that no device is asked. Warns of observations far outside the data that the posterior was trained on, where it can say nothing.
 
-    `extent`: the largest absolute standardised value of every entry among those data, or one number for all; None: not known.
+    `facts`: of the posterior, "x_extent" (see `far_rows`) and "x_missing" (see `sparse_rows`) of those data, where they are known.
     """
-    far = far_rows(xs, scales, extent)
+    for row, says in list(sparse_rows(xs, facts.get("x_missing")).items())[:1]:
+        warnings.warn(f"x[{row}] {says}", stacklevel=4)
+    far = far_rows(xs, scales, facts.get("x_extent"))
     if far:
         row = max(far, key=lambda i: far[i][0])
         warnings.warn(f"x[{row}] {far_says(xs[row], *far[row])}", stacklevel=4)
@@ -97,7 +99,8 @@ def warn_far(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | Non
 
 
 def far_rows(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | None) -> dict[int, tuple[float, int]]:
-    """Rows of xs that lie far outside the simulations: how many times as far as any of these, and in which entry."""
+    """Rows of xs that lie far outside the simulations: how many times as far as any of these, and in which entry. `extent`: the largest absolute
+    standardised value of every entry among these, or one number for all; None: not known."""
     far: dict[int, tuple[float, int]] = {}
     for start, z in standardised(xs, scales) if extent else ():
         z = np.where(np.isnan(z), 0.0, z) / np.maximum(np.asarray(extent), 1.0)
@@ -105,6 +108,26 @@ def far_rows(xs: np.ndarray, scales: Standardizer, extent: Sequence[float] | Non
             entry = int(z[i].argmax())
             far[start + int(i)] = float(z[i, entry]), entry
     return far
+
+
+def sparse_rows(xs: np.ndarray, most: int | None) -> dict[int, str]:
+    """Rows of xs of which more is missing than of any simulation, and how much, as a sentence without its subject. `most`: missing entries of a
+    simulation, at most; None: not known."""
+    if most is None:
+        return {}
+    counts = missing_counts(xs)
+    return {
+        int(
+            row
+        ): f"has {counts[row]:,} of {xs[row].size:,} entries missing, and no simulation had more than {most:,}: what is drawn of it may be "
+        f"far too narrow. Simulate data with as much missing."
+        for row in np.flatnonzero(counts > most)
+    }
+
+
+def missing_counts(xs: np.ndarray) -> np.ndarray:
+    """Missing entries of each row."""
+    return np.isnan(xs).reshape(len(xs), -1).sum(1) if len(xs) else np.zeros(0, int)
 
 
 def extent(xs: np.ndarray, scales: Standardizer, *, alike: bool = False) -> list[float]:

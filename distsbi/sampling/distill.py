@@ -163,7 +163,11 @@ def train_student(
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "show_progress"}
     facts = {
-        **{name: teacher.facts[name] for name in ("training", "data", "versions", "x_extent") if name in teacher.facts},
+        **{
+            name: teacher.facts[name]
+            for name in ("training", "data", "versions", "x_extent", "x_missing")
+            if name in teacher.facts
+        },
         "student": {**options, "boundaries": list(config.grid[1:-1]), "teacher": teacher.fingerprint},
     }
     student = Posterior(

@@ -32,6 +32,7 @@ from distsbi.sampling.checks import (
     far_rows,
     far_says,
     one_of,
+    sparse_rows,
     warn_far,
 )
 from distsbi.sampling.dataset import Dataset, write
@@ -170,9 +171,11 @@ class Posterior(Densities):
     # Checks
 
     def far(self, xs: Float[np.ndarray, "batch dim_x ch_x"]) -> dict[int, str]:
-        """Those of xs, by row, that lie far outside the data that the posterior was trained on, and how far: of these its draws mean nothing."""
+        """Those of xs, by row, that lie far outside the data that the posterior was trained on, and how far, or of which more is missing: of these
+        its draws mean nothing."""
         found = far_rows(xs, self.scales, self.facts.get("x_extent"))
-        return {row: far_says(xs[row], *where) for row, where in found.items()}
+        far = {row: far_says(xs[row], *where) for row, where in found.items()}
+        return {**sparse_rows(xs, self.facts.get("x_missing")), **far}
 
     def check_x(self, x: Any) -> Float[np.ndarray, "dim_x ch_x"]:
         """One observation without its batch axis, as `draw` takes it. Raises ValueError unless it is finite and has the right shape."""
@@ -205,7 +208,7 @@ class Posterior(Densities):
                 )
             x = as_array(packed, packed.shape, "x_o", missing=self.missing)
         check_inside(x, self.scales, self.given_names)
-        return warn_far(x, self.scales, self.facts.get("x_extent"))
+        return warn_far(x, self.scales, self.facts)
 
     def check_xs(self, xs: Any) -> Float[np.ndarray, "batch dim_x ch_x"]:
         """Many observations, packed, as `draw` takes them. Raises ValueError as `check_x`, and for parameters that are given outside their prior."""
@@ -219,7 +222,7 @@ class Posterior(Densities):
 
     def _many(self, xs: Any) -> Float[np.ndarray, "batch dim_x ch_x"]:
         """Many observations, packed and checked; warns of those far outside the simulations."""
-        return warn_far(self.check_xs(xs), self.scales, self.facts.get("x_extent"))
+        return warn_far(self.check_xs(xs), self.scales, self.facts)
 
     # Draws
 

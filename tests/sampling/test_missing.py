@@ -47,6 +47,24 @@ def test_what_is_missing_does_not_matter_and_what_is_there_does(name):
     np.testing.assert_allclose(single, first[:, :1], atol=2e-5)
 
 
+def test_more_is_missing_than_of_any_simulation():
+    """Is told, of one observation, of many and in a catalog's messages."""
+    theta, x = gaussian_pairs(200)
+    x[:, 0] = 0.0
+    config = {**QUICK, "nsteps": 2, "val_every": 2}
+    posterior = MLPFlowPipeline((theta, x), None, 1, 4, missing=True, training_config=config, mesh={"data": 1})
+    posterior.train(nnx.Rngs(0))
+    assert posterior.posterior.facts["x_missing"] == 3
+    says = "has 4 of 4 entries missing, and no simulation had more than 3: .* Simulate data with as much missing"
+    xs = np.full((2, 4, 1), np.nan, np.float32)
+    xs[1, 0] = 0.0
+    with pytest.warns(UserWarning, match=rf"x\[0\] {says}"):
+        posterior.sample(rng=0, x_o=xs[:1], nsamples=3)
+    with pytest.warns(UserWarning, match=rf"x\[1\] {says}"):
+        posterior.sample_batched(0, xs[::-1], 3)
+    assert list(posterior.posterior.far(xs)) == [0]
+
+
 def gaussian_pairs(n):
     """theta ~ N(0, 1); x_i = theta + noise of sd 1, four times, each missing with probability 0.4."""
     rng = np.random.default_rng(0)
