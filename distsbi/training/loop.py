@@ -100,10 +100,8 @@ def train(
     most = DISPATCH
     if source.batches is not None:
         most = max(1, min(DISPATCH, DISPATCH_BYTES // (batch * 4 * sum(part[0].size for part in validation))))
-    # by the options and shapes alone, so that a resumed run makes the same dispatches
-    chunk = -(
-        -val_every // -(-val_every // most)
-    )  # dispatches between validations as equal as can be; the last may be shorter
+    # dispatches between validations, as equal as can be (the last may be shorter), by the options and shapes alone, so that a resumed run makes the same
+    chunk = math.ceil(val_every / math.ceil(val_every / most))
     shuffled = source.size if source.arrays is not None else 0
     divided = source.arrays is not None and rows.is_divided(source.arrays, mesh)
     learner = Learner(
