@@ -19,7 +19,7 @@ from distsbi import keys, mesh as meshes
 from distsbi.data.prior import default_names
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method
-from distsbi.networks.base import Network, encode, takes_missing
+from distsbi.networks.base import Network, takes_missing
 from distsbi.networks.observation import Layout
 from distsbi.sampling import tiles
 from distsbi.sampling.checks import (
@@ -38,7 +38,6 @@ from distsbi.sampling.checks import (
 from distsbi.sampling.dataset import Dataset, write
 from distsbi.sampling.density import Densities
 from distsbi.sampling.fill import fill
-from distsbi.sampling.flow import draw_tile, make_schedule
 from distsbi.sampling.options import ONE, SampleOptions
 from distsbi.sampling.tiles import Tile, Weights
 from distsbi.solvers import FixedGrid, Solver, check_complete, make_solver
@@ -375,9 +374,10 @@ class Posterior(Densities):
         """A pure function `draws(weights, key, xs, words=None)` for your own `jax.jit`, `grad` or `vmap`.
 
         `weights`: `posterior.weights`, or others of the same network. They lie on all devices of the posterior's mesh, and so does what is made of
-        them; for another place give `jax.device_put(posterior.weights, place)`, and for a part of `xs` on each device an `xs` that is sharded. `xs`: [batch, dim_x, ch_x], packed (see `check_xs`) and unchecked. `words`: of the
-        observation ids, [batch, 2] (`distsbi.keys.split_id`); None: of 0, 1, 2, ... The draws are those of `sample_batched` but for rounding, without the
-        tiles that bound its memory. `options`: those of the solver, see `SampleOptions`.
+        them; for another place give `jax.device_put(posterior.weights, place)`, and for a part of `xs` on each device an `xs` that is sharded.
+        `xs`: [batch, dim_x, ch_x], packed (see `check_xs`) and unchecked. `words`: of the observation ids, [batch, 2] (`distsbi.keys.split_id`);
+        None: of 0, 1, 2, ... The draws are those of `sample_batched` but for rounding, without the tiles that bound its memory. `options`: those of
+        the solver, see `SampleOptions`.
 
         Raises ValueError as `draw` does, and for options that are not the solver's.
         """
@@ -386,19 +386,7 @@ class Posterior(Densities):
         for name in ("tile", "chunk_size", "return_trajectory", "time_grid", "check", "show_progress"):
             if np.any(getattr(chosen, name) != getattr(plain, name)):
                 raise ValueError(f"{name} goes with sample; leave it out of traceable.")
-        graphdef, method, schedule = self.graphdef, self.method, make_schedule(solver, self.method)
-        numbers: dict[str, Any] = {"start": np.uint32(0), "draws": count, "shape": (self.dim_theta, self.ch_theta)}
-
-        def draws(weights: Weights, key: Any, xs: Array, words: Array | None = None) -> Array:
-            """Draws, [batch, nsamples, dim_theta, ch_theta]."""
-            key, network = keys.as_key(key), nnx.merge(graphdef, weights.params)
-            ids = keys.split_id(np.arange(len(xs))) if words is None else words
-            z = jax.vmap(functools.partial(keys.draw_noise, key, **numbers))(ids)
-            noise = lambda step: jax.vmap(functools.partial(keys.step_noise, key, step=step, **numbers))(ids)  # noqa: E731
-            encoded = encode(network, weights.standardizer, xs)
-            return draw_tile(network, method, solver, weights.standardizer, encoded, z, noise, schedule)
-
-        return draws
+        return tiles.pure_program(self.graphdef, self.method, solver, count, (self.dim_theta, self.ch_theta))
 
     def sample_dataset(
         self,

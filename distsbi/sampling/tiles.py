@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec as P
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
@@ -32,6 +33,7 @@ from distsbi.sampling.flow import (
     draw_tile,
     draws_and_density,
     log_density,
+    make_schedule,
 )
 from distsbi.solvers import Solver
 
@@ -242,6 +244,26 @@ def tile_program(
     # check_vma=False: diffrax's while loops are refused by the check (diffrax#735).
     specs = (P(), P(), P(), P(), P(), P(meshes.DATA), P(meshes.DATA))
     return jax.jit(jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=P(meshes.DATA), check_vma=False))
+
+
+def pure_program(
+    graphdef: nnx.GraphDef, method: Method, solver: Solver, nsamples: int, shape: tuple[int, int]
+) -> Callable[..., Float[Array, "batch nsamples dim_theta ch_theta"]]:
+    """(weights, key, xs [batch, dim_x, ch_x], words of the observation ids [batch, 2] or None: of 0, 1, 2, ...) -> `nsamples` draws of each, not
+    compiled."""
+    schedule = make_schedule(solver, method)
+    numbers: dict[str, Any] = {"start": np.uint32(0), "draws": nsamples, "shape": shape}
+
+    def program(weights: Weights, key: Any, xs: Array, words: Array | None = None) -> Array:
+        """Draws, [batch, nsamples, dim_theta, ch_theta]."""
+        key, network = keys.as_key(key), nnx.merge(graphdef, weights.params)
+        ids = keys.split_id(np.arange(len(xs))) if words is None else words
+        z = jax.vmap(functools.partial(keys.draw_noise, key, **numbers))(ids)
+        noise = lambda step: jax.vmap(functools.partial(keys.step_noise, key, step=step, **numbers))(ids)  # noqa: E731
+        encoded = encode(network, weights.standardizer, xs)
+        return draw_tile(network, method, solver, weights.standardizer, encoded, z, noise, schedule)
+
+    return program
 
 
 @functools.lru_cache(maxsize=16)
