@@ -7,6 +7,7 @@ import numpy as np
 ROWS = 20  # fewer may be alike by chance
 LOST = 1e-3  # of the range of a column: the rounding from which on it is refused
 NOISE = 1e-12  # relative: the range of a column that is constant but for the rounding of float64
+STEPS = 500  # of float32 that tell the rows of a column apart, as LOST says of rounding by half a step
 CONSTANT = 1e-7  # relative: the range of what may be a constant, such as what a solver of an ODE conserves
 BLOCK_BYTES = 64 * 2**20
 
@@ -67,3 +68,23 @@ def check_float32(what: str, array: np.ndarray, *, constants: bool = False) -> N
     columns = Columns()
     columns.add(array)
     columns.check(what, constants=constants)
+
+
+def warn_of_steps(what: str, array: np.ndarray) -> None:
+    """Warns of columns of an array that is float32 already, [n, ...], which goes through few steps of float32: what told its rows apart was rounded away
+    before, as in Julian dates of one night from a simulator. (One step may be a constant.)"""
+    if len(array) < ROWS or not array.size:
+        return
+    low, high = np.fmin.reduce(array).astype(np.float64), np.fmax.reduce(array).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        largest = np.maximum(np.abs(low), np.abs(high)).astype(np.float32)
+        steps = (high - low) / np.spacing(largest, where=np.isfinite(largest), out=np.ones_like(largest))
+        few = np.argwhere((steps > 1) & (steps < STEPS))
+    if len(few):
+        at = tuple(few[0])
+        alike = f" ({len(few)} columns are like this)" if len(few) > 1 else ""
+        warnings.warn(
+            f"{what}[:, {', '.join(map(str, at))}] goes from {float(low[at])!r} to {float(high[at])!r} in {steps[at]:.0f} steps of float32: what it says is mostly rounded "
+            f"away. Subtract a reference value before it is made float32, in a simulator too{alike}.",
+            stacklevel=2,
+        )

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
+from distsbi.data.float32 import warn_of_steps
 from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
@@ -219,7 +220,11 @@ class ConditionalPipeline(Answers):
         if root is not None and "://" not in root:
             check_place(root)
         validation = self._held_out()
-        standardizer = self._standardizer if self._standardizer is not None else self._fit(*self._fit_pairs())
+        standardizer = self._standardizer
+        if standardizer is None:
+            for name, array in zip(("theta", "x"), pairs := self._fit_pairs(), strict=True):
+                warn_of_steps(name, array)
+            standardizer = self._fit(*pairs)
         standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
         identity = training_identity(
             self.model, self.method, config, self.pose, self._source.fingerprint, validation, standardizer

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import distsbi
 from distsbi import MLPFlowPipeline
 from distsbi.data import Prior, Support, read_pairs, write_pairs
-from distsbi.data.float32 import check_float32
+from distsbi.data.float32 import check_float32, warn_of_steps
 
 DRAW = np.random.default_rng(0)
 DAYS = 2459000.5 + 0.2 * DRAW.normal(size=(500, 1))  # of Julius
@@ -88,3 +89,27 @@ def test_a_prior_that_it_cannot_tell_apart():
     with pytest.raises(ValueError, match="too narrow"):
         MLPFlowPipeline(None, None, 1, 3, prior=Prior(t=dist.Uniform(1.7e9, 1.7e9 + 1000)))
     Support(1.0, 1.0001)
+
+
+def night(theta, rng):
+    """Of the time of an event, in days of Julius."""
+    return 2459000.5 + theta + 0.1 * rng.normal()
+
+
+def test_what_was_rounded_before_is_told_in_training(tmp_path):
+    """A simulator's results are float32 in its folder, and so are a user's own files."""
+    out = distsbi.simulate(night, Prior(t=dist.Normal(0.0, 0.2)), 100, tmp_path / "pairs", workers=0).path
+    pipeline = MLPFlowPipeline(out, None, 1, 1)
+    with pytest.warns(
+        UserWarning, match=r"x\[:, 0, 0\] goes from 24.* in \d+ steps of float32: .*Subtract a reference"
+    ):
+        pipeline.train(0, nsteps=1, batch_size=8, calibrate=False)
+
+
+@pytest.mark.parametrize(
+    "values", [1 + 1e-4 * DRAW.normal(size=500), DAYS[:5], np.full(500, 3e9), np.full(500, np.nan), 9.0 * (DRAW.normal(size=500) > 0), [1, 1 + 1e-7] * 50]
+)  # fmt: skip
+def test_all_else_goes_through_enough_steps(values):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_steps("x", np.asarray(values, np.float32))
