@@ -40,6 +40,10 @@ def check(
 ) -> None:
     """Say whether RUN is calibrated, by SBC, coverage and TARP on pairs that it was not trained on.
 
+    The columns: p, of a chance as small as what is seen; bias, in standard errors, positive where draws are too low; the share of the truths in each central
+    interval; contraction, the part of the prior's variance that the data take away. That a calibrated run is as narrow as it can be is not said: of two,
+    the one that contracts more is the better.
+
     Make them with another --seed: distsbi simulate ... --seed 1 --n 1000 --out held-out
     """
     if (data is None) == (task is None):
@@ -66,10 +70,11 @@ def check(
             f"{p:.3g}",
             f"{bias[name]:+.1f}" if name in bias else "",
             *([f"{share:.3f}" for share in coverage[name]] if name in coverage else blank),
+            f"{found.contraction[name]:.3f}" if name in found.contraction else "",
         )
         for name, p in found.p_values.items()
     ]
-    table(("parameter", "p", "bias", *(f"{level:.0%}" for level in LEVELS)), rows)
+    table(("parameter", "p", "bias", *(f"{level:.0%}" for level in LEVELS), "contraction"), rows)
     pairs = f"{counted(len(theta), 'pair')} of {counted(nsamples, 'draw')}, seed {seed}"
     click.echo(
         f"not calibrated: {', '.join(found.suspect)} ({pairs}); train longer or on more simulations"

@@ -9,6 +9,9 @@ If theta was drawn from the prior and x simulated from it, theta is one more dra
 The first two look at one parameter at a time, and the prior itself passes them. The last looks at all parameters together; its points are what a ridge
 regression says of theta given x, for only points that depend on x tell a posterior from the prior (ibid., sec. 3.3). Each half of the pairs has points that
 were fitted to the other, given which its shares are independent and uniform; those of both halves are so but for what the two fits have in common.
+
+None of them says whether a posterior could be narrower: `contraction` says how much it learns from x (Schad, Betancourt and Vasishth 1904.12765), to
+compare runs by.
 """
 
 import dataclasses
@@ -42,6 +45,8 @@ class Calibration:
         nsamples: draws for each pair.
         ranks: of each parameter among its draws, 0 to nsamples, among equal ones at random.
         nearer: share of the draws that are nearer to the pair's random point than theta is.
+        contraction: of each parameter 1 less the mean variance of the draws of a pair, over the variance of theta: near 1 where x says all, 0 where the
+            draws are as wide as the prior. Of two calibrated runs the one with more of it is the better.
         seed: of the draws, points and ties.
     """
 
@@ -49,6 +54,7 @@ class Calibration:
     nsamples: int
     ranks: Int[np.ndarray, "n parameters"]
     nearer: Float[np.ndarray, "n"]
+    contraction: dict[str, float]
     seed: int
 
     @functools.cached_property
@@ -97,7 +103,7 @@ class Calibration:
         coverage = {name: dict(zip(map(str, LEVELS), shares, strict=True)) for name, shares in self.coverage().items()}
         return {
             "pairs": len(self.ranks), "nsamples": self.nsamples, "seed": self.seed, "p_values": self.p_values,
-            "bias": self.bias, "coverage": coverage, "suspect": list(self.suspect),
+            "bias": self.bias, "coverage": coverage, "contraction": self.contraction, "suspect": list(self.suspect),
         }  # fmt: skip
 
     def plot(self, axes: Any) -> None:
@@ -157,7 +163,7 @@ def check_calibration(
     flat = truth.reshape(len(xs), -1)
     rng = np.random.default_rng(seed)
     points, scales = _points(flat, xs.reshape(len(xs), -1), rng)
-    ranks, nearer = np.empty(flat.shape, np.int64), np.empty(len(xs))
+    ranks, nearer, variances = np.empty(flat.shape, np.int64), np.empty(len(xs)), np.empty(flat.shape)
     step = max(1, AT_ONCE // (nsamples * flat.shape[1]))
     hidden = None if show_progress is None else not show_progress
     with tqdm(total=len(xs), unit="pair", desc="calibration", disable=hidden, delay=3) as bar:
@@ -173,6 +179,7 @@ def check_calibration(
             )
             drawn = drawn.reshape(len(drawn), nsamples, -1)
             ranks[rows] = _rank(drawn, flat[rows, None], rng)
+            variances[rows] = drawn.var(1, dtype=np.float64)
             point, scale = points[rows, None], scales[rows, None]
             far = np.linalg.norm((flat[rows, None] - point) / scale, axis=-1)
             nearer[rows] = _rank(np.linalg.norm((drawn - point) / scale, axis=-1), far, rng) / nsamples
@@ -183,7 +190,11 @@ def check_calibration(
         for name in posterior.parameter_names
         for channel in range(channels)
     )
-    return Calibration(names, int(nsamples), ranks, nearer, seed)
+    spread = flat.var(0, dtype=np.float64)
+    contraction = 1 - variances.mean(0) / np.where(spread > 0, spread, 1.0)
+    return Calibration(
+        names, int(nsamples), ranks, nearer, dict(zip(names, contraction.tolist(), strict=True)), int(seed)
+    )
 
 
 def _rank(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:

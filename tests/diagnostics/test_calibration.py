@@ -45,6 +45,11 @@ def test_an_exact_posterior_is_calibrated(posterior):
         for share, level in zip(shares, LEVELS, strict=True):
             assert abs(share - level) < 4 * np.sqrt(level * (1 - level) / PAIRS)
     assert max(map(abs, calm.bias.values())) < 4
+    theta, _ = pairs(posterior)
+    left = np.diag(posterior.network.covariance()) / theta[..., 0].var(0)  # within 5 standard errors: 40,000 draws
+    np.testing.assert_allclose(
+        [1 - value for value in calm.contraction.values()], left, rtol=5 * np.sqrt(2 / PAIRS / DRAWS)
+    )
     assert calm.ranks.shape == (PAIRS, 3)
     assert (calm.ranks >= 0).all() and (calm.ranks <= DRAWS).all()
 
@@ -154,10 +159,20 @@ def test_the_command(tmp_path):
     words = ("--data", tmp_path / "pairs", "-n", 40, "--nsamples", 64, "--steps", 2)
     told = run(*words, "--plot", tmp_path / "pp.png")
     assert told.exit_code == 0, told.output
-    assert "parameter" in told.output and "not calibrated: " in told.output and "40 pairs of 64 draws" in told.output
+    assert (
+        "parameter" in told.output
+        and "contraction" in told.output
+        and "not calibrated: " in told.output
+        and "40 pairs of 64 draws" in told.output
+    )
     assert (tmp_path / "pp.png").stat().st_size > 1_000
     found = json.loads(run(*words, "--json").output)
-    assert found["pairs"] == 40 and set(found["p_values"]) == {"a", "b", ALL} and found["suspect"]
+    assert (
+        found["pairs"] == 40
+        and set(found["p_values"]) == {"a", "b", ALL}
+        and set(found["contraction"]) == {"a", "b"}
+        and found["suspect"]
+    )
     of_task = run("--task", "two_moons", "-n", 20, "--nsamples", 20, "--steps", 1)
     assert "the task two_moons is of theta_0, theta_1" not in of_task.output  # it has no names
     assert of_task.exit_code == 0 and "20 pairs of 20 draws" in of_task.output
