@@ -28,7 +28,6 @@ once, in the network's parameters and in `distsbi.training.TrainingConfig`.
 import dataclasses
 import os
 import typing
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from distsbi.hints import did_you_mean
+from distsbi.hints import did_you_mean, warn
 
 # What a YAML file calls a network or a method, and the words of the names `<Network><Method>Pipeline`.
 MODELS = {"mlp": "MLP", "flux": "Flux1", "flux1": "Flux1", "flux1joint": "Flux1Joint", "simformer": "Simformer"}
@@ -308,9 +307,7 @@ def _path_options(strategy: Strategy, sections: dict[str, Any]) -> dict[str, Any
     method = KNOWN[_method_name(strategy)]
     moved = {key: _typed(f"training.{key}", float, training.pop(key)) for key in OF_PATH if key in training}
     if moved and not set(moved) <= set(_fields(method)):
-        warnings.warn(
-            f"training.{', training.'.join(moved)} is ignored: {method.__name__} has no such range.", stacklevel=4
-        )
+        warn(f"training.{', training.'.join(moved)} is ignored: {method.__name__} has no such range.")
         moved = {}
     options = {**moved, **_section("path", method, sections)}
     method.from_dict(options)
@@ -325,7 +322,7 @@ def _section(name: str, cls: type, sections: Mapping[str, Any], keys: list[str] 
     for given, value in sections.get(name, {}).items():
         key = ALIASES.get(given, given)
         if key in UNUSED and (name == "training" or key not in _fields(cls)):
-            warnings.warn(f"{name}.{key} is ignored: {UNUSED[key]}.", stacklevel=4)
+            warn(f"{name}.{key} is ignored: {UNUSED[key]}.")
         elif key in ELSEWHERE and key in _fields(cls):
             raise ValueError(f"{name}.{given} cannot be set in a file: {ELSEWHERE[key]}.")
         elif key not in known and key in _fields(cls):

@@ -1,4 +1,4 @@
-"""What errors of bad options say: what a misspelt name was meant to be, and what numbers and counts must be.
+"""What errors of bad options say: what a misspelt name was meant to be, and what numbers and counts must be; and where warnings point.
 
 >>> did_you_mean("stepsize", ["steps", "step_size"])
 ' Did you mean step_size?'
@@ -8,10 +8,16 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
 import numbers
+import os
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def did_you_mean(name: object, known: Iterable[str], *, most: int = 1, by_word: Iterable[str] = ()) -> str:
@@ -55,3 +61,11 @@ def as_count(what: str, value: Any, least: int = 1) -> int:
         says = "a positive integer" if least == 1 else f"a whole number, {least} or more"
         raise ValueError(f"{what} must be {says}; got {value!r}.")
     return int(number)
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's that called into this package, however deep it is found."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -7,7 +7,6 @@ Of several processes (distsbi/processes), a training has one mesh that spans the
 """
 
 import functools
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from distsbi import processes
-from distsbi.hints import as_count
+from distsbi.hints import as_count, warn
 
 DATA, MODEL = "data", "model"
 
@@ -83,10 +82,9 @@ def _of(devices: list[Any], data: int, model: int) -> Mesh:
 def _warn_idle(alike: int) -> None:
     """Of so many devices for each part of the data: by stacklevel 1 once, however often a mesh is passed on."""
     if alike > 1:
-        warnings.warn(
+        warn(
             f'{alike} devices of this mesh do the same work: nothing is split over an axis other than "{DATA}" yet; put all devices on it, such as '
             f'mesh={{"{DATA}": -1}}.',
-            stacklevel=1,
         )
 
 

@@ -467,10 +467,11 @@ def test_an_observation_far_outside_the_simulations_is_warned_of():
         warnings.simplefilter("error")
         pipeline.sample(rng=0, x_o=pipeline.example, nsamples=5)
         pipeline.sample_batched(0, pairs(20, seed=3)[1], 5)
-    with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations: its entry 1, 1000"):
+    with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations: its entry 1, 1000") as one:
         pipeline.sample(rng=0, x_o=np.asarray([[[0.0], [1000.0]]]), nsamples=5)
-    with pytest.warns(UserWarning, match=r"x\[2\] lies far outside"):
+    with pytest.warns(UserWarning, match=r"x\[2\] lies far outside") as many:
         pipeline.sample_batched(0, np.asarray([[[0.0], [0.0]], [[0.0], [0.0]], [[-90.0], [0.0]]]), 5)
+    assert one[0].filename == many[0].filename == __file__  # the user's line
 
 
 def test_misspelt_keywords_name_the_nearest():

@@ -1,8 +1,8 @@
 """Data are float32 from here on: not silently where that would take from them what tells them apart."""
 
-import warnings
-
 import numpy as np
+
+from distsbi.hints import warn
 
 ROWS = 20  # fewer may be alike by chance
 LOST = 1e-3  # of the range of a column: the rounding from which on it is refused
@@ -55,9 +55,8 @@ class Columns:
         says = f"{what}[:, {where}] goes from {low!r} to {high!r}, which float32 cannot tell apart"
         alike = f" ({lost.size} columns are like this)" if lost.size > 1 else ""
         if constants and varies[at] < CONSTANT:
-            warnings.warn(
+            warn(
                 f"{says}: it is taken for a constant. If it says something, subtract a reference value from it, such as {low!r}{alike}.",
-                stacklevel=2,
             )
             return
         raise ValueError(f"{says}: subtract a reference value from it, such as {low!r}, or leave it out{alike}.")
@@ -83,8 +82,7 @@ def warn_of_steps(what: str, array: np.ndarray) -> None:
     if len(few):
         at = tuple(few[0])
         alike = f" ({len(few)} columns are like this)" if len(few) > 1 else ""
-        warnings.warn(
+        warn(
             f"{what}[:, {', '.join(map(str, at))}] goes from {float(low[at])!r} to {float(high[at])!r} in {steps[at]:.0f} steps of float32: what it says is mostly rounded "
             f"away. Subtract a reference value before it is made float32, in a simulator too{alike}.",
-            stacklevel=2,
         )

@@ -29,7 +29,7 @@ _SAY = {
 }  # fmt: skip
 
 
-class _Named:
+class NamedPipeline:
     """The constructor of a pipeline that makes its own network and method. `params`: its size; default: `make_params.default(...)`.
     `missing`: NaN in x means that the entry is missing, in training and after."""
 
@@ -76,7 +76,7 @@ class _Named:
         known = ("augment", "method", *of_joint)
         for name in options:
             if name not in known:
-                every = [*inspect.signature(_Named.__init__).parameters][1:-1] + list(known)
+                every = [*inspect.signature(NamedPipeline.__init__).parameters][1:-1] + list(known)
                 raise ValueError(
                     f"{type(self).__name__} has no keyword {name!r}.{did_you_mean(name, every)} The keywords are {', '.join(every)}."
                 )
@@ -140,7 +140,7 @@ def _named(network: str, kind: str) -> type[Any]:
         "__module__": __package__,  # where they are imported from, and unpickled
         "make_params": make_params, "make_model": make_model, "make_method": _KINDS[kind],
     }  # fmt: skip
-    return type(f"{network}{kind}Pipeline", (_Named, base), body)
+    return type(f"{network}{kind}Pipeline", (NamedPipeline, base), body)
 
 
 PIPELINES: dict[str, type[Any]] = {f"{network}{kind}": _named(network, kind) for network in NETWORKS for kind in _KINDS}

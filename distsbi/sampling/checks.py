@@ -3,7 +3,6 @@
 Every message names what was given, what was expected and what to do: of an array that lacks axes, the index that adds them.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from distsbi import keys
 from distsbi.data.standardise import Standardizer
+from distsbi.hints import warn
 from distsbi.sampling import tiles
 
 BLOCK_ROWS = 4_096  # observations that are looked at together
@@ -90,11 +90,11 @@ def warn_far(xs: np.ndarray, scales: Standardizer, facts: Mapping[str, Any]) -> 
     `facts`: of the posterior, "x_extent" (see `far_rows`) and "x_missing" (see `sparse_rows`) of those data, where they are known.
     """
     for row, says in list(sparse_rows(xs, facts.get("x_missing")).items())[:1]:
-        warnings.warn(f"x[{row}] {says}", stacklevel=4)
+        warn(f"x[{row}] {says}")
     far = far_rows(xs, scales, facts.get("x_extent"))
     if far:
         row = max(far, key=lambda i: far[i][0])
-        warnings.warn(f"x[{row}] {far_says(xs[row], *far[row])}", stacklevel=4)
+        warn(f"x[{row}] {far_says(xs[row], *far[row])}")
     return xs
 
 
@@ -240,9 +240,8 @@ def compare_densities(density: np.ndarray, refined: np.ndarray) -> dict[str, flo
     error = np.abs(density - refined, where=there, out=np.zeros_like(density))[there]
     mean, q95 = (float(error.mean()), float(np.quantile(error, 0.95))) if error.size else (0.0, 0.0)
     if q95 > CHECK_WARNS:
-        warnings.warn(
+        warn(
             f"halving the solver's steps moves 5 % of the densities by more than {q95:.2g} nat; use more steps.",
-            stacklevel=4,
         )
     return {"points": int(error.size), "mean": mean, "q95": q95}
 
@@ -254,8 +253,7 @@ def compare(draws: np.ndarray, refined: np.ndarray, sd: np.ndarray) -> dict[str,
     error = (np.abs(draws - refined) / np.maximum(sd, least)).max(axis=(-2, -1))
     q95 = float(np.quantile(error, 0.95))
     if q95 > CHECK_WARNS:
-        warnings.warn(
+        warn(
             f"halving the solver's steps moves 5 % of the draws by more than {q95:.2g} posterior sd; use more steps.",
-            stacklevel=4,
         )
     return {"draws": int(error.size), "median": float(np.median(error)), "q95": q95}

@@ -6,7 +6,6 @@ Every way to draw streams tiles over the mesh into a host array (fill.py).
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float
 from distsbi import keys, mesh as meshes
 from distsbi.data.prior import default_names
 from distsbi.data.standardise import Standardizer
+from distsbi.hints import warn
 from distsbi.methods import Method
 from distsbi.networks.base import Network, takes_missing
 from distsbi.networks.observation import Layout
@@ -276,11 +276,10 @@ class Posterior(Densities):
             raise ValueError("xs holds no observations to calibrate on; give some that were not trained on.")
         solver, certificate = calibrate(self, xs)
         if not certificate["met"]:
-            warnings.warn(
+            warn(
                 f"no sampling grid is under tolerance: 5 % of the draws are off by more than {certificate['chosen']['q95']:.2g} of the "
                 f"posterior's local scale (tolerance {certificate['tolerance']['q95']}), in which the measure itself errs by "
                 f'{certificate["reference"]["q95"]:.2g}; the velocity may be rough, so train longer, or sample with solver="tsit5".',
-                stacklevel=3,
             )
         self.default_solver, self.facts["certificate"] = solver, certificate
         return certificate

@@ -13,7 +13,6 @@ A checkpoint is restored onto any number of processes and devices.
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from distsbi import processes
 from distsbi.files import full_disk_says, one_holder, write_json, write_text
+from distsbi.hints import warn
 from distsbi.training import checksums
 
 TRAINING, METRICS, CHECKPOINTS, LOCK = "training.json", "metrics.jsonl", "checkpoints", "training.lock"
@@ -138,10 +138,9 @@ class Checkpoints:
         there = processes.gather(checksums.has_checksums(folder))[0]
         if not there:
             if processes.is_first():
-                warnings.warn(
+                warn(
                     f"checkpoint {step} in {self.root / CHECKPOINTS} has no checksums (an older distsbi wrote it, or {checksums.FILE} was removed) "
                     f"and is restored unchecked.",
-                    stacklevel=4,
                 )
             return
         share = checksums.find_altered(folder, processes.index(), processes.count())

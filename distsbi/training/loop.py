@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from distsbi import keys, mesh as meshes, processes
 from distsbi.data.source import Pairs, Source
 from distsbi.data.standardise import Standardizer
+from distsbi.hints import warn
 from distsbi.methods import Method
 from distsbi.networks.base import Network
 from distsbi.training import rows
@@ -92,10 +92,9 @@ def train(
     batch, devices = config.batch_size or 1, meshes.data_size(mesh)
     several, first_process = meshes.is_shared(mesh), processes.is_first()
     if batch % devices and first_process:
-        warnings.warn(
+        warn(
             f"batch_size={batch} is no multiple of the {devices} devices, so each of them does all of the work; "
             f"give batch_size={max(1, round(batch / devices)) * devices}.",
-            stacklevel=3,
         )
     most = DISPATCH
     if source.batches is not None:
@@ -197,10 +196,9 @@ def train(
                         f"again, or a smaller batch_size."
                     )
                 if ended and first_process:
-                    warnings.warn(
+                    warn(
                         f"the training iterable ended at update {step} of {nsteps}, and the training with it; give one that can be iterated "
                         f"again to go on.",
-                        stacklevel=3,
                     )
                 if not parts:
                     break

@@ -102,8 +102,9 @@ def test_what_was_rounded_before_is_told_in_training(tmp_path):
     pipeline = MLPFlowPipeline(out, None, 1, 1)
     with pytest.warns(
         UserWarning, match=r"x\[:, 0, 0\] goes from 24.* in \d+ steps of float32: .*Subtract a reference"
-    ):
+    ) as told:
         pipeline.train(0, nsteps=1, batch_size=8, calibrate=False)
+    assert told[0].filename == __file__  # the user's line, not one of ours
 
 
 @pytest.mark.parametrize(
