@@ -294,7 +294,9 @@ class FixedGrid:
         for name, value in given.items():
             if name not in defaults:
                 known = f"it has {', '.join(defaults)}" if defaults else "it has none"
-                raise ValueError(f"solver {self.rule!r} has no option {name!r}; {known}.")
+                having = [rule for rule, row in RULES.items() if name in dict(row.options)]
+                hint = f" {', '.join(having)} has {name!r}." if having else ""
+                raise ValueError(f"solver {self.rule!r} has no option {name!r}; {known}.{hint}")
             if not 0 <= float(as_number(f"option {name} of solver {self.rule!r}", value)) < math.inf:
                 raise ValueError(f"option {name} of solver {self.rule!r} must be finite, 0 or more; got {value!r}.")
         object.__setattr__(self, "options", tuple((name, float(given.get(name, v))) for name, v in defaults.items()))

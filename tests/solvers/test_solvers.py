@@ -292,7 +292,7 @@ def test_options():
         ({"time_grid": [0, 0.5, 1], "solver": "tsit5"}, "tsit5 chooses its own times"), ({"rtol": np.inf}, "positive and finite"),
         ({"solver": "zero_ends", "solver_options": {"strength": np.inf}}, "must be finite"),
         ({"solver": "multistep", "steps": 1_100}, "1100 steps of 'multistep' is too fine for float32 near t = 1; give fewer steps"),
-        ({"solver": "heun", "solver_options": {"churn": 1}}, "has no option 'churn'; it has none"),
+        ({"solver": "heun", "solver_options": {"churn": 1}}, "has no option 'churn'; it has none. stochastic_heun has 'churn'"),
         ({"solver": "stochastic_heun", "solver_options": {"chrun": 1}}, "it has churn, s_min"),
         ({"solver": "zero_ends", "solver_options": {"strength": "a"}}, "must be a number"),
         ({"solver_options": {"churn": 1}}, "need the name"), ({"steps": 3, "coupled": True}, "coupled=True needs"),
