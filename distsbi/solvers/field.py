@@ -12,6 +12,8 @@ in which every path is that of flow matching, so that a rule written there serve
 """
 
 import dataclasses
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +26,16 @@ from distsbi.methods import Method, Moment
 
 def known(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` makes of concrete arrays, as numpy arrays, also while something is being traced. One program: its dozens of
-    operations one by one would each be compiled."""
+    operations one by one would each be compiled; and one for all equal methods."""
+    bound = isinstance(function, types.MethodType)
+    program = _program(function.__func__, function.__self__) if bound else jax.jit(function)
     with jax.ensure_compile_time_eval():
-        return jax.tree.map(np.asarray, jax.jit(function)(*(np.asarray(a, np.float32) for a in arguments)))
+        return jax.tree.map(np.asarray, program(*(np.asarray(a, np.float32) for a in arguments)))
+
+
+@functools.lru_cache(maxsize=256)
+def _program(function: Callable[..., Any], method: Any) -> Any:
+    return jax.jit(functools.partial(function, method))
 
 
 @dataclasses.dataclass(frozen=True)
