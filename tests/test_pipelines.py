@@ -460,6 +460,48 @@ def test_a_folder_of_simulations_brings_its_prior(tmp_path):
     assert streamed._supports == [Support(-2.0, 2.0), Support()]
 
 
+def test_a_density_takes_prior_and_names_from_a_folder(tmp_path):
+    theta = np.random.default_rng(0).uniform(1, 2, (60, 2))
+    write_pairs(
+        tmp_path / "known",
+        theta,
+        theta,
+        names=["a", "b"],
+        source={"prior": {"a": "Uniform(1, 2)", "b": "Uniform(0, 2)"}},
+    )
+    write_pairs(tmp_path / "named", theta, theta, names=["a", "b"])
+
+    def density(name, **options):
+        return UnconditionalPipeline(
+            MLP(MLPParams(2, 1, **SMALL)), tmp_path / name, None, 2, mesh={"data": 2}, **options
+        )
+
+    found = density("known")
+    assert found.parameter_names == ("a", "b") and found._supports == [Support(1.0, 2.0), Support(0.0, 2.0)]
+    assert density("named").parameter_names == ("a", "b")
+    given = density("known", prior={"a": "Uniform(0, 3)", "b": "Normal(0, 1)"})
+    assert given._supports == [Support(0.0, 3.0), Support()]
+    with pytest.raises(ValueError, match="the prior is of b, a"):
+        density("known", prior={"b": "Uniform(0, 3)", "a": "Normal(0, 1)"})
+
+
+@pytest.mark.parametrize("kind", [MLPFlowPipeline, Flux1FlowPipeline, SimformerFlowPipeline])
+def test_the_seed_of_the_weights_is_among_the_parameters(kind):
+    """As an ensemble is made."""
+    made = [kind(None, None, 2, 2, params={"rngs": nnx.Rngs(seed)}, mesh={"data": 1}).model for seed in (1, 1, 2)]
+    first, again, other = ([np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))] for model in made)
+    assert all(map(np.array_equal, first, again)) and not all(map(np.array_equal, first, other))
+    assert "rngs" not in made[0].params.to_dict() and made[0].params == made[2].params
+
+
+def test_default_sizes_of_images_and_instruments():
+    for kind in (MLPFlowPipeline, Flux1FlowPipeline):
+        for dims in ((8, 8), {"image": (8, 8), "spectrum": 3}):
+            params = kind.get_default_params(2, dims)
+            made = kind(None, None, 2, dims, params=dataclasses.replace(params, depth=1), mesh={"data": 1})
+            assert made.model.params is not None
+
+
 def test_an_observation_far_outside_the_simulations_is_warned_of():
     pipeline = make()
     pipeline.train(nnx.Rngs(0))

@@ -22,7 +22,10 @@ from distsbi.cli.options import NETWORK, RUN, SEED, Numbers, counted, solver_opt
     "--id-column", default="id", show_default=True, help="Column of unique ids; '' for row numbers, as a .npy has them."
 )
 @click.option("--x-column", default="x", show_default=True, help="Column with a list or tensor of data in each row.")
-@click.option("--x-columns", help="Scalar columns that make up the data instead, as a,b,c.")
+@click.option(
+    "--x-columns",
+    help="Columns that make up the data instead, as a,b,c: scalars, or one for each channel or instrument.",
+)
 @click.option("--rows-per-shard", type=int, help="Rows in each output file. Default: by size.")
 @click.option("--draws/--no-draws", default=True, show_default=True, help="Write draws, or summaries only.")
 @click.option("--thin", type=int, default=1, show_default=True, help="Write every so many-th draw.")

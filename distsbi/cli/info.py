@@ -77,7 +77,9 @@ def _data(spec: dict[str, Any]) -> str:
         if spec["network"]["params"] and spec["network"]["params"].get("missing")
         else ""
     )
-    return f"({dim_x}, {ch_x}){missing}" + (
+    names = spec["facts"].get("given", ())
+    which_given = f": {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}, given" if names else ""
+    return f"({dim_x}, {ch_x}){which_given}{missing}" + (
         f"; positive over decades, and taken by their logarithm: {which}" if logs else ""
     )
 

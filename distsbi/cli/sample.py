@@ -114,7 +114,13 @@ def _observation(text: str, posterior: Any) -> "np.ndarray":
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"--x {text} cannot be read as arrays: {error}.") from error
         if not posterior.layout.is_plain:
-            return posterior.check_x(x)[None]
+            try:  # with the axis of one observation, as `sample` takes it
+                packed = posterior.layout.pack(x)
+            except ValueError:
+                return posterior.check_x(x)[None]
+            if len(packed) != 1:
+                raise ValueError(f"--x {text} holds {len(packed)} observations; for many use distsbi catalog.")
+            return packed
         if isinstance(x, dict):
             raise ValueError(f"--x {text} holds {sorted(x)}; this run takes one array, as .npy.")
     else:

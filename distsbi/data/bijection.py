@@ -14,11 +14,12 @@ uniform in it.
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
@@ -106,21 +107,22 @@ class Bijection:
         kinds, chosen = tuple(self.kinds[i] for i in which), list(which)
         return jax.tree.map(lambda array: np.asarray(array)[chosen], dataclasses.replace(self, kinds=kinds))
 
-    def forward(self, theta: Float[Array, "... dim channels"]) -> Float[Array, "... dim channels"]:
-        """u, on the real line."""
+    def forward(self, theta: Float[Array, "... dim channels"], xp: Any = jnp) -> Float[Array, "... dim channels"]:
+        """u, on the real line. `xp`: numpy, of numpy arrays, asks no device and compiles nothing; for checks, for it rounds otherwise."""
         u = theta
         if INTERVAL in self.kinds:
-            width = self._width()
-            u = jnp.where(self._is(INTERVAL), self._probit((theta - self.low) / width, (self.high - theta) / width), u)
+            width = xp.where(self._is(INTERVAL), self.high - self.low, 1.0)
+            low, high = (theta - self.low) / width, (self.high - theta) / width
+            u = xp.where(self._is(INTERVAL), self._probit(low, high, xp), u)
         if DECADES in self.kinds:
-            low, ratio = self._decades()
-            part = (jnp.log(jnp.maximum(theta, low)) - jnp.log(low)) / ratio
-            u = jnp.where(self._is(DECADES), self._probit(part, 1 - part), u)
+            low, ratio = self._decades(xp)
+            part = (xp.log(xp.maximum(theta, low)) - xp.log(low)) / ratio
+            u = xp.where(self._is(DECADES), self._probit(part, 1 - part, xp), u)
         least = _TINY if self.floor is None else self.floor
         if ABOVE in self.kinds or POSITIVE in self.kinds:
-            u = jnp.where(self._is(ABOVE, POSITIVE), jnp.log(jnp.maximum(theta - self.low, least)), u)
+            u = xp.where(self._is(ABOVE, POSITIVE), xp.log(xp.maximum(theta - self.low, least)), u)
         if BELOW in self.kinds:
-            u = jnp.where(self._is(BELOW), -jnp.log(jnp.maximum(self.high - theta, least)), u)
+            u = xp.where(self._is(BELOW), -xp.log(xp.maximum(self.high - theta, least)), u)
         return u
 
     def inverse(self, u: Float[Array, "... dim channels"]) -> Float[Array, "... dim channels"]:
@@ -173,14 +175,14 @@ class Bijection:
         high = np.where(self._has_high, self.high, np.inf).ravel().tolist()
         return [Support(*bounds) for bounds in zip(low, high, strict=True)]
 
-    def _probit(self, part: Array, rest: Array) -> Array:
+    def _probit(self, part: Array, rest: Array, xp: Any) -> Array:
         """Of a part of an interval and of the rest: of the smaller, which is the finer, so that its derivative is finite too. Rows of other kinds have
         any parts: theirs is one that a probit takes, for a derivative of NaN would stay one."""
         first, last = (_EDGE, _EDGE) if self.edges is None else (self.edges[:, :1], self.edges[:, 1:])
-        lower = part < rest
-        nearer = jnp.where(lower, jnp.maximum(part, first), jnp.maximum(rest, last))
-        u = ndtri(jnp.where(nearer >= 1, 0.5, nearer))
-        return jnp.where(lower, u, -u)
+        lower, probit = part < rest, ndtri if xp is jnp else scipy.special.ndtri
+        nearer = xp.where(lower, xp.maximum(part, first), xp.maximum(rest, last))
+        u = probit(xp.where(nearer >= 1, 0.5, nearer))
+        return xp.where(lower, u, -u)
 
     @property
     def _has_low(self) -> np.ndarray:
@@ -196,10 +198,11 @@ class Bijection:
     def _width(self) -> Array:
         return jnp.where(self._is(INTERVAL), self.high - self.low, 1.0)
 
-    def _decades(self) -> tuple[Array, Array]:
+    def _decades(self, xp: Any = jnp) -> tuple[Array, Array]:
         """(low, log(high / low)) of the intervals over decades; (1, 1) of others."""
-        which = self._is(DECADES)
-        return jnp.where(which, self.low, 1.0), jnp.where(which, jnp.log(self.high) - jnp.log(self.low), 1.0)
+        low, high = (xp.where(self._is(DECADES), end, 1.0) for end in (self.low, self.high))
+        ratio = xp.log(high) - xp.log(low)
+        return low, xp.where(self._is(DECADES), ratio, 1.0)
 
 
 def _next(bound: Array, direction: float) -> Array:

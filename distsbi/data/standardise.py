@@ -160,11 +160,16 @@ class Standardizer:
     def _unmixed(self, y: Array, centre: Array) -> Array:
         return (_mix(y, self.root) + centre) * self.theta_std + self.theta_mean
 
-    def forward_x(self, x: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_x ch_x"]:
-        """x as the network sees it."""
+    def forward_x(self, x: Float[Array, "... dim_x ch_x"], xp: Any = jnp) -> Float[Array, "... dim_x ch_x"]:
+        """x as the network sees it. `xp`: as for `Bijection.forward`."""
         if self.x_bijection is not None:
-            x = self.x_bijection.forward(x)
+            x = self.x_bijection.forward(x, xp)
         return (x - self.x_mean) / self.x_std
+
+    def inverse_x(self, z: Float[Array, "... dim_x ch_x"]) -> Float[Array, "... dim_x ch_x"]:
+        """The x that the network sees as z."""
+        x = self.x_mean + self.x_std * z
+        return x if self.x_bijection is None else self.x_bijection.inverse(x)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, the fields of the bijections beside the others."""

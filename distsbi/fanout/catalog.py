@@ -96,8 +96,8 @@ def sample_catalog(
         rows_per_shard: None: by size and number.
         id_column: integers or strings, unique; None: row numbers, and the draws of `sample_batched` over the rows. A .npy can hold no
             ids: with the default it has row numbers.
-        x_column, x_columns: one list or tensor column, or several columns that are joined. Default for a run of several instruments: a
-            column of the name of each.
+        x_column, x_columns: one list or tensor column, or several columns that are joined; of data with channels one for each channel. Of a run of
+            several instruments one for each: by default those of their names, in any order; others in the alphabetical order of these names.
         solver, steps, step_size, rtol, atol, solver_options: as for `Posterior.sample`.
         draws, thin, quantiles: what is written: draws at all, every thin-th, which quantiles.
         network: for a run of a user's own module, "package.module:function" that makes it, importable on the workers.
@@ -131,7 +131,9 @@ def sample_catalog(
         raise ValueError(f"there is no run directory at {run}; give the path that the pipeline was saved to.")
     where, folder = as_place(catalog), as_place(out)
     _check_out(where, folder)
-    columns = tuple(x_columns) if x_columns is not None else instruments(run)
+    parts, columns = instruments(run), None if x_columns is None else tuple(x_columns)
+    if parts is not None and (columns is None or set(columns) == set(parts)):
+        columns = parts  # in the order that x is packed in
     spec = SourceSpec(where.url, id_column, x_column, columns)
     given = {"solver": solver, "steps": steps, "step_size": step_size, "rtol": rtol, "atol": atol,
              "solver_options": solver_options}  # fmt: skip

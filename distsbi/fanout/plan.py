@@ -310,11 +310,8 @@ def first_shards(done: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def made_up(posterior: Any, n: int) -> dict[str, np.ndarray]:
     """n observations by the columns of a catalog, float32: standard normal in the units of the training set."""
-    scales, shape = posterior.weights.standardizer, (n, posterior.dim_x, posterior.ch_x)
-    noise = np.random.default_rng(0).normal(size=shape)
-    packed = (np.asarray(scales.x_mean) + np.asarray(scales.x_std) * noise).astype(np.float32)
-    if scales.x_bijection is not None:
-        packed = np.asarray(scales.x_bijection.inverse(packed))
+    noise = np.random.default_rng(0).normal(size=(n, posterior.dim_x, posterior.ch_x)).astype(np.float32)
+    packed = np.asarray(posterior.scales.inverse_x(noise))
     if posterior.layout.is_plain:
         return {"x": packed}
     parts = posterior.layout.unpack(packed)

@@ -100,16 +100,19 @@ class Worker:
                 "changed since; give a path that all machines share, or the same copy everywhere, and leave it alone "
                 "while it is sampled."
             )
+        self._check_columns()
         self._check_head()
         self.key = keys.as_key(job.seed) if isinstance(job.seed, int) else keys.from_words(job.seed)
         options = SampleOptions.parse(job.options)
         solver = options.make_solver(self.posterior.method, self.posterior.default_solver)
         tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples, self.posterior.most_slots)
         p = self.posterior
-        with contextlib.suppress(SolveError):  # compiles; zeros may be no x that a solver converges on
-            self._draw(
-                np.zeros((1, p.dim_x, p.ch_x), np.float32), np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws)
+        if p.is_unconditional:
+            raise ValueError(
+                f"{job.run} is a density without conditions, which no observation changes: draw from it with sample(key, nsamples) or sample_dataset."
             )
+        with contextlib.suppress(SolveError):  # compiles; the middle may be no x that a solver converges on
+            self._draw(p.central_x[None], np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws))
         self.device = device_name(next(iter(p.mesh.devices.flat)))
         return {
             "definition": {
@@ -183,6 +186,14 @@ class Worker:
         draws = self._draw_rows(checked, observation_ids, status, message)
         return self.format.table(ids, np.asarray(rows), observation_ids, status, message, draws)
 
+    def _check_columns(self) -> None:
+        """Raises ValueError where columns are called as the instruments, in another order than these are packed in: a driver that cannot see the run."""
+        names, columns = self.posterior.layout.names, self.job.source.x_columns
+        if columns is not None and set(columns) == set(names) and columns != names:
+            raise ValueError(
+                f"x_columns must be in the order of the instruments, {', '.join(names)}; got {', '.join(columns)}."
+            )
+
     def _check_head(self) -> None:
         """Raises ValueError where none of the first FIRST_ROWS rows has as many values as an observation: the column is another."""
         p = self.posterior
@@ -202,11 +213,18 @@ class Worker:
         if isinstance(value, str):
             return value
         p = self.posterior
-        if value.ndim == 1 and value.size == p.dim_x * p.ch_x:  # packed, or with one axis where there is one channel
-            value = value.reshape(p.dim_x, p.ch_x)
-        elif value.ndim == 1:
+        if value.ndim == 1 and value.size != p.dim_x * p.ch_x:
             return (
                 f"x has {value.size} values; this posterior takes {p.dim_x * p.ch_x} (dim_x {p.dim_x}, ch_x {p.ch_x})"
+            )
+        if value.ndim == 1 and p.ch_x == 1:  # packed, or without the axis of channels
+            value = value[:, None]
+        elif value.ndim == 1 and len(self.job.source.x_columns or ()) == p.ch_x:  # a column for each channel
+            value = value.reshape(p.ch_x, p.dim_x).T
+        elif value.ndim == 1:
+            return (
+                f"x has one axis of {value.size} values, of which dim_x {p.dim_x} and ch_x {p.ch_x} leave the order open; store it as a list of lists, "
+                f"or as a tensor, of shape ({p.dim_x}, {p.ch_x}), or name a column for each channel by x_columns"
             )
         try:
             return p.check_x(value)

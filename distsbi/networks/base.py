@@ -75,8 +75,8 @@ class NetworkParams:
                 ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
-        return dataclasses.asdict(self)
+        """The fields without `rngs`, JSON-able."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:

@@ -32,6 +32,7 @@ class MLPParams(NetworkParams):
         time_features: Fourier features of time (even).
         dtype: inputs of the wide matrix products, "float32" or "bfloat16" (accumulated in float32).
         missing: entries of x may be missing; which are there is an input beside them.
+        rngs: used to initialise the weights; no part of equality, hash or the stored dictionary.
     """
 
     dim_theta: int
@@ -44,6 +45,7 @@ class MLPParams(NetworkParams):
     time_features: int = 16
     dtype: str = "float32"
     missing: bool = False
+    rngs: nnx.Rngs | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("dim_theta", "dim_x", "ch_theta", "ch_x", "width", "depth", "time_features"):
@@ -64,9 +66,9 @@ class MLP(Network):
     """The residual MLP. Context: the biases C_l(x), [batch, depth, width]."""
 
     def __init__(self, params: MLPParams, rngs: nnx.Rngs | None = None):
-        self.params = p = params
+        rngs = next(r for r in (rngs, params.rngs, nnx.Rngs(0)) if r is not None)
+        self.params = p = dataclasses.replace(params, rngs=None)
         self.dim_theta, self.ch_theta, self.dim_x, self.ch_x = p.dim_theta, p.ch_theta, p.dim_x, p.ch_x
-        rngs = nnx.Rngs(0) if rngs is None else rngs
         n_theta, n_x, w = p.dim_theta * p.ch_theta, p.dim_x * (p.ch_x + p.missing), p.width
 
         def weight(fan_in: int, *shape: int, scale: float = 1.0) -> nnx.Param:

@@ -80,10 +80,6 @@ class SimformerParams(NetworkParams):
     def hidden_size(self) -> int:
         return self.val_emb_dim + self.id_emb_dim + self.cond_emb_dim
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields without `rngs`, JSON-able."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
-
     @classmethod
     def default(cls, dim_obs: int, dim_cond: int, ch_obs: int = 1, ch_cond: int = 1) -> Self:
         """A small network for `dim_obs` parameters and `dim_cond` data. Raises ValueError if their channels differ."""

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 
 from distsbi import keys, mesh as meshes
 from distsbi.data.float32 import warn_of_steps
-from distsbi.data.pairs import open_pairs
 from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
 from distsbi.data.standardise import Standardizer
@@ -32,7 +31,7 @@ from distsbi.networks import Embedded, Layout, Network, takes_missing
 from distsbi.networks.embedding import embedded_shape
 from distsbi.networks.observation import Dims
 from distsbi.pipelines.answers import Answers
-from distsbi.pipelines.given import check_module, check_output, check_state, names_of, nets_by_part, on_packed, prior_of
+from distsbi.pipelines.given import brought_by, check_module, check_output, check_state, nets_by_part, on_packed
 from distsbi.pipelines.identity import training_identity
 from distsbi.pipelines.saved import check_prior, common_names, saved_run
 from distsbi.pipelines.students import distill
@@ -108,11 +107,7 @@ class ConditionalPipeline(Answers):
         self.method = as_method(method)
         self.mesh = meshes.make_mesh(mesh, shared=True)
         prior = parse_prior(prior) if isinstance(prior, Mapping) else prior
-        carried, names = getattr(train_dataset, "prior", None), getattr(train_dataset, "parameter_names", None)
-        if isinstance(train_dataset, (str, os.PathLike)):
-            folder = open_pairs(train_dataset)
-            carried = prior_of(folder)
-            names = names_of(train_dataset, folder, carried if prior is None else prior)
+        carried, names = brought_by(train_dataset, prior)
         self.prior = prior if prior is not None else carried
         self.augment = augment if augment is None or self.layout.is_plain else on_packed(augment, self.layout)
         self.training_config = (
@@ -199,7 +194,8 @@ class ConditionalPipeline(Answers):
         """Trains, or goes on training from the present weights; returns (training losses, validation losses), one per validation.
 
         With `checkpoint_dir` in the training configuration the run directory is written while training; a killed run started
-        again resumes from its last checkpoint and ends with the same bits. A directory holds one training: to go on from a finished
+        again resumes from its last checkpoint and ends with the same bits. `rngs`: of batches and noise; the weights begin as the model was made (for an ensemble
+        give `params={"rngs": nnx.Rngs(seed)}`). A directory holds one training: to go on from a finished
         one, also with more simulations, `restore` it and give another `checkpoint_dir`. `save_model=False`: nothing is written there. `overrides`:
         training options for this call.
 
@@ -368,13 +364,13 @@ class ConditionalPipeline(Answers):
         """A student that draws in `segments` evaluations, trained on the data x of the training set without new simulations; a
         `Posterior`, to be saved as a run of its own.
 
-        Its distance from this posterior on held-out observations is in `student.facts["distance"]`. `options`: see `DistillConfig`.
-        Raises ValueError without a training set.
+        Its distance from this posterior on held-out observations is in `student.facts["distance"]`. `options`: those of
+        `distsbi.distill`. Raises ValueError without a training set.
         """
         if self._source is None:
             raise ValueError("distilling needs data x: make the pipeline with its training set.")
         _, xs = self._fit_pairs()
-        return distill(self.posterior, xs, segments, held_out=self._held_out()[1], **options)
+        return distill(self.posterior, xs, segments, **{"held_out": self._held_out()[1], **options})
 
     def save(self, path: str) -> None:
         """Writes the run directory, for `distsbi.load`."""

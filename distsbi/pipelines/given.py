@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from distsbi.data.pairs import PairsFolder
+from distsbi.data.pairs import PairsFolder, open_pairs
 from distsbi.data.prior import default_names, parse_prior
 from distsbi.networks import Layout
 from distsbi.tasks import TASKS, get_task
@@ -92,6 +92,15 @@ def prior_of(folder: PairsFolder) -> Any:
     if task in TASKS:
         return get_task(task).prior
     return parse_prior(texts) if texts and isinstance(texts, Mapping) else None
+
+
+def brought_by(dataset: Any, prior: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """(the prior, the names of the parameters) that a task or a folder of pairs brings; None where it has none. `prior`: the one that is given."""
+    if not isinstance(dataset, (str, os.PathLike)):
+        return getattr(dataset, "prior", None), getattr(dataset, "parameter_names", None)
+    folder = open_pairs(dataset)
+    carried = prior_of(folder)
+    return carried, names_of(dataset, folder, carried if prior is None else prior)
 
 
 def names_of(path: str | os.PathLike[str], folder: PairsFolder, prior: Any) -> tuple[str, ...]:

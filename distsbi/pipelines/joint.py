@@ -4,7 +4,7 @@ A joint model learns them by random masks of what is given. A density without co
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,13 @@ from jaxtyping import Float
 
 from distsbi.data.bijection import Support
 from distsbi.data.pairs import read_pairs
+from distsbi.data.prior import parse_prior
 from distsbi.data.source import Pairs
 from distsbi.data.standardise import Standardizer
 from distsbi.networks import MLP, JointNetwork, MLPParams, Unconditional
 from distsbi.networks.flux1_joint import check_channels
 from distsbi.pipelines.base import ConditionalPipeline
-from distsbi.pipelines.given import check_module, check_output
+from distsbi.pipelines.given import brought_by, check_module, check_output
 from distsbi.sampling import Dataset, Posterior
 from distsbi.sampling.checks import extent
 from distsbi.sampling.joint import JointPosterior, X, check_names
@@ -114,21 +115,28 @@ class UnconditionalPipeline(ConditionalPipeline):
 
     Args:
         model: a joint network over dim_obs tokens, or a network made for one datum (which is always 0); None: an `MLP`.
-        train_dataset, val_dataset: arrays (n, dim_obs, ch_obs) or (n, dim_obs), or a folder of pairs, of which theta is taken; or None.
+        train_dataset, val_dataset: arrays (n, dim_obs, ch_obs) or (n, dim_obs), or a folder of pairs, of which theta is taken, with its prior and
+            names; or None.
         dim_obs, ch_obs: number of parameters, channels of each.
         other arguments: as for `ConditionalPipeline`.
     """
 
     def __init__(
         self, model: Any, train_dataset: Any, val_dataset: Any, dim_obs: int, ch_obs: int = 1,
-        training_config: dict[str, Any] | TrainingConfig | None = None, **options: Any,
+        training_config: dict[str, Any] | TrainingConfig | None = None, *, prior: Any = None, **options: Any,
     ):  # fmt: skip
+        prior = parse_prior(prior) if isinstance(prior, Mapping) else prior
+        carried, names = brought_by(train_dataset, prior)
         if model is None:
             model = MLP(MLPParams.default(dim_obs, 1, ch_obs, 1), rngs=nnx.Rngs(0))
         if isinstance(model, JointNetwork):
             model = Unconditional(model)
         train_dataset, val_dataset = (None if d is None else _with_nothing(d) for d in (train_dataset, val_dataset))
-        super().__init__(model, train_dataset, val_dataset, dim_obs, 1, ch_obs, 1, training_config, **options)
+        super().__init__(
+            model, train_dataset, val_dataset, dim_obs, 1, ch_obs, 1, training_config, prior=carried if prior is None else prior, **options
+        )  # fmt: skip
+        if names and prior is None:
+            self.parameter_names = tuple(names)
 
     def _make_posterior(
         self, params: Any, standardizer: Standardizer, solver: Solver | None, facts: dict[str, Any]

@@ -54,14 +54,10 @@ class NamedPipeline:
         embedding: Any = None,
         **options: Any,
     ):
-        layout, rngs = Layout.of(dim_cond, ch_cond), getattr(params, "rngs", None)
-        nets = nets_by_part(layout, embedding)
-        if nets is None and not layout.is_plain and not issubclass(type(self).make_model, JointNetwork):
-            nets = default_nets(layout, "CNN" if self.make_model is MLP else "PatchEmbedding", nnx.Rngs(1))
+        layout = Layout.of(dim_cond, ch_cond)
+        nets = self._nets(layout, embedding)
         if params is None or isinstance(params, dict):
-            tokens, features = layout.packed if nets is None else embedded_shape(nets, layout)
-            default = self.make_params.default(dim_obs, tokens, ch_obs, features)
-            params = _with_fields(default, params or {})
+            params = _with_fields(self._default(dim_obs, ch_obs, layout, nets), params or {})
         if missing is not None and isinstance(params, self.make_params):
             if not hasattr(params, "missing"):
                 raise ValueError(
@@ -90,6 +86,7 @@ class NamedPipeline:
                 f"{type(self).__name__} learns {self.make_method.__name__}; got method={method!r}. Take the pipeline of that name, one of "
                 f"{', '.join(PIPELINES)}, or ConditionalPipeline or JointPipeline with a model of your own."
             )
+        rngs = getattr(params, "rngs", None)
         make: Any = super().__init__  # of the pipeline that this is mixed into
         make_model: Any = self.make_model
         make(
@@ -104,9 +101,25 @@ class NamedPipeline:
         return TrainingConfig().to_dict()
 
     @classmethod
-    def get_default_params(cls, dim_obs: int, dim_cond: int, ch_obs: int = 1, ch_cond: int = 1) -> Any:
-        """The size of the network that is made where none is given."""
-        return cls.make_params.default(dim_obs, dim_cond, ch_obs, ch_cond)
+    def get_default_params(
+        cls, dim_obs: int, dim_cond: Dims, ch_obs: int = 1, ch_cond: int | Mapping[str, int] = 1
+    ) -> Any:
+        """The size of the network that is made where none is given; of images and instruments of that behind the embedding nets."""
+        layout = Layout.of(dim_cond, ch_cond)
+        return cls._default(dim_obs, ch_obs, layout, cls._nets(layout, None))
+
+    @classmethod
+    def _nets(cls, layout: Layout, embedding: Any) -> dict[str, Any] | None:
+        """The embedding nets, of the user or for images and instruments; None: x goes into the network as it is."""
+        nets = nets_by_part(layout, embedding)
+        if nets is None and not layout.is_plain and not issubclass(cls.make_model, JointNetwork):
+            return default_nets(layout, "CNN" if cls.make_model is MLP else "PatchEmbedding", nnx.Rngs(1))
+        return nets
+
+    @classmethod
+    def _default(cls, dim_obs: int, ch_obs: int, layout: Layout, nets: dict[str, Any] | None) -> Any:
+        tokens, features = layout.packed if nets is None else embedded_shape(nets, layout)
+        return cls.make_params.default(dim_obs, tokens, ch_obs, features)
 
     def _method(self, sde_type: str | None) -> Method:
         if sde_type is None:

@@ -150,7 +150,7 @@ def standardised(xs: np.ndarray, scales: Standardizer) -> Iterator[tuple[int, Fl
     """(first row, absolute standardised values) of observations, block by block. `scales`: in numpy arrays."""
     for start in range(0, len(xs), BLOCK_ROWS):
         with np.errstate(over="ignore"):
-            z = np.abs(np.asarray(scales.forward_x(xs[start : start + BLOCK_ROWS])))  # type: ignore[arg-type]
+            z = np.abs(scales.forward_x(xs[start : start + BLOCK_ROWS], np))  # type: ignore[arg-type]
         yield start, z.reshape(len(z), -1)
 
 

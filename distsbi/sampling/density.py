@@ -182,19 +182,33 @@ class Densities:
         return draws[0], density[0]
 
     def map(
-        self, x_o: Any = None, *, key: Any = 0, nsamples: int = 1_000, starts: int = 8, steps: int = 100
+        self,
+        x_o: Any = None,
+        *,
+        rng: Any = None,
+        key: Any = None,
+        nsamples: int | None = None,
+        num_samples: int | None = None,
+        starts: int = 8,
+        climb: int = 100,
+        **options: Any,
     ) -> tuple[Float[np.ndarray, "dim_theta ch_theta"], float]:
-        """(theta, log p) at the maximum a posteriori: the likeliest `starts` of `nsamples` draws, climbed by Adam for `steps` steps.
+        """(theta, log p) at the maximum a posteriori: the likeliest `starts` of `nsamples` draws (1,000), climbed by Adam for `climb` steps.
 
         It maximises p(theta | x_o), as `log_prob` gives it, in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
-        bijection reaches.
+        bijection reaches. `rng` or `key`: of the draws, seed 0 by default. `options`: as for `log_prob`, with a fixed grid.
         """
-        starts, steps = as_count("starts", starts), as_count("steps", steps)
-        x = self._one(x_o)
-        draws, density = self.sample_and_log_prob(key, x, nsamples)
+        starts, climb = as_count("starts", starts), as_count("climb", climb)
+        key = 0 if rng is None and key is None else one_of(rng=rng, key=key)
+        x, n = self._one(x_o), draws_asked(nsamples, num_samples, 1_000)
+        chosen = self._density_options(options, ("rng", "key", "x_o", "nsamples", "num_samples", "starts", "climb"))
+        solver = self._density_solver(chosen)
+        if not isinstance(solver, FixedGrid):
+            raise ValueError(f"map climbs on a fixed grid; leave out {solver.name!r}, rtol and atol, or give steps.")
+        draws, density = self.sample_and_log_prob(key, x, n, **options)
         best = np.argsort(-density)[:starts]
-        climb = tiles.climb_program(self.graphdef, self.method, self._density_solver(SampleOptions()), steps)
-        theta, height = jax.device_get(climb(self.weights, jax.numpy.asarray(draws[best]), jax.numpy.asarray(x)))
+        program = tiles.climb_program(self.graphdef, self.method, solver, climb)
+        theta, height = jax.device_get(program(self.weights, jax.numpy.asarray(draws[best]), jax.numpy.asarray(x)))
         top = int(np.argmax(np.where(np.isfinite(height), height, -np.inf)))
         if height[top] < density[best[0]]:
             return draws[best[0]], float(density[best[0]])

@@ -142,6 +142,7 @@ class JointPosterior(Posterior):
                     name: fact for name, fact in self.facts.items() if name != "x_extent"
                 },  # of x, not of what is given here
                 "certificate": known["certificate"] if known else {"met": None, "of": "another pattern"},
+                "given": [self.token_names[i] for i in fixed],
             }
             network, scales = (
                 Conditional(self.joint_network, free, fixed),
@@ -160,7 +161,7 @@ class JointPosterior(Posterior):
             far = self.facts.get("token_extent", ())
             if len(far) == len(self.token_names) * self.ch_theta:
                 made.facts["x_extent"] = np.reshape(far, (-1, self.ch_theta))[list(fixed)].ravel().tolist()
-            made.whole, made.given_names = self, tuple(self.token_names[i] for i in fixed)
+            made.whole = self
             self._patterns[free, fixed] = made
         return self._patterns[free, fixed]
 

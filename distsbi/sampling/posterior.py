@@ -92,7 +92,6 @@ class Posterior(Densities):
         # None: not even a network that is trained anew could have it (a joint one is told what is there by `given`)
         knows = hasattr(getattr(network, "params", None), "missing")
         self.missing = takes_missing(network) if knows else None
-        self.given_names: tuple[str, ...] = ()  # of x, where it is what a joint model is given
         self.graphdef, params = nnx.split(network)
         self.weights = jax.device_put(Weights(params, standardizer), meshes.replicated(self.mesh))
         kind = tiles.kind_name(self.mesh)
@@ -167,6 +166,16 @@ class Posterior(Densities):
 
         return make_spec(self)
 
+    @property
+    def given_names(self) -> tuple[str, ...]:
+        """The names of x, in its order, where it is what a joint model is given; else none."""
+        return tuple(self.facts.get("given", ()))
+
+    @property
+    def central_x(self) -> Float[np.ndarray, "dim_x ch_x"]:
+        """An x, packed, in the middle of those that the posterior was trained on; no observation, but one to compile with."""
+        return np.asarray(self.scales.inverse_x(np.zeros((self.dim_x, self.ch_x), np.float32)))  # type: ignore[arg-type]
+
     # Checks
 
     def far(self, xs: Float[np.ndarray, "batch dim_x ch_x"]) -> dict[int, str]:
@@ -177,7 +186,8 @@ class Posterior(Densities):
         return {**sparse_rows(xs, self.facts.get("x_missing")), **far}
 
     def check_x(self, x: Any) -> Float[np.ndarray, "dim_x ch_x"]:
-        """One observation without its batch axis, as `draw` takes it. Raises ValueError unless it is finite and has the right shape."""
+        """One observation without its batch axis, as `draw` takes it. Raises ValueError unless it is finite and has the right shape, and for a parameter that
+        is given outside its prior."""
         if not self.layout.is_plain:
             one = (
                 {name: np.asarray(part)[None] for name, part in x.items()}
@@ -185,7 +195,8 @@ class Posterior(Densities):
                 else np.asarray(x)[None]
             )
             x = self.layout.pack(one)[0]
-        return as_array(x, (self.dim_x, self.ch_x), "x", missing=self.missing)
+        x = as_array(x, (self.dim_x, self.ch_x), "x", missing=self.missing)
+        return check_inside(x[None], self.scales, self.given_names)[0]
 
     def _one(self, x_o: Any) -> Float[np.ndarray, "1 dim_x ch_x"]:
         """An observation with its batch axis, packed and checked."""

@@ -10,6 +10,8 @@ import numpyro.distributions as dist
 import pytest
 
 from distsbi.data import Standardizer, Support
+from distsbi.data.bijection import Bijection
+from tests.compilations import Compilations
 
 SUPPORTS = [Support(-1.0, 3.0), Support(low=2.0), Support(high=5.0), Support()]
 
@@ -32,6 +34,38 @@ def test_there_and_back():
     flat = np.asarray(y)[..., 0]
     np.testing.assert_allclose(flat.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(flat.T), np.eye(4), atol=5e-3)
+
+
+def test_checks_on_the_host_ask_no_device():
+    """Numbers in numpy, over every kind of support and data, are those of the device but for rounding; nothing is compiled."""
+    theta, x = _pairs()
+    wide = np.exp(np.random.default_rng(1).uniform(0, 8, (len(theta), 1, 1))).astype("f4")
+    tokens = np.concatenate([theta, wide, wide], 1)
+    supports = [*SUPPORTS, Support(1.0, 3_000.0), Support()]
+    parameters = Bijection.of_parameters(tokens, supports)
+    assert set(parameters.kinds) == {"interval", "above", "below", "real", "decades"}
+    scales = jax.tree.map(np.asarray, Standardizer.fit(theta, np.concatenate([x, wide], 1), SUPPORTS))
+    assert "positive" in scales.x_bijection.kinds
+    beyond = tokens.copy()
+    beyond[:9] = np.asarray([-1.0, 0.0, 9.0, np.nan, 0.0, np.inf])[:, None]
+    with Compilations() as found, np.errstate(all="raise"):
+        own = parameters.forward(tokens, np), scales.forward_x(np.concatenate([x, wide], 1), np)
+    assert found.programs == 0
+    for ours, theirs in zip(
+        own, (parameters.forward(tokens), scales.forward_x(np.concatenate([x, wide], 1))), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_allclose(parameters.forward(beyond, np), parameters.forward(beyond), rtol=1e-5, atol=1e-5)
+
+
+def test_an_x_in_the_middle():
+    theta, x = _pairs()
+    wide = np.exp(np.random.default_rng(1).uniform(0, 8, (len(theta), 1, 1))).astype("f4")
+    scales = Standardizer.fit(theta, np.concatenate([x, wide], 1), SUPPORTS)
+    middle = scales.inverse_x(np.zeros((4, 1), "f4"))
+    np.testing.assert_allclose(middle[:3], x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(scales.forward_x(middle), 0, atol=1e-5)
 
 
 def test_no_draw_leaves_the_support():

@@ -24,6 +24,7 @@ from distsbi import files
 from distsbi.data.standardise import Standardizer
 from distsbi.mesh import make_mesh
 from distsbi.methods import make_method
+from distsbi.networks import Layout
 from distsbi.sampling import Tile
 from distsbi.solvers import make_solver
 
@@ -43,6 +44,8 @@ class FakePosterior:
         self.tile, self.most_slots = Tile(2, 4), 1_000
         self.mesh = make_mesh({"data": 1})
         self.scales = Standardizer.identity(self.dim_theta, self.dim_x)
+        self.layout, self.is_unconditional = Layout.of(self.dim_x), False
+        self.central_x = np.zeros((self.dim_x, self.ch_x), np.float32)
         self.calls: list[int] = []  # rows of each call of draw
         if config.get("kill_at_rename") and not (run / "killed").exists():  # never in the process of the tests
             replace = os.replace

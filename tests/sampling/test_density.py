@@ -209,6 +209,20 @@ def test_maximum_a_posteriori():
     theta, height = posterior.map(X, nsamples=20)
     assert (np.abs(theta[:, 0] - mode) < 0.01 * sd).all()
     assert height == pytest.approx(exact(posterior, mode[None, :, None], X)[0], abs=5e-3)
+    other, _ = posterior.map(X, rng=1, num_samples=20, climb=3, solver="midpoint", steps=4)
+    assert (other != theta).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"solver": "tsit5"}, "map climbs on a fixed grid"), ({"climbs": 3}, "unknown keyword 'climbs'. Did you mean climb"),
+        ({"climb": 0}, "climb must be a positive integer"), ({"rng": 1, "key": 2}, "give rng or key, only one"), ({"check": 0.1}, "check goes with"),
+    ],
+)  # fmt: skip
+def test_what_map_does_not_take(options, says):
+    with pytest.raises(ValueError, match=says):
+        gaussian_posterior().map(X, nsamples=20, **options)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,24 @@ def test_a_posterior_alone_is_distilled(monkeypatch):
     np.testing.assert_array_equal(seen[0], xs[-2:])
     with pytest.raises(ValueError, match="a student already"):
         distsbi.distill(student, xs, 1, **options)
+    seen.clear()
+    alone = distsbi.distill(random_mlp_posterior({"data": 1}), xs, 1, measure=False, held_out=xs[:3], **options)
+    assert "distance" not in alone.facts and not seen
+
+
+def test_a_student_outlives_its_measurement(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("the classifier gave up")
+
+    monkeypatch.setattr("distsbi.pipelines.students.distance", fails)
+    xs = np.random.default_rng(0).normal(size=(20, 3, 1)).astype("f4")
+    with pytest.warns(
+        UserWarning, match="the student's distance from its teacher could not be measured .the classifier gave up"
+    ):
+        student = distsbi.distill(
+            random_mlp_posterior({"data": 1}), xs, 1, nsteps=1, batch_size=8, teacher_steps=2, show_progress=False
+        )
+    assert student.is_student and student.facts["distance"] == {"error": "RuntimeError: the classifier gave up"}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import numpyro.distributions as dist
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 
 from distsbi import (
@@ -18,6 +19,7 @@ from distsbi import (
     open_catalog,
     sample_catalog,
 )
+from distsbi.cli import cli
 from distsbi.data import write_pairs
 from distsbi.networks import MLP, MLPParams
 
@@ -279,6 +281,42 @@ def test_what_does_not_fit_is_refused(make, message):
     theta, image, _ = simulate(40)
     with pytest.raises(ValueError, match=message):
         make(theta, image)
+
+
+def test_the_command_line_takes_what_sample_takes(images, instruments):
+    """An observation as .npy or .npz, with the axis of one observation or without it."""
+    _, image, spectrum = simulate(1, seed=8)
+
+    def drawn(folder, name, save, x):
+        save(folder / name, x) if save is np.save else save(folder / name, **x)
+        words = [
+            "sample",
+            folder / "run",
+            "--x",
+            folder / name,
+            "-n",
+            9,
+            "--steps",
+            2,
+            "--out",
+            folder / "d.npy",
+            "--overwrite",
+        ]
+        told = CliRunner().invoke(cli, [*map(str, words), "--mesh", "data=2"])
+        assert told.exit_code == 0, told.output
+        return np.load(folder / "d.npy")
+
+    (of_images, folder), (of_both, other) = images, instruments
+    for x in (image, image[0], image[..., 0], image[0, ..., 0]):
+        np.testing.assert_array_equal(drawn(folder, "x.npy", np.save, x), of_images.sample(0, image, 9, steps=2))
+    both = {"image": image, "spectrum": spectrum}
+    for x in (both, {name: part[0] for name, part in both.items()}):
+        np.testing.assert_array_equal(drawn(other, "x.npz", np.savez, x), of_both.sample(0, both, 9, steps=2))
+    np.save(folder / "two.npy", np.concatenate([image, image]))
+    told = CliRunner().invoke(
+        cli, ["sample", str(folder / "run"), "--x", str(folder / "two.npy"), "--out", str(folder / "e.npy")]
+    )
+    assert "holds 2 observations; for many use distsbi catalog" in str(told.exception) + told.output
 
 
 def test_an_observation_of_another_shape_is_refused(images, instruments):

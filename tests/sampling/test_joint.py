@@ -428,7 +428,7 @@ def test_density_estimation_without_conditions(kind, tmp_path):
     assert density.shape == (5,) and np.isfinite(density).all()
     exact = multivariate_normal(theta.mean(0), np.cov(theta.T))
     assert np.abs(density - exact.logpdf(draws[:5])).max() < 0.5  # of a short training
-    top, height = pipeline.map(nsamples=50, starts=2, steps=5)
+    top, height = pipeline.map(nsamples=50, starts=2, climb=5)
     assert top.shape == (2, 1) and abs(height - exact.logpdf(exact.mean)) < 0.5
     pipeline.save(tmp_path / "run")
     loaded, expected = load(tmp_path / "run", mesh={"data": 2}), pipeline.sample(rng=0, nsamples=7)
