@@ -80,7 +80,7 @@ def _of(devices: list[Any], data: int, model: int) -> Mesh:
 
 
 def _warn_idle(alike: int) -> None:
-    """Of so many devices for each part of the data: by stacklevel 1 once, however often a mesh is passed on."""
+    """Of so many devices for each part of the data."""
     if alike > 1:
         warn(
             f'{alike} devices of this mesh do the same work: nothing is split over an axis other than "{DATA}" yet; put all devices on it, such as '

@@ -275,6 +275,19 @@ print(axes, jax.device_count())
     assert result.stdout.strip() == "{'data': 3} 3"
 
 
+def test_a_warning_is_a_sentence(distsbi: Cli, tmp_path: Path) -> None:
+    """Without the line of ours or of click's that it is of."""
+    from tests.gaussian import random_mlp_posterior
+
+    random_mlp_posterior(facts={"x_extent": [1.0, 1.5, 1.0]}).save(tmp_path / "run")
+    code, _, err = distsbi(
+        "sample", tmp_path / "run", "--x", "900,0,0", "-n", 5, "--steps", 2, "--out", tmp_path / "d.npy"
+    )
+    assert code == 0, err
+    assert "Warning: x[0] lies far outside the simulations: its entry 0, 900, is " in err
+    assert ".py" not in err and "UserWarning" not in err
+
+
 def test_info(distsbi: Cli, untrained: Path) -> None:
     code, out, _ = distsbi("info", untrained)
     assert code == 0

@@ -494,6 +494,14 @@ def test_the_seed_of_the_weights_is_among_the_parameters(kind):
     assert "rngs" not in made[0].params.to_dict() and made[0].params == made[2].params
 
 
+@pytest.mark.parametrize("kind", [MLPFlowPipeline, Flux1FlowPipeline])
+def test_it_is_that_of_the_embedding_too(kind):
+    made = [kind(None, None, 2, (8, 8), params={"rngs": nnx.Rngs(seed)}, mesh={"data": 1}).model for seed in (1, 1, 2)]
+    first, again, other = ([np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model.nets))] for model in made)
+    same = [np.array_equal(a, b) for a, b in zip(first, other, strict=True)]
+    assert all(map(np.array_equal, first, again)) and not all(same[i] for i, leaf in enumerate(first) if leaf.std() > 0)
+
+
 def test_default_sizes_of_images_and_instruments():
     for kind in (MLPFlowPipeline, Flux1FlowPipeline):
         for dims in ((8, 8), {"image": (8, 8), "spectrum": 3}):

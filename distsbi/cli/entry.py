@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import click
 
 from distsbi.cli.group import cli
-from distsbi.cli.log import told
+from distsbi.cli.log import told, warned
 
 # keywords of the library that are options of another name
 ELSEWHERE = {"train": {"checkpoint_dir": "--out", "strategy.model": "--network", "strategy.method": "--method"}}
@@ -39,6 +39,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         with (
             _ended_by_sigterm(),
+            contextlib.nullcontext() if debug else warned(),
             told(logging.WARNING if quiet else logging.INFO) if command in LOGGED else contextlib.nullcontext(),
         ):
             code = cli.main(arguments, prog_name="distsbi", standalone_mode=False) or 0

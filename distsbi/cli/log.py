@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # with the zone, to be compared with the logs of other machines
@@ -36,3 +38,21 @@ def told(level: int) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[None]:
+    """Warnings to users are sentences on stderr for the time of the block, without the line of a program that they did not write."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, UserWarning):
+                before(message, category, *where, **more)
+                return
+            from tqdm import tqdm
+
+            tqdm.write(f"Warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield

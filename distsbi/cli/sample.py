@@ -116,11 +116,16 @@ def _observation(text: str, posterior: Any) -> "np.ndarray":
         if not posterior.layout.is_plain:
             try:  # with the axis of one observation, as `sample` takes it
                 packed = posterior.layout.pack(x)
-            except ValueError:
-                return posterior.check_x(x)[None]
+            except ValueError as error:
+                try:
+                    return posterior.check_x(x)[None]
+                except ValueError:
+                    raise error from None
             if len(packed) != 1:
-                raise ValueError(f"--x {text} holds {len(packed)} observations; for many use distsbi catalog.")
-            return packed
+                raise ValueError(
+                    f"--x {text} holds {len(packed)} observations and must hold one; for many use distsbi catalog."
+                )
+            return posterior.check_x(packed[0])[None]
         if isinstance(x, dict):
             raise ValueError(f"--x {text} holds {sorted(x)}; this run takes one array, as .npy.")
     else:

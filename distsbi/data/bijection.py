@@ -169,11 +169,19 @@ class Bijection:
         return ~jnp.any(below | above, axis=(-2, -1))
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether any row has a bound."""
+        return not set(self.kinds) <= {REAL, POSITIVE}
+
+    @property
+    def bounds(self) -> tuple[Float[np.ndarray, "dim 1"], Float[np.ndarray, "dim 1"]]:
+        """(low, high) of the rows, infinite where there is none."""
+        return np.where(self._has_low, self.low, -np.inf), np.where(self._has_high, self.high, np.inf)
+
+    @property
     def supports(self) -> list[Support]:
         """Where the rows live."""
-        low = np.where(self._has_low, self.low, -np.inf).ravel().tolist()
-        high = np.where(self._has_high, self.high, np.inf).ravel().tolist()
-        return [Support(*bounds) for bounds in zip(low, high, strict=True)]
+        return [Support(*ends) for ends in zip(*(bound.ravel().tolist() for bound in self.bounds), strict=True)]
 
     def _probit(self, part: Array, rest: Array, xp: Any) -> Array:
         """Of a part of an interval and of the rest: of the smaller, which is the finer, so that its derivative is finite too. Rows of other kinds have

@@ -7,6 +7,7 @@ from distsbi.hints import warn
 ROWS = 20  # fewer may be alike by chance
 LOST = 1e-3  # of the range of a column: the rounding from which on it is refused
 NOISE = 1e-12  # relative: the range of a column that is constant but for the rounding of float64
+CONSTANT_STEPS = 16  # of float32, over which a sum or a product that should be constant may be rounded
 STEPS = 500  # of float32 that tell the rows of a column apart, as LOST says of rounding by half a step
 CONSTANT = 1e-7  # relative: the range of what may be a constant, such as what a solver of an ODE conserves
 BLOCK_BYTES = 64 * 2**20
@@ -80,9 +81,12 @@ def warn_of_steps(what: str, array: np.ndarray) -> None:
         steps = (high - low) / np.spacing(largest, where=np.isfinite(largest), out=np.ones_like(largest))
         few = np.argwhere((steps > 1) & (steps < STEPS))
     if len(few):
-        at = tuple(few[0])
+        at = tuple(few[np.argmax(steps[tuple(few.T)])])
+        where = f"{what}[:, {', '.join(map(str, at))}] goes from {float(low[at])!r} to {float(high[at])!r} in {steps[at]:.0f} steps of float32"
         alike = f" ({len(few)} columns are like this)" if len(few) > 1 else ""
+        advice = "subtract a reference value before it is made float32, in a simulator too"
         warn(
-            f"{what}[:, {', '.join(map(str, at))}] goes from {float(low[at])!r} to {float(high[at])!r} in {steps[at]:.0f} steps of float32: what it says is mostly rounded "
-            f"away. Subtract a reference value before it is made float32, in a simulator too{alike}.",
+            f"{where}: if it is a constant but for rounding, leave it out; if not, {advice}{alike}."
+            if steps[at] < CONSTANT_STEPS
+            else f"{where}: what it says is mostly rounded away; {advice}{alike}."
         )

@@ -46,7 +46,7 @@ class Calibration:
         ranks: of each parameter among its draws, 0 to nsamples, among equal ones at random.
         nearer: share of the draws that are nearer to the pair's random point than theta is.
         contraction: of each parameter 1 less the mean variance of the draws of a pair, over the variance of theta: near 1 where x says all, 0 where the
-            draws are as wide as the prior. Of two calibrated runs the one with more of it is the better.
+            draws are as wide as the prior, NaN where theta is constant. Of two calibrated runs the one with more of it is the better.
         seed: of the draws, points and ties.
     """
 
@@ -103,7 +103,7 @@ class Calibration:
         coverage = {name: dict(zip(map(str, LEVELS), shares, strict=True)) for name, shares in self.coverage().items()}
         return {
             "pairs": len(self.ranks), "nsamples": self.nsamples, "seed": self.seed, "p_values": self.p_values,
-            "bias": self.bias, "coverage": coverage, "contraction": self.contraction, "suspect": list(self.suspect),
+            "bias": self.bias, "coverage": coverage, "contraction": {name: None if np.isnan(value) else value for name, value in self.contraction.items()}, "suspect": list(self.suspect),
         }  # fmt: skip
 
     def plot(self, axes: Any) -> None:
@@ -179,7 +179,7 @@ def check_calibration(
             )
             drawn = drawn.reshape(len(drawn), nsamples, -1)
             ranks[rows] = _rank(drawn, flat[rows, None], rng)
-            variances[rows] = drawn.var(1, dtype=np.float64)
+            variances[rows] = drawn.var(1, ddof=1, dtype=np.float64)
             point, scale = points[rows, None], scales[rows, None]
             far = np.linalg.norm((flat[rows, None] - point) / scale, axis=-1)
             nearer[rows] = _rank(np.linalg.norm((drawn - point) / scale, axis=-1), far, rng) / nsamples
@@ -190,8 +190,8 @@ def check_calibration(
         for name in posterior.parameter_names
         for channel in range(channels)
     )
-    spread = flat.var(0, dtype=np.float64)
-    contraction = 1 - variances.mean(0) / np.where(spread > 0, spread, 1.0)
+    spread = flat.var(0, ddof=1, dtype=np.float64)
+    contraction = 1 - variances.mean(0) / np.where(spread > 0, spread, np.nan)
     return Calibration(
         names, int(nsamples), ranks, nearer, dict(zip(names, contraction.tolist(), strict=True)), int(seed)
     )

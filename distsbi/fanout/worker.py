@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import itertools
+import math
 import os
 import socket
 import time
@@ -100,6 +101,10 @@ class Worker:
                 "changed since; give a path that all machines share, or the same copy everywhere, and leave it alone "
                 "while it is sampled."
             )
+        if self.posterior.is_unconditional:
+            raise ValueError(
+                f"{job.run} is a density without conditions, which no observation changes: draw from it with sample(key, nsamples) or sample_dataset."
+            )
         self._check_columns()
         self._check_head()
         self.key = keys.as_key(job.seed) if isinstance(job.seed, int) else keys.from_words(job.seed)
@@ -107,10 +112,6 @@ class Worker:
         solver = options.make_solver(self.posterior.method, self.posterior.default_solver)
         tile = options.make_tile(self.posterior.tile).for_draws(job.nsamples, self.posterior.most_slots)
         p = self.posterior
-        if p.is_unconditional:
-            raise ValueError(
-                f"{job.run} is a density without conditions, which no observation changes: draw from it with sample(key, nsamples) or sample_dataset."
-            )
         with contextlib.suppress(SolveError):  # compiles; the middle may be no x that a solver converges on
             self._draw(p.central_x[None], np.zeros(1, np.uint64), min(job.nsamples, p.tile.draws))
         self.device = device_name(next(iter(p.mesh.devices.flat)))
@@ -120,6 +121,7 @@ class Worker:
                 "seed": list(keys.key_words(self.key)),
                 "solver": solver.to_dict(),
                 "tile": [tile.slots, tile.draws],
+                **({"channels": "a column each"} if self._by_channel else {}),
             },
             "sizes": [p.dim_theta, p.ch_theta],
             "parameter_names": list(p.parameter_names),
@@ -199,37 +201,59 @@ class Worker:
         p = self.posterior
         rows = self.source.read(0, min(FIRST_ROWS, self.source.n_rows))[1]
         values = [row for row in rows if not isinstance(row, str)]
-        if values and all(value.ndim == 1 and value.size != p.dim_x * p.ch_x for value in values):
-            short = all(value.size < p.dim_x * p.ch_x for value in values)
+        size = p.dim_x * p.ch_x
+        if values and all(value.ndim == 1 and value.size != size for value in values):
+            short = all(value.size < size for value in values)
             fill = " If what is left of them is missing, fill it up with NaN." if p.missing and short else ""
             raise ValueError(
                 f"none of the first {len(rows)} rows of {as_place(self.job.source.path)} has an x that this posterior takes: the first has {values[0].size} "
-                f"values in {', '.join(self.job.source.columns)}, and {p.dim_x * p.ch_x} are needed (dim_x {p.dim_x}, ch_x {p.ch_x}). Name the "
+                f"values in {', '.join(self.job.source.columns)}, and {size} are needed (dim_x {p.dim_x}, ch_x {p.ch_x}). Name the "
                 f"right column by x_column, or by x_columns those that make up x.{fill}"
             )
+        arranged = [self._arranged(value) for value in values]
+        if arranged and all(isinstance(x, str) for x in arranged):
+            raise ValueError(
+                f"none of the first {len(rows)} rows of {as_place(self.job.source.path)} can be read: {arranged[0]}."
+            )
+
+    @property
+    def _by_channel(self) -> bool:
+        """Whether the catalog has a column for each channel, of several."""
+        layout, columns = self.posterior.layout, self.job.source.x_columns
+        return (
+            layout.names == ("",)
+            and 1 < layout.shapes[0][-1] == len(columns or ())
+            and math.prod(layout.shapes[0][:-1]) > 1
+        )
+
+    def _arranged(self, value: np.ndarray) -> Row:
+        """x in a shape that `check_x` takes, or why there is none. Values on one axis are x[0], x[1], ..., each with all its channels."""
+        p, size = self.posterior, self.posterior.dim_x * self.posterior.ch_x
+        columns = ", ".join(self.job.source.columns)
+        if self._by_channel:
+            channels, shape = p.layout.shapes[0][-1], p.layout.shapes[0][:-1]
+            if value.shape != (channels, math.prod(shape)):
+                return f"{columns} are one for each channel, so that each needs {math.prod(shape)} values"
+            if shape == (channels,):
+                return f"{columns} may be one for each channel or one for each entry, {channels} of both; store x as one column of tensors {list(p.layout.shapes[0])}"
+            return np.moveaxis(value.reshape(channels, *shape), 0, -1)
+        if value.ndim == 2 and len(self.job.source.x_columns or ()) > 1:
+            value = value.ravel()
+        if value.ndim > 1:
+            return value
+        if value.size != size:
+            return f"x has {value.size} values; this posterior takes {size} (dim_x {p.dim_x}, ch_x {p.ch_x})"
+        return value.reshape(p.dim_x, p.ch_x)
 
     def _check(self, value: Row) -> Row:
         """x of shape (dim_x, ch_x), or why there is none."""
-        if isinstance(value, str):
-            return value
-        p = self.posterior
-        if value.ndim == 1 and value.size != p.dim_x * p.ch_x:
-            return (
-                f"x has {value.size} values; this posterior takes {p.dim_x * p.ch_x} (dim_x {p.dim_x}, ch_x {p.ch_x})"
-            )
-        if value.ndim == 1 and p.ch_x == 1:  # packed, or without the axis of channels
-            value = value[:, None]
-        elif value.ndim == 1 and len(self.job.source.x_columns or ()) == p.ch_x:  # a column for each channel
-            value = value.reshape(p.ch_x, p.dim_x).T
-        elif value.ndim == 1:
-            return (
-                f"x has one axis of {value.size} values, of which dim_x {p.dim_x} and ch_x {p.ch_x} leave the order open; store it as a list of lists, "
-                f"or as a tensor, of shape ({p.dim_x}, {p.ch_x}), or name a column for each channel by x_columns"
-            )
+        arranged = value if isinstance(value, str) else self._arranged(value)
+        if isinstance(arranged, str):
+            return arranged
         try:
-            return p.check_x(value)
+            return self.posterior.check_x(arranged)
         except ValueError as error:  # a null came as NaN
-            return str(error).replace("NaN", "NaN (or null)", 1) if np.isnan(value).any() else str(error)
+            return str(error).replace("NaN", "NaN (or null)", 1) if np.isnan(arranged).any() else str(error)
 
     def _draw_rows(
         self, xs: Sequence[Row], ids: np.ndarray, status: list[str], message: list[str | None]

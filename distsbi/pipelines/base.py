@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distsbi import keys, mesh as meshes
+from distsbi import keys, mesh as meshes, processes
 from distsbi.data.float32 import warn_of_steps
 from distsbi.data.prior import parameter_names, parse_prior, supports
 from distsbi.data.source import FIT_PAIRS, Pairs, Shapes, Source, make_source
@@ -50,7 +50,7 @@ AUGMENT_BYTES = 128 * 2**20  # of pairs that are augmented together outside trai
 log = logging.getLogger("distsbi")
 
 
-def _key_of(rngs: nnx.Rngs) -> Array:
+def key_of_rngs(rngs: nnx.Rngs) -> Array:
     """A key of the stream that is there; `nnx.Rngs(params=0)` has no default one. Raises ValueError if there is none."""
     for name in ("default", "params"):
         if name in rngs:
@@ -205,7 +205,7 @@ class ConditionalPipeline(Answers):
             raise ValueError(
                 "this pipeline was made for inference (train_dataset=None); make one with a training set to train."
             )
-        key = keys.as_key(_key_of(rngs) if isinstance(rngs, nnx.Rngs) else rngs)
+        key = keys.as_key(key_of_rngs(rngs) if isinstance(rngs, nnx.Rngs) else rngs)
         base = dataclasses.replace(
             TrainingConfig.from_dict({**self.training_config.to_dict(), **overrides}),
             **({} if nsteps is None else {"nsteps": nsteps}),
@@ -218,8 +218,10 @@ class ConditionalPipeline(Answers):
         validation = self._held_out()
         standardizer = self._standardizer
         if standardizer is None:
-            for name, array in zip(("theta", "x"), pairs := self._fit_pairs(), strict=True):
-                warn_of_steps(name, array)
+            pairs = self._fit_pairs()
+            if processes.is_first():
+                for name, array in zip(("theta", "x"), pairs, strict=True):
+                    warn_of_steps(name, array)
             standardizer = self._fit(*pairs)
         standardizer = self._standardizer = jax.tree.map(np.asarray, standardizer)
         identity = training_identity(

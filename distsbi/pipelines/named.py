@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 from flax import nnx
 
 from distsbi import mesh as meshes
@@ -17,7 +18,7 @@ from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMat
 from distsbi.networks import MLP, NETWORKS, JointNetwork, Layout
 from distsbi.networks.embedding import default_nets, embedded_shape
 from distsbi.networks.observation import Dims
-from distsbi.pipelines.base import ConditionalPipeline
+from distsbi.pipelines.base import ConditionalPipeline, key_of_rngs
 from distsbi.pipelines.given import nets_by_part
 from distsbi.pipelines.joint import JointPipeline
 from distsbi.training import TrainingConfig
@@ -55,7 +56,8 @@ class NamedPipeline:
         **options: Any,
     ):
         layout = Layout.of(dim_cond, ch_cond)
-        nets = self._nets(layout, embedding)
+        seed = params.get("rngs") if isinstance(params, dict) else getattr(params, "rngs", None)
+        nets = self._nets(layout, embedding, seed)
         if params is None or isinstance(params, dict):
             params = _with_fields(self._default(dim_obs, ch_obs, layout, nets), params or {})
         if missing is not None and isinstance(params, self.make_params):
@@ -109,11 +111,13 @@ class NamedPipeline:
         return cls._default(dim_obs, ch_obs, layout, cls._nets(layout, None))
 
     @classmethod
-    def _nets(cls, layout: Layout, embedding: Any) -> dict[str, Any] | None:
-        """The embedding nets, of the user or for images and instruments; None: x goes into the network as it is."""
+    def _nets(cls, layout: Layout, embedding: Any, rngs: nnx.Rngs | None = None) -> dict[str, Any] | None:
+        """The embedding nets, of the user or for images and instruments; None: x goes into the network as it is. `rngs`: those of the network, which
+        are not drawn from."""
         nets = nets_by_part(layout, embedding)
         if nets is None and not layout.is_plain and not issubclass(cls.make_model, JointNetwork):
-            return default_nets(layout, "CNN" if cls.make_model is MLP else "PatchEmbedding", nnx.Rngs(1))
+            own = nnx.Rngs(1) if rngs is None else nnx.Rngs(jax.random.fold_in(key_of_rngs(nnx.clone(rngs)), 1))
+            return default_nets(layout, "CNN" if cls.make_model is MLP else "PatchEmbedding", own)
         return nets
 
     @classmethod

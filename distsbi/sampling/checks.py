@@ -157,10 +157,9 @@ def standardised(xs: np.ndarray, scales: Standardizer) -> Iterator[tuple[int, Fl
 def check_inside(xs: np.ndarray, standardizer: Standardizer, names: Sequence[str]) -> np.ndarray:
     """xs [batch, dim_x, ch_x], where they are parameters that a joint model is given, called `names`. Raises ValueError for one outside its
     prior: the bijection would take the bound in its place."""
-    if standardizer.x_bijection is None:
+    if standardizer.x_bijection is None or not standardizer.x_bijection.is_bounded:
         return xs
-    supports = [(s.low, s.high) for s in standardizer.x_bijection.supports]
-    low, high = np.asarray(supports).reshape(-1, 2).T[..., None]
+    low, high = standardizer.x_bijection.bounds
     for row, i, ch in np.argwhere((xs < low) | (xs > high))[:1]:
         name = names[i] if names else f"number {i} of what is given"
         raise ValueError(

@@ -196,7 +196,8 @@ class Densities:
         """(theta, log p) at the maximum a posteriori: the likeliest `starts` of `nsamples` draws (1,000), climbed by Adam for `climb` steps.
 
         It maximises p(theta | x_o), as `log_prob` gives it, in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
-        bijection reaches. `rng` or `key`: of the draws, seed 0 by default. `options`: as for `log_prob`, with a fixed grid.
+        bijection reaches. `rng` or `key`: of the draws, seed 0 by default. `options`: the solver, a fixed grid, and others of
+        `SampleOptions`.
         """
         starts, climb = as_count("starts", starts), as_count("climb", climb)
         key = 0 if rng is None and key is None else one_of(rng=rng, key=key)
@@ -204,7 +205,7 @@ class Densities:
         chosen = self._density_options(options, ("rng", "key", "x_o", "nsamples", "num_samples", "starts", "climb"))
         solver = self._density_solver(chosen)
         if not isinstance(solver, FixedGrid):
-            raise ValueError(f"map climbs on a fixed grid; leave out {solver.name!r}, rtol and atol, or give steps.")
+            raise ValueError("map climbs on a fixed grid; leave out rtol, atol and an adaptive solver.")
         draws, density = self.sample_and_log_prob(key, x, n, **options)
         best = np.argsort(-density)[:starts]
         program = tiles.climb_program(self.graphdef, self.method, solver, climb)

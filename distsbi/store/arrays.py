@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from distsbi.store.place import Place
-from distsbi.store.rows import Row
+from distsbi.store.rows import Row, joined
 from distsbi.store.spec import CHUNK_ROWS, SourceSpec, check_columns, row_numbers
 
 
@@ -54,7 +54,7 @@ class ArraySource:
         ids = pa.array(np.arange(start, stop)) if self._ids is None else self._some_ids(start, stop)
         x = [np.asarray(part[start:stop]) for part in self._x]
         with np.errstate(over="ignore"):
-            block = np.concatenate([a.reshape(count, -1) for a in x], 1) if self.spec.x_columns else x[0]
+            block = joined([a.reshape(count, -1) for a in x], 1) if self.spec.x_columns else x[0]
             block = block.astype(np.float32)
         return ids, list(block.reshape(count, 1) if block.ndim == 1 else block)
 

@@ -45,7 +45,8 @@ def rows_of(column: pa.Array, name: str = "x") -> list[Row]:
 
 
 def join_columns(columns: Sequence[pa.Array], names: Sequence[str]) -> list[Row]:
-    """The columns of each row, flattened and joined; the first reason where one has none.
+    """The columns of each row, flattened and joined; where several have as many values each, more than one, [columns, values]. The first reason where one
+    has none.
 
     A null number is NaN, unless all are null; a null list, whose length nobody knows, is a reason.
     """
@@ -57,7 +58,7 @@ def join_columns(columns: Sequence[pa.Array], names: Sequence[str]) -> list[Row]
 
     def join(parts: tuple[Row, ...]) -> Row:
         reason = next((part for part in parts if isinstance(part, str)), None)
-        return np.concatenate([np.ravel(part) for part in parts]) if reason is None else reason
+        return joined([np.ravel(part) for part in parts]) if reason is None else reason
 
     values = [
         list(_floats(column)[:, None]) if single else rows_of(column, name)
@@ -86,3 +87,10 @@ def _floats(values: pa.Array) -> np.ndarray:
     """float32, NaN where null."""
     with np.errstate(over="ignore"):  # past float32 becomes inf, which the posterior's check refuses
         return values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def joined(parts: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
+    """Parts that are flat from `axis` on: stacked where several have as many values each, more than one; else one after another."""
+    sizes = [part.shape[axis] for part in parts]
+    alike = len(parts) > 1 and len(set(sizes)) == 1 and sizes[0] > 1
+    return np.stack(parts, axis) if alike else np.concatenate(parts, axis)

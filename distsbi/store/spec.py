@@ -22,7 +22,8 @@ class SourceSpec:
         id_column: the column (array of the .npz or the group) with the ids, integers or strings; None: the row number is the id. A .npy can hold no
             ids, so with the default this becomes None there.
         x_column: the column with x, a list or a tensor per row.
-        x_columns: instead, columns that make up x, in this order: scalars, or lists and tensors, which are flattened and joined.
+        x_columns: instead, columns that make up x, in this order: scalars, or lists and tensors, which are flattened and joined, or stacked
+            where all have as many values, more than one.
 
     Raises ValueError if both are given.
     """

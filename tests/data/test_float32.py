@@ -101,7 +101,8 @@ def test_what_was_rounded_before_is_told_in_training(tmp_path):
     out = distsbi.simulate(night, Prior(t=dist.Normal(0.0, 0.2)), 100, tmp_path / "pairs", workers=0).path
     pipeline = MLPFlowPipeline(out, None, 1, 1)
     with pytest.warns(
-        UserWarning, match=r"x\[:, 0, 0\] goes from 24.* in \d+ steps of float32: .*Subtract a reference"
+        UserWarning,
+        match=r"x\[:, 0, 0\] goes from 24.* in \d+ steps of float32: .*subtract a reference",
     ) as told:
         pipeline.train(0, nsteps=1, batch_size=8, calibrate=False)
     assert told[0].filename == __file__  # the user's line, not one of ours
@@ -114,3 +115,19 @@ def test_all_else_goes_through_enough_steps(values):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_steps("x", np.asarray(values, np.float32))
+
+
+def test_a_sum_that_is_constant_but_for_rounding():
+    parts = DRAW.uniform(size=(500, 50)).astype("f4")
+    with pytest.warns(
+        UserWarning,
+        match=r"x\[:, 0\] goes from 0.99.* if it is a constant but for rounding, leave it out; if not, subtract",
+    ):
+        warn_of_steps("x", (parts / parts.sum(1, keepdims=True)).cumsum(1, dtype="f4")[:, -1:])
+
+
+def test_what_is_mostly_rounded_away():
+    with pytest.warns(
+        UserWarning, match=r"x\[:, 0\] goes from .* what it says is mostly rounded away; subtract a reference value"
+    ):
+        warn_of_steps("x", (DAYS + 20 * DRAW.normal(size=(500, 1))).astype("f4"))

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from distsbi import get_task, keys
 from distsbi.cli import cli
-from distsbi.data import write_pairs
+from distsbi.data import Standardizer, write_pairs
 from distsbi.diagnostics import check_calibration
 from distsbi.diagnostics.calibration import ALL, LEVELS, Calibration, _rank
 from distsbi.sampling import Tile
@@ -67,6 +67,26 @@ def test_a_shift_has_a_sign(posterior):
     low = found(posterior, shift=0.5)
     assert set(posterior.parameter_names) <= set(low.suspect)
     assert min(low.bias[name] for name in posterior.parameter_names) > 5  # the draws are too low
+
+
+def test_contraction_of_a_prior_is_none():
+    """Draws that are as wide as the prior, few of them: 0 within 5 standard errors, whose variances come from 20 draws for each of 4,000 pairs."""
+
+    class Wide:
+        is_unconditional, dim_theta, ch_theta, parameter_names, facts = False, 2, 1, ("a", "b"), {}
+        scales = Standardizer.identity(2, 1)
+
+        def check_xs(self, xs):
+            return xs
+
+        def draw(self, key, xs, nsamples, **_):
+            return np.random.default_rng(0).normal(size=(len(xs), nsamples, 2, 1))
+
+    theta = np.random.default_rng(1).normal(size=(4_000, 2))
+    theta[:, 1] = 3.0
+    found = check_calibration(Wide(), theta, np.zeros((4_000, 1, 1)), nsamples=20)
+    assert abs(found.contraction["a"]) < 5 * np.sqrt(2 / 4_000 + 2 / 80_000)
+    assert np.isnan(found.contraction["b"]) and found.to_dict()["contraction"]["b"] is None
 
 
 def test_what_only_shows_in_all_parameters_together(posterior):

@@ -77,12 +77,58 @@ def test_channels_in_a_tensor_and_in_lists_of_lists(tmp_path):
         same(run, xs, draws)
 
 
-def test_one_axis_says_nothing_of_channels(tmp_path):
+def test_values_on_one_axis_have_all_channels_of_an_entry_together(tmp_path):
+    """A flat list, or a column for each entry."""
     mlp(Layout.of(3, 2)).save(tmp_path / "run")
-    _, rows, draws = drawn(tmp_path, {"x": list(DRAW.normal(size=(ROWS, 6)).astype("f4"))})
-    assert not draws
-    assert {row["status"] for row in rows} == {"invalid"}
-    assert "leave the order open; store it as a list of lists, or as a tensor, of shape (3, 2)" in rows[0]["message"]
+    xs = DRAW.normal(size=(ROWS, 3, 2)).astype("f4")
+    names = [f"{entry}{channel}" for entry in "abc" for channel in "01"]
+    for name, columns, x_columns in (
+        ("flat", {"x": list(xs.reshape(ROWS, 6))}, None),
+        ("entries", {entry: list(xs[:, i]) for i, entry in enumerate("abc")}, ["a", "b", "c"]),
+        ("scalars", dict(zip(names, xs.reshape(ROWS, 6).T, strict=True)), names),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run").symlink_to(tmp_path / "run")
+        run, _, draws = drawn(folder, columns, x_columns=x_columns)
+        same(run, xs, draws)
+
+
+def test_columns_of_channels_are_as_long(tmp_path):
+    mlp(Layout.of(3, 2)).save(tmp_path / "run")
+    flux, error = DRAW.normal(size=(2, ROWS, 3)).tolist()
+    flux[1].append(error[1].pop())  # six values still
+    _, rows, draws = drawn(tmp_path, {"flux": flux, "error": error}, x_columns=["flux", "error"])
+    assert sorted(draws) == [0, 2, 3, 4, 5]
+    assert (rows[1]["status"], rows[1]["message"]) == (
+        "invalid",
+        "flux, error are one for each channel, so that each needs 3 values",
+    )
+    assert (
+        open_catalog(tmp_path / "out").run["definition"]["channels"] == "a column each"
+    )  # no folder of before goes on so
+
+
+def test_as_many_channels_as_entries_are_not_guessed(tmp_path):
+    mlp(Layout.of(2, 2)).save(tmp_path / "run")
+    with pytest.raises(
+        ValueError,
+        match=r"a, b may be one for each channel or one for each entry, 2 of both; store x as one column of tensors \[2, 2\]",
+    ):
+        drawn(tmp_path, {"a": [[0.0, 1.0]] * ROWS, "b": [[0.0, 1.0]] * ROWS}, x_columns=["a", "b"])
+
+
+def test_an_image_with_a_column_for_each_channel(tmp_path):
+    mlp(Layout.of((8, 8), 2)).save(tmp_path / "run")
+    xs = DRAW.normal(size=(ROWS, 8, 8, 2)).astype("f4")
+    red, green = (pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(xs[..., i])) for i in (0, 1))
+    run, _, draws = drawn(tmp_path, {"red": red, "green": green}, x_columns=["red", "green"])
+    same(run, xs, draws)
+    np.savez(tmp_path / "in.npz", id=np.arange(ROWS), red=xs[..., 0], green=xs[..., 1])
+    sample_catalog(
+        tmp_path / "run", tmp_path / "in.npz", tmp_path / "arrays", nsamples=5, workers=0, id_column=None, x_columns=["red", "green"], show_progress=False
+    )  # fmt: skip
+    same(run, xs, dict(open_catalog(tmp_path / "arrays").items()))
 
 
 def test_instruments_in_any_order(tmp_path):
@@ -129,5 +175,6 @@ def test_an_emulator_whose_prior_excludes_0(tmp_path):
 
 def test_a_density_without_conditions_has_no_catalog(tmp_path):
     random_mlp_posterior(mesh=ONE, dim_x=1, unconditional=True).save(tmp_path / "run")
-    with pytest.raises(ValueError, match="is a density without conditions, which no observation changes"):
-        drawn(tmp_path, {"x": np.zeros(ROWS)})
+    for x in (np.zeros(ROWS), [[0.0, 1.0, 2.0]] * ROWS):
+        with pytest.raises(ValueError, match="is a density without conditions, which no observation changes"):
+            drawn(tmp_path, {"x": x})

@@ -216,7 +216,7 @@ def test_maximum_a_posteriori():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"solver": "tsit5"}, "map climbs on a fixed grid"), ({"climbs": 3}, "unknown keyword 'climbs'. Did you mean climb"),
+        ({"solver": "tsit5"}, "map climbs on a fixed grid; leave out rtol"), ({"rtol": 1e-3}, "leave out rtol, atol"), ({"climbs": 3}, "unknown keyword 'climbs'. Did you mean climb"),
         ({"climb": 0}, "climb must be a positive integer"), ({"rng": 1, "key": 2}, "give rng or key, only one"), ({"check": 0.1}, "check goes with"),
     ],
 )  # fmt: skip

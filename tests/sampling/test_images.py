@@ -316,7 +316,12 @@ def test_the_command_line_takes_what_sample_takes(images, instruments):
     told = CliRunner().invoke(
         cli, ["sample", str(folder / "run"), "--x", str(folder / "two.npy"), "--out", str(folder / "e.npy")]
     )
-    assert "holds 2 observations; for many use distsbi catalog" in str(told.exception) + told.output
+    assert "holds 2 observations and must hold one; for many use distsbi catalog" in str(told.exception) + told.output
+    np.save(folder / "two.npy", np.zeros((1, 9, 9, 1)))
+    told = CliRunner().invoke(
+        cli, ["sample", str(folder / "run"), "--x", str(folder / "two.npy"), "--out", str(folder / "e.npy")]
+    )
+    assert "must have shape (n, 8, 8, 1); got (1, 9, 9, 1)" in str(told.exception) + told.output
 
 
 def test_an_observation_of_another_shape_is_refused(images, instruments):
