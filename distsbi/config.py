@@ -147,10 +147,12 @@ class RunConfig:
 
     def make_pipeline(self, train_dataset: Any, val_dataset: Any, dim_obs: int, dim_cond: Any, **options: Any) -> Any:
         """The pipeline that the file describes, for these data, its prior and its mesh among them; its sections `data` and `seed` are the command's.
-        `options`: keywords of the pipeline beside `params`, `training_config` and `method`, and `checkpoint_dir`. Raises as the pipeline does."""
+        `options`: keywords of the pipeline beside `params`, `training_config` and `method`, and `checkpoint_dir` and `rngs` (of the weights). Raises as the
+        pipeline does."""
         from distsbi.pipelines import PIPELINES
 
         training = {**self.training_config, "checkpoint_dir": options.pop("checkpoint_dir", None)}
+        rngs = options.pop("rngs", None)
         if self.strategy.condition_mask is not None:
             options["condition_mask"] = self.strategy.condition_mask
         if self.prior:
@@ -162,7 +164,7 @@ class RunConfig:
             val_dataset,
             dim_obs,
             dim_cond,
-            params=dict(self.model),
+            params={**self.model, **({} if rngs is None else {"rngs": rngs})},
             training_config=training,
             method=self.method,
             **options,

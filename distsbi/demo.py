@@ -41,11 +41,12 @@ def run_demo(
     quick: bool = False,
     mesh: MeshLike = None,
     workers: int = 2,
+    program: str = "distsbi",
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Runs all steps into the folder `out` and returns the numbers that it prints; `quick`: with a tenth of the work.
 
-    An earlier demo in `out` is replaced. Raises ValueError if `out` holds anything else.
+    `program`: how the command line is called in what to type next. An earlier demo in `out` is replaced. Raises ValueError if `out` holds anything else.
     """
     folder = _fresh(Path(out))
     task, mesh = get_task("two_moons"), make_mesh(mesh)
@@ -97,7 +98,7 @@ def run_demo(
 
     facts["peak_memory_mb"] = peak_memory_mb()
     (folder / MARK).write_text(json.dumps(facts, indent=1))
-    say(_report(facts, folder))
+    say(_report(facts, folder, program))
     return facts
 
 
@@ -186,7 +187,7 @@ class _Clock:
         self.seconds[self.name] = time.perf_counter() - self.start
 
 
-def _report(facts: dict[str, Any], folder: Path) -> str:
+def _report(facts: dict[str, Any], folder: Path, program: str) -> str:
     seconds = facts["seconds"]
     rows = [
         ("simulate", f"{seconds['simulate']:.1f} s", f"{facts['pairs']:,} pairs"),
@@ -217,8 +218,8 @@ def _report(facts: dict[str, Any], folder: Path) -> str:
             f"figure         {folder / 'posterior.png'}",
             "",
             "What to type next:",
-            f"  distsbi sample {run} --x {observation} --nsamples 100000 --out draws.npy",
-            f"  distsbi info {run}",
-            "  distsbi train --task slcp --n 10000 --out runs/slcp",
+            f"  {program} sample {run} --x {observation} --nsamples 100000 --out draws.npy",
+            f"  {program} info {run}",
+            f"  {program} train --task slcp --n 10000 --out runs/slcp",
         ]
     )

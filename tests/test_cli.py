@@ -284,7 +284,7 @@ def test_a_warning_is_a_sentence(distsbi: Cli, tmp_path: Path) -> None:
         "sample", tmp_path / "run", "--x", "900,0,0", "-n", 5, "--steps", 2, "--out", tmp_path / "d.npy"
     )
     assert code == 0, err
-    assert "Warning: x[0] lies far outside the simulations: its entry 0, 900, is " in err
+    assert "Warning: x[0] lies far outside the simulations: its entry 0 (900) is " in err
     assert ".py" not in err and "UserWarning" not in err
 
 

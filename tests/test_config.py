@@ -4,8 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import yaml
+from flax import nnx
 
 from distsbi.config import RunConfig, parse_config, read_config
 
@@ -181,6 +184,15 @@ def test_methods_and_their_options() -> None:
     ):
         with pytest.raises(ValueError, match=says):
             parse_config(content)
+
+
+def test_the_seed_of_the_weights() -> None:
+    config = parse_config({"model": {"width": 8, "depth": 1}})
+    first, again, other = (
+        jax.tree.leaves(nnx.state(config.make_pipeline(None, None, 2, 2, mesh={"data": 1}, **options).model))
+        for options in ({}, {"rngs": nnx.Rngs(0)}, {"rngs": nnx.Rngs(1)})
+    )
+    assert all(map(np.array_equal, first, again)) and not all(map(np.array_equal, first, other))
 
 
 def test_defaults_are_not_repeated() -> None:

@@ -34,6 +34,19 @@ def test_figure(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_program_is_called_as_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distsbi.cli.info import _program
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / ".venv" / "bin" / "distsbi"), "demo"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _program() == ".venv/bin/distsbi"
+    (tmp_path / "distsbi").touch(mode=0o755)
+    assert _program() == "distsbi"
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert _program() == "distsbi"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from distsbi import (
 )
 from distsbi.cli import cli
 from distsbi.config import read_config
-from distsbi.data import Support, write_pairs
+from distsbi.data import Support, read_pairs, write_pairs
 from distsbi.data.stream import StreamedPairs
 from distsbi.methods import EDM, FlowMatching, ScoreMatchingVE, ScoreMatchingVP
 from distsbi.networks import MLP
@@ -502,6 +502,22 @@ def test_it_is_that_of_the_embedding_too(kind):
     assert all(map(np.array_equal, first, again)) and not all(same[i] for i, leaf in enumerate(first) if leaf.std() > 0)
 
 
+def test_a_folder_says_whether_entries_may_be_missing(tmp_path):
+    theta, x = np.random.default_rng(0).normal(size=(2, 60, 2))
+    x[::3, 0] = np.nan
+    write_pairs(tmp_path / "holes", theta, x, missing=True)
+    made = MLPFlowPipeline(tmp_path / "holes", None, 2, 2, params=SMALL, mesh={"data": 1})
+    assert made.model.params.missing
+    assert np.isnan(read_pairs(tmp_path / "holes").x).any()
+    assert not MLPFlowPipeline(None, None, 2, 2, params=SMALL, mesh={"data": 1}).model.params.missing
+    for refused in (
+        lambda: MLPFlowPipeline(tmp_path / "holes", None, 2, 2, params=SMALL, missing=False, mesh={"data": 1}),
+        lambda: SimformerFlowPipeline(tmp_path / "holes", None, 2, 2, mesh={"data": 1}), lambda: read_pairs(tmp_path / "holes", missing=False),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="x has NaN or inf"):
+            refused()
+
+
 def test_default_sizes_of_images_and_instruments():
     for kind in (MLPFlowPipeline, Flux1FlowPipeline):
         for dims in ((8, 8), {"image": (8, 8), "spectrum": 3}):
@@ -517,7 +533,7 @@ def test_an_observation_far_outside_the_simulations_is_warned_of():
         warnings.simplefilter("error")
         pipeline.sample(rng=0, x_o=pipeline.example, nsamples=5)
         pipeline.sample_batched(0, pairs(20, seed=3)[1], 5)
-    with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations: its entry 1, 1000") as one:
+    with pytest.warns(UserWarning, match=r"x\[0\] lies far outside the simulations: its entry 1 .1000.") as one:
         pipeline.sample(rng=0, x_o=np.asarray([[[0.0], [1000.0]]]), nsamples=5)
     with pytest.warns(UserWarning, match=r"x\[2\] lies far outside") as many:
         pipeline.sample_batched(0, np.asarray([[[0.0], [0.0]], [[0.0], [0.0]], [[-90.0], [0.0]]]), 5)

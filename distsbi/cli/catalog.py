@@ -98,7 +98,7 @@ def status(out: str, as_json: bool) -> None:
         ("left", counted(found.left, "row")),
         ("failed", f"{counted(found.failures, 'attempt')} at shards" + _shards(", given up", found.given_up) + _shards(", searched", found.searched)),
         *([("reason", found.last_failure)] if found.last_failure else []),
-        ("rate", rate),
+        *([] if found.complete and found.rate is None else [("rate", rate)]),
         ("to go", "nothing" if found.complete else "not known yet" if found.to_go is None else duration(found.to_go)),
         ("writer", found.writer or "none"),
         *([("last", f"a shard {duration(found.age)} ago")] if found.age is not None and found.writer else []),
@@ -207,6 +207,10 @@ def _refuse_others(out: str) -> None:
     place = as_place(out)
     record.refuse_bare_shards(place)
     folder = Path(place.path) if place.local else Path("no folder")
+    if (folder / "spec.json").is_file() or (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{out} is a run directory: distsbi info {out} says what it holds, {folder / 'metrics.jsonl'} how its training goes."
+        )
     began, files = (folder / layout.HIDDEN).is_dir(), any(folder.glob("*.parquet"))
     if began and not files:
         raise ValueError(

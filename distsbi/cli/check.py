@@ -40,8 +40,8 @@ def check(
 ) -> None:
     """Say whether RUN is calibrated, by SBC, coverage and TARP on pairs that it was not trained on.
 
-    The columns: p, of a chance as small as what is seen; bias, in standard errors, positive where draws are too low; the share of the truths in each central
-    interval; contraction, the part of the prior's variance that the data take away. That a calibrated run is as narrow as it can be is not said: of two,
+    The columns: p, of a chance as small as what is seen; bias, in standard errors, positive where draws are too low; spread, how many times as far the truths
+    lie as the draws say, above 1 where these are too narrow; the share of the truths in each central interval; contraction, the part of the prior's variance that the data take away. That a calibrated run is as narrow as it can be is not said: of two,
     the one that contracts more is the better.
 
     Make them with another --seed: distsbi simulate ... --seed 1 --n 1000 --out held-out
@@ -53,6 +53,7 @@ def check(
     axes = make_mesh(devices, mesh)
     from distsbi.diagnostics.calibration import LEVELS, check_calibration
     from distsbi.sampling import load
+    from distsbi.training.loop import overfitted
 
     posterior = load(run, mesh=axes, network=network)
     theta, x = _of_folder(data, posterior, n) if data is not None else _of_task(task or "", posterior, seed, n)
@@ -63,24 +64,31 @@ def check(
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=1))
         return
-    bias, coverage, blank = found.bias, found.coverage(LEVELS), [""] * len(LEVELS)
+    bias, coverage, blank = found.bias, found.coverage(LEVELS), [""] * (len(LEVELS) + 1)
     rows = [
         (
             name,
             f"{p:.3g}",
             f"{bias[name]:+.1f}" if name in bias else "",
-            *([f"{share:.3f}" for share in coverage[name]] if name in coverage else blank),
+            *(
+                [f"{found.spread[name]:.2f}", *(f"{share:.3f}" for share in coverage[name])]
+                if name in coverage
+                else blank
+            ),
             f"{found.contraction[name]:.3f}" if name in found.contraction else "",
         )
         for name, p in found.p_values.items()
     ]
-    table(("parameter", "p", "bias", *(f"{level:.0%}" for level in LEVELS), "contraction"), rows)
+    table(("parameter", "p", "bias", "spread", *(f"{level:.0%}" for level in LEVELS), "contraction"), rows)
     pairs = f"{counted(len(theta), 'pair')} of {counted(nsamples, 'draw')}, seed {seed}"
-    click.echo(
-        f"not calibrated: {', '.join(found.suspect)} ({pairs}); train longer or on more simulations"
-        if found.suspect
-        else f"no sign that it is not calibrated ({pairs})"
-    )
+    if not found.suspect:
+        click.echo(f"no sign that it is not calibrated ({pairs})")
+        return
+    says = ", ".join(f"{name} ({why})" if why else name for name, why in found.wrong.items())
+    advice = "train longer or on more simulations"
+    if overfitted(posterior.facts.get("training", {})):
+        advice = "its validation loss rose after its best: more simulations help, or the mean of several runs, not a longer training"
+    click.echo(f"not calibrated: {says} ({pairs}); {advice}")
 
 
 def _of_folder(path: Path, posterior: Any, n: int) -> tuple[Any, Any]:

@@ -1,12 +1,18 @@
 """`distsbi info | demo`: what a run holds, and all of distsbi at once."""
 
+import contextlib
 import json
+import logging
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from distsbi.cli.group import cli
+from distsbi.cli.log import told
 from distsbi.cli.options import DEVICES, RUN, make_mesh
 
 
@@ -107,4 +113,15 @@ def demo(out: Path, quick: bool, devices: int | None) -> None:
         make_mesh(2, None)  # two virtual devices where there are no others; a GPU or TPU machine uses all that it has
     from distsbi.demo import run_demo
 
-    run_demo(out, quick=quick, mesh=mesh)
+    watched = sys.stderr.isatty()  # by bars; else by lines
+    with contextlib.nullcontext() if watched else told(logging.INFO):
+        run_demo(out, quick=quick, mesh=mesh, program=_program())
+
+
+def _program() -> str:
+    """What to type for this command: where its folder is on no path, its file."""
+    file = Path(sys.argv[0])
+    if file.name != "distsbi" or shutil.which("distsbi"):
+        return "distsbi"
+    near = os.path.relpath(file)
+    return str(file) if near.startswith("..") else near

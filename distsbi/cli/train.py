@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--network", help="mlp, flux1, flux1joint or simformer. Default: mlp.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory.")
 @click.option("--method", help="flow, diffusion (EDM) or score_matching. Default: flow.")
-@click.option("--seed", type=int, help="Seed of order and noise. Default: 0.")
+@click.option("--seed", type=int, help="Seed of weights, order and noise: other runs for an ensemble. Default: 0.")
 @click.option(
     "--nsteps",
     type=click.IntRange(min=1),
@@ -194,6 +194,8 @@ def _train(config: "RunConfig", out: Path, axes: dict[str, int] | None) -> tuple
         dim_theta, ch_theta, dim_x, ch_x = task.dim_theta, 1, task.dim_x, 1
         options["prior"] = task.prior
         dataset = task if config.data.n is None else task.pairs(keys.pairs_key(keys.as_key(config.seed)), config.data.n)
+    if config.seed:  # of 0 are the weights that a pipeline makes by itself
+        options["rngs"] = nnx.Rngs(config.seed)
     pipeline = config.make_pipeline(
         dataset, None, dim_theta, dim_x, ch_obs=ch_theta, ch_cond=ch_x, checkpoint_dir=str(out), mesh=axes, **options
     )

@@ -108,6 +108,11 @@ class PairsFolder:
     def __len__(self) -> int:
         return sum(self.rows)
 
+    @property
+    def missing(self) -> bool:
+        """Whether they were written as pairs in which NaN in x is an entry that is missing."""
+        return self.source.get("missing") is True
+
 
 def write_pairs(
     path: str | os.PathLike[str],
@@ -120,14 +125,15 @@ def write_pairs(
     missing: bool = False,
 ) -> PairsFolder:
     """Write checked pairs to an empty or new folder; where it was cut off, the same call finishes it. `source` is any JSON-able note on
-    where they came from; training takes `{"prior": {"mass": "LogNormal(0, 0.5)", ...}}` from it. `missing`: NaN in x means that the entry is missing, for
-    a network that is trained with `missing=True`.
+    where they came from; training takes `{"prior": {"mass": "LogNormal(0, 0.5)", ...}}` from it. `missing`: NaN in x means that the entry is missing, as
+    it then does in training too.
 
     Raises ValueError for bad pairs (see `as_pairs`), for a folder that holds pairs already, and for one whose pairs so far are others.
     """
     pairs, folder = as_pairs(theta, x, names, missing=missing), Path(path)
     _require_positive(rows_per_file=rows_per_file)
-    n, note = len(pairs.theta), json.loads(json.dumps(source or {}))  # as it is read back
+    noted = {**(source or {}), **({"missing": True} if missing else {})}
+    n, note = len(pairs.theta), json.loads(json.dumps(noted))  # as it is read back
     starts = range(0, n, rows_per_file)
     parts = {
         _file_name(shard): (pairs.theta[at : at + rows_per_file], pairs.x[at : at + rows_per_file], pairs.names, note)
@@ -197,9 +203,11 @@ def _refuse_strays(folder: Path, files: list[Path]) -> None:
         )
 
 
-def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool = False) -> Pairs:
-    """A whole folder in memory, checked. Raises ValueError as `open_pairs` and `as_pairs` do."""
+def read_pairs(path: str | os.PathLike[str] | PairsFolder, *, missing: bool | None = None) -> Pairs:
+    """A whole folder in memory, checked. `missing`: NaN in x means that the entry is missing; None: where the folder says so.
+    Raises ValueError as `open_pairs` and `as_pairs` do."""
     folder = path if isinstance(path, PairsFolder) else open_pairs(path)
+    missing = folder.missing if missing is None else missing
     theta = np.empty((len(folder), *folder.theta_shape), np.float32)
     x = np.empty((len(folder), *folder.x_shape), np.float32)
     start, columns = 0, {"theta": Columns(), "x": Columns()}

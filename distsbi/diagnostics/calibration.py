@@ -2,7 +2,8 @@
 
 If theta was drawn from the prior and x simulated from it, theta is one more draw of p(theta | x). So, over many pairs,
 
-    SBC       the rank of each theta_i among draws is uniform (Talts et al. 1804.06788)
+    SBC       the rank of each theta_i among draws is uniform (Talts et al. 1804.06788); the normal scores of ranks have a sum of squares that is
+              chi-squared, which tells too narrow and too wide where ranks themselves hardly do (Cook et al. 2006)
     coverage  so a central interval of probability q holds theta_i in a share q of the pairs (Cook et al. 2006)
     TARP      the share of draws nearer to a point than theta is, is uniform, whatever the point (Lemos et al. 2302.03026)
 
@@ -67,10 +68,23 @@ class Calibration:
 
     @functools.cached_property
     def p_values(self) -> dict[str, float]:
-        """Of Kolmogorov and Smirnov's test of each row of `uniform`."""
-        from scipy.stats import kstest
+        """Of each row of `uniform`, from Kolmogorov and Smirnov's test and from that of `spread`: twice the smaller."""
+        from scipy.stats import chi2, kstest
 
-        return {name: float(kstest(shares, "uniform").pvalue) for name, shares in self.uniform.items()}
+        found, n = {}, len(self.ranks)
+        for name, shares in self.uniform.items():
+            squares = n * self.spread[name] ** 2
+            of_spread = 2 * min(chi2.cdf(squares, n), chi2.sf(squares, n))
+            found[name] = min(1.0, 2 * float(min(kstest(shares, "uniform").pvalue, of_spread)))
+        return found
+
+    @functools.cached_property
+    def spread(self) -> dict[str, float]:
+        """Root mean square of the normal scores of each row of `uniform`: of a parameter how many times as far the truths lie as the draws say. Above 1
+        the draws are too narrow, below 1 too wide; its standard error is 1 / sqrt(2 n)."""
+        from scipy.special import ndtri
+
+        return {name: float(np.sqrt(np.mean(ndtri(shares) ** 2))) for name, shares in self.uniform.items()}
 
     @property
     def bias(self) -> dict[str, float]:
@@ -98,12 +112,22 @@ class Calibration:
             found.append(name)
         return tuple(found)
 
+    @property
+    def wrong(self) -> dict[str, str]:
+        """Of each of `suspect` what is wrong with it, in words where its `spread` or `bias` is more than three standard errors off."""
+        error, said = 1 / np.sqrt(2 * len(self.ranks)), {}
+        for name in self.suspect:
+            off, bias = (self.spread[name] - 1) / error, self.bias.get(name, 0.0)
+            words = [] if name == ALL or abs(off) < 3 else ["too narrow" if off > 0 else "too wide"]
+            said[name] = ", ".join(words + ([] if abs(bias) < 3 else ["too low" if bias > 0 else "too high"]))
+        return said
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         coverage = {name: dict(zip(map(str, LEVELS), shares, strict=True)) for name, shares in self.coverage().items()}
         return {
             "pairs": len(self.ranks), "nsamples": self.nsamples, "seed": self.seed, "p_values": self.p_values,
-            "bias": self.bias, "coverage": coverage, "contraction": {name: None if np.isnan(value) else value for name, value in self.contraction.items()}, "suspect": list(self.suspect),
+            "bias": self.bias, "spread": self.spread, "coverage": coverage, "contraction": {name: None if np.isnan(value) else value for name, value in self.contraction.items()}, "suspect": list(self.suspect),
         }  # fmt: skip
 
     def plot(self, axes: Any) -> None:

@@ -108,7 +108,7 @@ def simulate(
         shard_size: rows of each file; None: by time and size, from a first look.
         batch_size: the simulator takes so many rows at a time: theta is [batch_size, dim_theta], with one `rng` or `key`. If it raises, all of them
             fail; NaN marks single ones.
-        missing: NaN in x is an entry that is missing, not a failure; training takes such x with networks that take missing data.
+        missing: NaN in x is an entry that is missing, not a failure; training knows it from the folder, and takes such x with networks that take missing data.
         num_gpus_per_worker, cpus_per_worker: what each worker gets.
         max_failures: attempts at a shard. If the last killed its worker or took too long, it is halved until the guilty row is found,
             which is quarantined after as many attempts of its own; if it raised (memory, a full disk of a worker's, ...), the shard is given up.
@@ -160,6 +160,7 @@ def simulate(
         shards = session.claim(definition, _about(job, told), step)
         texts = dict(job.prior) if isinstance(job.prior, Mapping) else _texts(job.prior)
         source = {"simulator": definition["simulator"]["name"], "prior": texts, "fingerprint": shards.fingerprint}
+        source |= {"missing": True} if missing else {}
         plan = Plan(shards, shape, tuple(told["parameter_names"]), source)
         mark_unfinished(Path(folder.path), n)
         made = session.work(shards, plan, 1, show_progress, what="simulations", read_manifest=read_manifest)

@@ -6,6 +6,7 @@
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import jax
 from flax import nnx
 
 from distsbi import mesh as meshes
+from distsbi.data.pairs import open_pairs
 from distsbi.hints import did_you_mean
 from distsbi.methods import EDM, FlowMatching, Method, ScoreMatchingVE, ScoreMatchingVP, as_method
 from distsbi.networks import MLP, NETWORKS, JointNetwork, Layout
@@ -32,7 +34,7 @@ _SAY = {
 
 class NamedPipeline:
     """The constructor of a pipeline that makes its own network and method. `params`: its size; default: `make_params.default(...)`.
-    `missing`: NaN in x means that the entry is missing, in training and after."""
+    `missing`: NaN in x means that the entry is missing, in training and after; None: where a folder of pairs was simulated or written so."""
 
     make_params: ClassVar[Any]
     make_model: ClassVar[Any]
@@ -60,6 +62,8 @@ class NamedPipeline:
         nets = self._nets(layout, embedding, seed)
         if params is None or isinstance(params, dict):
             params = _with_fields(self._default(dim_obs, ch_obs, layout, nets), params or {})
+        if missing is None and isinstance(train_dataset, (str, os.PathLike)) and hasattr(params, "missing"):
+            missing = open_pairs(train_dataset).missing or None
         if missing is not None and isinstance(params, self.make_params):
             if not hasattr(params, "missing"):
                 raise ValueError(

@@ -3,6 +3,7 @@
 Every message names what was given, what was expected and what to do: of an array that lacks axes, the index that adds them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def as_array(
     array = as_reals(x, says, name)
     if array.shape != shape:
         hint = _reshape_hint(array.shape, shape, name)
-        if missing and not hint and array.ndim == len(shape) and array.shape[-2:-1] < shape[-2:-1]:
+        if not hint and not many and 1 < array.size == math.prod(shape):
+            hint = f" If its {array.size} numbers are in that order: {name}.reshape{says}."
+        elif missing and not hint and array.ndim == len(shape) and array.size < math.prod(shape):
             hint = " Fill up with NaN what is missing."
         raise ValueError(f"{name} must have shape {says} for this posterior; got {array.shape}.{hint}")
     bad = ~(np.isfinite(array) | (np.isnan(array) if missing else False))
@@ -141,7 +144,7 @@ def extent(xs: np.ndarray, scales: Standardizer, *, alike: bool = False) -> list
 def far_says(x: np.ndarray, times: float, entry: int) -> str:
     """What `far_rows` found of one row, as a sentence without its subject."""
     return (
-        f"lies far outside the simulations: its entry {entry}, {x.ravel()[entry]:g}, is {times:.3g} times as far from "
+        f"lies far outside the simulations: its entry {entry} ({x.ravel()[entry]:g}) is {times:.3g} times as far from "
         f"their mean as any of theirs. Such draws mean nothing: check its units, or simulate from a wider prior."
     )
 

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,8 @@ DISPATCH_BYTES = (
     256 * 2**20
 )  # and of streams, whose batches of a dispatch are on the devices together, most bytes of those
 VALIDATION_ROWS = 512
+OVERFITTED = 0.05  # of the best validation loss: the rise after it that is told,
+OVERFITTED_STEPS = 1_000  # of a training that is meant in earnest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +231,23 @@ def train(
         "device_kind": mesh.devices.flat[0].device_kind,
         "updates_per_second": round((steps - first) / spent, 2),
     }  # fmt: skip
+    if val_losses:
+        facts["last_val_loss"] = val_losses[-1]
+    if first_process and steps >= OVERFITTED_STEPS and overfitted(facts):
+        warn(
+            f"the validation loss is {val_losses[-1]:.4g} at the end and was {facts['best_val_loss']:.4g} at its best, whose weights are kept: a longer training does "
+            f"not help. More simulations do, or the mean of several runs."
+        )
     whole_state = jax.jit(lambda tree: as_kept(tree, own), out_shardings=whole)
     local = lambda tree: jax.tree.map(jax.numpy.asarray, jax.device_get(tree)) if several else tree  # noqa: E731
     merge = lambda tree: nnx.merge_state(local(whole_state(tree)), rest)  # noqa: E731
     return Trained(merge(state.best), merge(state.params), losses, val_losses, facts, steps - first)
+
+
+def overfitted(facts: Mapping[str, Any]) -> bool:
+    """Whether the validation loss of a training, by its facts, rose by more than chance after its best."""
+    best, last = facts.get("best_val_loss"), facts.get("last_val_loss")
+    return best is not None and last is not None and last - best > OVERFITTED * abs(best)
 
 
 def run_root(config: TrainingConfig) -> str | None:

@@ -348,5 +348,7 @@ def test_missing_entries_are_written_where_that_is_said(tmp_path):
         write_pairs(tmp_path / "pairs", THETA, x)
     write_pairs(tmp_path / "pairs", THETA, x, missing=True)
     with pytest.raises(ValueError, match="NaN"):
-        read_pairs(tmp_path / "pairs")
-    np.testing.assert_array_equal(read_pairs(tmp_path / "pairs", missing=True).x, x)
+        read_pairs(tmp_path / "pairs", missing=False)
+    for missing in (None, True):
+        np.testing.assert_array_equal(read_pairs(tmp_path / "pairs", missing=missing).x, x)
+    assert open_pairs(tmp_path / "pairs").missing

@@ -63,10 +63,32 @@ def test_too_narrow_and_too_wide(posterior):
     assert all(shares[2] > 0.95 for shares in wide.coverage().values())
 
 
+def test_a_fifth_too_narrow_and_too_wide(posterior):
+    """Which the ranks alone hardly tell: truths six standard errors of `spread`, 1 / sqrt(800), further off, or nearer."""
+    for narrow, says in ((1.2, "too narrow"), (1 / 1.25, "too wide")):
+        wrong = found(posterior, narrow=narrow)
+        for name in posterior.parameter_names:
+            assert abs(wrong.spread[name] / narrow - 1) < 4 / np.sqrt(2 * PAIRS)
+            assert wrong.wrong[name] == says
+    calm = found(posterior)
+    assert all(abs(value - 1) < 4 / np.sqrt(2 * PAIRS) for value in calm.spread.values())
+    assert calm.wrong == {}
+
+
+def test_few_calibrated_posteriors_are_called_wrong():
+    """Of 600 with three rows six or fewer; 5 standard errors."""
+    rng, called = np.random.default_rng(0), 0
+    for seed in range(600):
+        ranks, nearer = rng.integers(0, 101, (60, 2)), rng.integers(0, 101, 60) / 100
+        called += bool(Calibration(("a", "b"), 100, ranks, nearer, {}, seed).suspect)
+    assert called <= 6 + 5 * np.sqrt(6)
+
+
 def test_a_shift_has_a_sign(posterior):
     low = found(posterior, shift=0.5)
     assert set(posterior.parameter_names) <= set(low.suspect)
     assert min(low.bias[name] for name in posterior.parameter_names) > 5  # the draws are too low
+    assert all("too low" in low.wrong[name] for name in posterior.parameter_names)
 
 
 def test_contraction_of_a_prior_is_none():
@@ -182,10 +204,16 @@ def test_the_command(tmp_path):
     assert (
         "parameter" in told.output
         and "contraction" in told.output
+        and "spread" in told.output
+        and "train longer or on more simulations" in told.output
         and "not calibrated: " in told.output
         and "40 pairs of 64 draws" in told.output
     )
     assert (tmp_path / "pp.png").stat().st_size > 1_000
+    spec = json.loads((tmp_path / "run" / "spec.json").read_text())
+    spec["facts"]["training"] = {"best_val_loss": 0.8, "last_val_loss": 0.9}
+    (tmp_path / "run" / "spec.json").write_text(json.dumps(spec))
+    assert "its validation loss rose after its best: more simulations help" in run(*words).output
     found = json.loads(run(*words, "--json").output)
     assert (
         found["pairs"] == 40

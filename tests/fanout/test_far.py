@@ -21,7 +21,7 @@ def test_a_far_row_of_a_catalog_says_so(tmp_path, monkeypatch):
     sample_catalog(tmp_path / "run", tmp_path / "xs.npy", tmp_path / "out", nsamples=5, workers=0, id_column=None)
     rows = open_catalog(tmp_path / "out").summary().to_pylist()
     assert [row["status"] for row in rows] == ["ok", "invalid", "ok", "ok"]
-    assert rows[2]["message"].startswith("x lies far outside the simulations: its entry 1, 900, is ")
+    assert rows[2]["message"].startswith("x lies far outside the simulations: its entry 1 (900) is ")
     assert rows[0]["message"] is None and rows[3]["message"] is None
     said = CliRunner().invoke(cli, ["status", str(tmp_path / "out")]).output
     assert "far      1 row ok, but x lies far outside the simulations\n" in said

@@ -292,7 +292,7 @@ def test_a_joint_run_is_taken_up_with_its_names_by_a_joint_pipeline(untrained, t
 
 def test_what_is_given_far_outside_is_warned_of(untrained, tmp_path):
     untrained.save(tmp_path / "run")
-    with pytest.warns(UserWarning, match=r"lies far outside the simulations: its entry 1, 50"):
+    with pytest.warns(UserWarning, match=r"lies far outside the simulations: its entry 1 .50"):
         load(tmp_path / "run", mesh={"data": 1}).sample(rng=0, given={"b": 0.4, "x_0": 50.0}, nsamples=3)
 
 

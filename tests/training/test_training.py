@@ -18,6 +18,7 @@ from distsbi.networks import MLP, Simformer, SimformerParams
 from distsbi.processes import Rank, job
 from distsbi.tasks import get_task
 from distsbi.training import TrainingConfig, loop, rows, update
+from distsbi.training.loop import overfitted
 from distsbi.training.update import Learner
 from tests.compilations import optimised
 
@@ -689,3 +690,21 @@ def test_a_loss_that_diverges_is_an_error(tmp_path):
         pipeline = _pipeline(nsteps=10, checkpoint_dir=str(tmp_path))
         pipeline.augment = lambda key, theta, x: (theta, x * jnp.inf)
         pipeline.train(nnx.Rngs(0))
+
+
+def test_a_validation_loss_that_rises_is_told(monkeypatch):
+    """Of a training in earnest: what is learned of the training pairs is wrong of those that are held out."""
+    monkeypatch.setattr("distsbi.training.loop.OVERFITTED_STEPS", 200)
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    pipeline = MLPFlowPipeline(
+        (x**2, x), (-(x**2), x), 2, 2, params={"width": 16, "depth": 1, "embed_depth": 0}, mesh={"data": 1},
+        training_config={**QUICK, "nsteps": 200, "max_lr": 1e-2, "ema_decay": 0.5},
+    )  # fmt: skip
+    with pytest.warns(
+        UserWarning, match="the validation loss is .* at the end and was .* at its best, whose weights are kept"
+    ):
+        _, val_losses = pipeline.train(nnx.Rngs(0))
+    facts = pipeline.posterior.facts["training"]
+    assert facts["last_val_loss"] == val_losses[-1] and facts["best_val_loss"] == pytest.approx(min(val_losses))
+    assert overfitted(facts) and not overfitted({})
+    assert not overfitted({**facts, "last_val_loss": 1.04 * facts["best_val_loss"]})
