@@ -181,6 +181,11 @@ def test_contract(method, network, solver, place, request, tmp_path):
     options = {"solver": solver} if solver in ("tsit5", "dopri5", "dopri8") else {"solver": solver, "steps": 3}
     if solver in RULES and method != "flow":
         options["steps"] = 12  # explicit steps from a noise of 80
+    elif method != "flow":
+        options |= {
+            "rtol": 1e-6,
+            "atol": 1e-6,
+        }  # weights at random make rough paths, over which errors of 1e-5 grow to 1e-2
     posterior = make_posterior(method, network, {"data": 2})
     draws = posterior.sample(7, X, 50, **options)
     assert draws.shape == (50, 2, 1)
@@ -196,7 +201,7 @@ def test_contract(method, network, solver, place, request, tmp_path):
         again = ray.get(actor.draw.remote(str(tmp_path / "run"), X, 50, options))
     else:
         again = load(tmp_path / "run", mesh={"data": 1 if place == "one device" else 8}).sample(7, X, 50, **options)
-    # adaptive steps read the method's functions of time as they go: exact for flow matching's, which are rational
+    # adaptive steps read the method's functions of time as they go: exact for flow matching's, which are rational; others differ within their tolerances
     within = 0.0 if solver in RULES or method == "flow" else 5e-3
     np.testing.assert_allclose(again, draws, rtol=0, atol=within)
 
