@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distsbi import files
+from distsbi import files, sampling
 from distsbi.data.standardise import Standardizer
 from distsbi.mesh import make_mesh
 from distsbi.methods import make_method
@@ -103,6 +103,11 @@ class FakePosterior:
 
 def load(run: str) -> FakePosterior:
     return FakePosterior(Path(run))
+
+
+def load_on_one_device(run: str) -> Any:
+    """A posterior of distsbi, for which few programs are compiled."""
+    return sampling.load(run, mesh={"data": 1})
 
 
 def make_run(path: Path, **config: Any) -> Path:

@@ -28,7 +28,7 @@ DRAW = np.random.default_rng(0)
 
 @pytest.fixture(autouse=True)
 def _own_loader(monkeypatch):
-    monkeypatch.setattr(catalog_module, "LOADER", "distsbi.sampling:load")
+    monkeypatch.setattr(catalog_module, "LOADER", "tests.fanout.fake_posterior:load_on_one_device")
 
 
 def mlp(layout: Layout) -> Posterior:
@@ -49,7 +49,7 @@ def drawn(tmp_path, columns: dict, **options) -> tuple[Posterior, list[dict], di
         tmp_path / "run", tmp_path / "in.parquet", tmp_path / "out", nsamples=5, workers=0, id_column=None, show_progress=False, **options
     )  # fmt: skip
     found = open_catalog(tmp_path / "out")
-    return load(tmp_path / "run"), found.summary().to_pylist(), dict(found.items())
+    return load(tmp_path / "run", mesh=ONE), found.summary().to_pylist(), dict(found.items())
 
 
 def same(run: Posterior, xs, draws: dict[int, np.ndarray]) -> None:

@@ -236,6 +236,7 @@ def test_what_would_come_again(fake_ray, tmp_path, error):
     assert str(error) in str(raised.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["killed", pytest.param("disk", marks=pytest.mark.slow)])
 def test_two_workers_one_of_which_is_lost(local_ray, tmp_path, how):
     """Both are started again."""
@@ -245,6 +246,7 @@ def test_two_workers_one_of_which_is_lost(local_ray, tmp_path, how):
     assert not (tmp_path / STORAGE).exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "raised"),
     [("ValueError", ValueError), pytest.param("PermissionError", RuntimeError, marks=pytest.mark.slow)],

@@ -58,6 +58,7 @@ def test_the_pace_is_that_of_all_workers_together():
     assert planning._between([line for line in done if line["time"] <= 5]) == 0.0  # never together
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_a_rehearsal_on_this_machine(real_run):
     made = planning.plan(real_run, observations=1e4, nsamples=2_000, workers=2, seconds=1, steps=4)

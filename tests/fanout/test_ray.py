@@ -144,6 +144,7 @@ def test_another_ray_than_the_one_that_is_up_is_refused():
     assert ray.is_initialized()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_no_more_workers_are_started_than_shards_are_left(run, make_catalog, tmp_path, monkeypatch):
     most = []
@@ -162,6 +163,7 @@ def test_no_more_workers_are_started_than_shards_are_left(run, make_catalog, tmp
     assert most == [14, 2]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_a_hanging_shard_is_killed_after_its_time(run, make_catalog, tmp_path):
     catalog = make_catalog(switches={7: SLEEP_ONCE})
