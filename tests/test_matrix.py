@@ -84,10 +84,20 @@ def selection(tables):
 
 
 SELECTED = set(selection(TABLES))
-CASES = [
-    pytest.param(*row, marks=[] if row in SELECTED else pytest.mark.slow, id="-".join(row).replace(" ", "_"))
-    for row in itertools.product(*TABLES)
-]
+QUICK = {
+    "MLP": PLACES,
+    "Embedded": PLACES,
+    "Flux1": ["one device"],
+}  # of the selection, in `make test`; the rest of it in `make test-long`
+
+
+def marks(row):
+    if row not in SELECTED:
+        return pytest.mark.slow
+    return [] if row[3] in QUICK.get(row[1], []) else pytest.mark.long
+
+
+CASES = [pytest.param(*row, marks=marks(row), id="-".join(row).replace(" ", "_")) for row in itertools.product(*TABLES)]
 
 
 def make_network(name):
@@ -209,7 +219,7 @@ def test_contract(method, network, solver, place, request, tmp_path):
 @pytest.mark.parametrize(
     ("method", "network"),
     [
-        pytest.param(m, n, marks=[] if n == "MLP" else pytest.mark.long)
+        pytest.param(m, n, marks=[] if n == "MLP" and m in ("flow", "ve") else pytest.mark.long)
         for m, n in itertools.product(sorted(METHODS), sorted(NETWORK_ROWS))
     ],
 )

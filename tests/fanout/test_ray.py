@@ -174,6 +174,7 @@ def test_a_hanging_shard_is_killed_after_its_time(run, make_catalog, tmp_path):
     assert "time limit of 3 s" in failed[0]["error"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_errors_of_workers_are_the_users_errors(run, make_catalog, tmp_path, small_disk):
     with pytest.raises(ValueError, match="leap"):

@@ -620,7 +620,7 @@ def test_priors_are_described():
 
 @pytest.mark.usefixtures("local_ray")
 class TestRay:
-    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
     def test_workers_do_not_change_rows(self, calm, tmp_path, workers):
         result = simulate(PLAIN, tmp_path / "out", workers=workers)
         assert (result.n_ok, result.shards_now) == (40, 7)
