@@ -620,7 +620,7 @@ def test_priors_are_described():
 
 @pytest.mark.usefixtures("local_ray")
 class TestRay:
-    @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+    @pytest.mark.parametrize("workers", [1, 2])
     def test_workers_do_not_change_rows(self, calm, tmp_path, workers):
         result = simulate(PLAIN, tmp_path / "out", workers=workers)
         assert (result.n_ok, result.shards_now) == (40, 7)
@@ -638,7 +638,6 @@ class TestRay:
         assert_same(tmp_path / "two", tmp_path / "here")
         assert set(open_pairs(tmp_path / "two").source["prior"]) == {"a", "b"}
 
-    @pytest.mark.long
     @pytest.mark.parametrize("what", ["abort", pytest.param("hang", marks=pytest.mark.slow)])
     def test_a_row_that_kills_or_hangs_is_quarantined_alone(self, calm, tmp_path, what):
         limit = 2.0 if what == "hang" else None
