@@ -5,6 +5,7 @@ Samples never leave it except through the file; what it returns is one small man
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -216,7 +217,7 @@ class Worker:
                 f"none of the first {len(rows)} rows of {as_place(self.job.source.path)} can be read: {arranged[0]}."
             )
 
-    @property
+    @functools.cached_property  # asked of every row
     def _by_channel(self) -> bool:
         """Whether the catalog has a column for each channel, of several."""
         layout, columns = self.posterior.layout, self.job.source.x_columns
@@ -229,8 +230,8 @@ class Worker:
     def _arranged(self, value: np.ndarray) -> Row:
         """x in a shape that `check_x` takes, or why there is none. Values on one axis are x[0], x[1], ..., each with all its channels."""
         p, size = self.posterior, self.posterior.dim_x * self.posterior.ch_x
-        columns = ", ".join(self.job.source.columns)
         if self._by_channel:
+            columns = ", ".join(self.job.source.columns)
             channels, shape = p.layout.shapes[0][-1], p.layout.shapes[0][:-1]
             if value.shape != (channels, math.prod(shape)):
                 return f"{columns} are one for each channel, so that each needs {math.prod(shape)} values"
