@@ -96,7 +96,12 @@ def dispatches(
             posterior.graphdef, posterior.method, solver, tile, sizes, posterior.mesh, make, divergence, at
         ),
         posterior.weights,
-        make_schedule(solver, posterior.method, make == tiles.DENSITY),
+        make_schedule(
+            solver,
+            posterior.method,
+            reverse=make == tiles.DENSITY,
+            density=make in (tiles.DENSITY, tiles.DRAWS_AND_DENSITY),
+        ),
         key,
         xs,
         ids,

@@ -20,7 +20,7 @@ from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method, Moment
 from distsbi.networks.base import Context
 from distsbi.solvers import Field, Solver
-from distsbi.solvers.field import known
+from distsbi.solvers.field import Flow, known
 from distsbi.solvers.fixed import Noise
 
 Encoded = tuple[Context, Float[Array, "batch dim_theta ch_theta"]]  # the network's context, the standardizer's centre
@@ -59,9 +59,10 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=64)
-def make_schedule(solver: Solver, method: Method, reverse: bool = False) -> Schedule:
-    """The schedule of a solver and a method, numpy arrays."""
-    return Schedule(solver.schedule(method, reverse=reverse), known(method.moment, 1.0))
+def make_schedule(solver: Solver, method: Method, *, reverse: bool = False, density: bool = False) -> Schedule:
+    """The schedule of a solver and a method, numpy arrays; `density`: of a solve that has a density too."""
+    steps = solver.volume_schedule if density else solver.schedule
+    return Schedule(steps(method, reverse=reverse), known(method.moment, 1.0))
 
 
 def denoise(field: Field, y: Tiled, context: Context, last: Moment | None = None) -> Tiled:
@@ -109,9 +110,10 @@ def log_density(
     """log p(theta | x), -inf outside the prior's support. Of a method that leaves noise at t = 1: of theta with that noise."""
     context, centre = encoded
     y = standardizer.forward(theta, centre[:, None])
-    field = _with_divergence(make_field(network, method), y.shape[2:], divergence, noise)
+    field = make_field(network, method)
+    flow = _with_divergence(field, y.shape[2:], divergence, noise)
     steps = None if schedule is None else schedule.steps
-    z, change = _unjoin(solver.solve(field, _join(y), context, schedule=steps, reverse=True), y.shape)
+    z, change = solver.solve_with_volume(field, flow, y, context, schedule=steps, reverse=True)
     density = _base(method, z) + change + standardizer.log_det(y, centre[:, None])
     return jnp.where(standardizer.bijection.contains(theta), density, -jnp.inf)
 
@@ -129,16 +131,17 @@ def draws_and_density(
 ) -> tuple[Tiled, Float[Array, "slots draws"]]:
     """theta from noise and log p(theta | x), in one solve. Noise that a method leaves at t = 1 is kept."""
     context, centre = encoded
-    field = _with_divergence(make_field(network, method), z.shape[2:], divergence, noise)
+    field = make_field(network, method)
+    flow = _with_divergence(field, z.shape[2:], divergence, noise)
     start = method.initial(z)
     steps = None if schedule is None else schedule.steps
-    y, change = _unjoin(solver.solve(field, _join(start), context, schedule=steps), z.shape)
+    y, change = solver.solve_with_volume(field, flow, start, context, schedule=steps)
     theta = standardizer.inverse(y, centre[:, None])
     return theta, _base(method, start) - change + standardizer.log_det(y, centre[:, None])
 
 
-def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergence, noise: Noise | None) -> Field:
-    """The field of (y, int div v dt), joined along one axis."""
+def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergence, noise: Noise | None) -> Flow:
+    """The field's velocity at y [slots, draws, *shape], and div v [slots, draws], in one pass."""
     size = math.prod(shape)
 
     def signs(like: Array, probe: Array) -> Array:
@@ -149,9 +152,7 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
     if divergence.probes:
         probes = jnp.arange(divergence.probes)
 
-    def velocity(m: Moment, joined: Array, context: Context) -> Array:
-        y, _ = _unjoin(joined, (*joined.shape[:2], *shape))
-
+    def flow(m: Moment, y: Array, context: Context) -> tuple[Array, Array]:
         def there(y: Array) -> Array:
             return field.velocity(m, y, context)
 
@@ -168,37 +169,15 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
         else:
             v, push = jax.linearize(there, y)
             trace = jax.lax.map(along, basis, batch_size=BASIS_AT_ONCE).sum(0)
-        return _join(v, trace)
+        return v, trace
 
-    return _Joined(field.predict, field.method, velocity, size)
+    return flow
 
 
 def _with_tangent(there: Callable[[Array], Array], y: Array, e: Array) -> tuple[Array, Array]:
     """The velocity at y, and e' J e."""
     v, tangent = jax.jvp(there, (y,), (jnp.broadcast_to(e, y.shape),))
     return v, jnp.sum(tangent * e, axis=(-2, -1))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Joined(Field):
-    joined: Callable[[Moment, Array, Context], Array]
-    size: int
-
-    def scaled(self, y: Array, factor: Array, log_factor: Array) -> Array:
-        """The state, and the logarithm of how much its volume grew."""
-        return jnp.concatenate([factor * y[..., :-1], y[..., -1:] + self.size * log_factor], -1)
-
-    def velocity(self, m: Moment, y: Any, context: Any) -> Any:
-        return self.joined(m, y, context)
-
-
-def _join(y: Tiled, change: Float[Array, "slots draws"] | None = None) -> Float[Array, "slots draws n"]:
-    flat = y.reshape(*y.shape[:2], -1)
-    return jnp.concatenate([flat, jnp.zeros_like(flat[..., :1]) if change is None else change[..., None]], -1)
-
-
-def _unjoin(joined: Float[Array, "slots draws n"], shape: tuple[int, ...]) -> tuple[Tiled, Float[Array, "slots draws"]]:
-    return joined[..., :-1].reshape(shape), joined[..., -1]
 
 
 def _base(method: Method, y: Tiled) -> Float[Array, "slots draws"]:

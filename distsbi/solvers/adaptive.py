@@ -12,12 +12,23 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from distsbi.methods import Method
-from distsbi.solvers.field import Field
+from distsbi.methods import Method, Moment
+from distsbi.solvers.field import Field, Flow
 
 SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8"}
 MAX_STEPS = 4_096
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithVolume(Field):
+    """The field of (y, the integral of div v)."""
+
+    flow: Flow
+
+    def velocity(self, m: Moment, y: tuple[Array, Array], context: Any) -> tuple[Array, Array]:
+        return self.flow(m, y[0], context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +66,9 @@ class Adaptive:
 
     def schedule(self, method: Method, *, reverse: bool = False) -> None:
         """Nothing: the times are not known before."""
+
+    def volume_schedule(self, method: Method, *, reverse: bool = False) -> None:
+        """Nothing either."""
 
     def solve(
         self,
@@ -98,6 +112,13 @@ class Adaptive:
             return solve(derivative, y, context)
 
         return jax.vmap(jax.vmap(one, in_axes=(0, None)))(y, context)
+
+    def solve_with_volume(
+        self, field: Field, flow: Flow, y: Array, context: Any, *, schedule: Any = None, reverse: bool = False
+    ) -> tuple[Array, Array]:
+        """(y at t = 1 from y at 0, or `reverse`; the integral of div v up to it [slots, draws]), under one error control."""
+        joined = _WithVolume(field.predict, field.method, flow)
+        return self.solve(joined, (y, jnp.zeros(y.shape[:2], y.dtype)), context, reverse=reverse)
 
     def to_dict(self) -> dict[str, Any]:
         most = {} if self.max_steps == MAX_STEPS else {"max_steps": self.max_steps}

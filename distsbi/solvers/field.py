@@ -38,6 +38,9 @@ def _program(function: Callable[..., Any], method: Any) -> Any:
     return jax.jit(functools.partial(function, method))
 
 
+Flow = Callable[[Moment, Array, Any], tuple[Array, Array]]  # (moment, y, context) -> the velocity and its divergence
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """`predict(c_time, c_in y, context)` is the network's answer f, [slots, draws, ...], for scalar times."""
@@ -47,10 +50,6 @@ class Field:
 
     def f(self, m: Moment, y: Any, context: Any) -> Any:
         return self.predict(m.c_time, m.c_in * y, context)
-
-    def scaled(self, y: Any, factor: Array, log_factor: Array) -> Any:
-        """The state in other units. What a subclass carries beside it may change with it."""
-        return factor * y
 
     def velocity(self, m: Moment, y: Any, context: Any) -> Any:
         """dy/dt of the probability-flow ODE."""

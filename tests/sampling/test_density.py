@@ -142,7 +142,7 @@ def test_one_solve_gives_draws_and_the_density_of_both_ways():
     assert (
         np.quantile(error, 0.98) < 5e-3
     )  # a few draws lie where this network is steep, and 32 steps one way are not those of the other
-    np.testing.assert_allclose(theta, posterior.sample(0, x, 700, solver="rk4", steps=32), atol=1e-4)
+    np.testing.assert_allclose(theta, posterior.sample(0, x, 700, solver="rk3", steps=32), atol=1e-4)
 
 
 def test_batches_meshes_and_tiles_do_not_matter():

@@ -6,6 +6,7 @@ import pytest
 from distsbi.methods import METHODS, FlowMatching
 from distsbi.sampling import flow
 from distsbi.solvers import RULES, Adaptive, Field, FixedGrid, make_solver, solver_from_dict
+from distsbi.solvers.fixed import _weights
 
 METHOD = FlowMatching()
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk3": 3, "rk4": 4, "multistep": 2}
@@ -155,13 +156,14 @@ def test_default_steps_are_enough(method):
 
 
 @pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=lambda m: type(m).__name__)
-def test_a_density_is_carried_along(method):
+def test_a_volume_is_integrated_on_the_way(method):
     """Of a Gaussian, within 0.005 nat, both ways, where the solve goes over other units (the frame of the path)."""
     grid = FixedGrid("rk4", method.grid(64))
     field, z = gaussian_field(method), np.asarray(NOISE(10_000))[:, :200]
-    joined = flow._with_divergence(field, (3, 1), flow.EXACT, None)
+    both = flow._with_divergence(field, (3, 1), flow.EXACT, None)
     start = method.initial(jnp.asarray(z))
-    y, change = flow._unjoin(grid.solve(joined, flow._join(start), None), z.shape)
+    y, change = grid.solve_with_volume(field, both, start, None)
+    np.testing.assert_allclose(y, grid.solve(field, start, None), atol=1e-5)
 
     def log_p(t, y):
         alpha, variance = method.alpha(t), (method.alpha(t) * SD) ** 2 + method.sigma(t) ** 2
@@ -169,8 +171,48 @@ def test_a_density_is_carried_along(method):
 
     first, last = jnp.float32(0), jnp.float32(1)
     np.testing.assert_allclose(log_p(first, start) - change, log_p(last, y), atol=0.005)
-    back, change = flow._unjoin(grid.solve(joined, flow._join(y), None, reverse=True), z.shape)
+    back, change = grid.solve_with_volume(field, both, y, None, reverse=True)
     np.testing.assert_allclose(log_p(first, back) + change, log_p(last, y), atol=0.005)
+
+
+def test_weights_of_a_volume_integrate_what_they_should():
+    """Constants and the identity on any times, cubic polynomials on equal ones, and what is smooth ever better."""
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 4, 5, 40):
+        times = np.sort(rng.uniform(size=n))
+        weights = _weights(times)
+        np.testing.assert_allclose(weights.sum(), times[-1] - times[0], rtol=1e-10)
+        np.testing.assert_allclose(weights @ times, (times[-1] ** 2 - times[0] ** 2) / 2, rtol=1e-10)
+        np.testing.assert_allclose(_weights(times[::-1])[::-1], -weights, atol=1e-12)
+    equal = np.linspace(0.5, 2.0, 9)
+    np.testing.assert_allclose(_weights(equal) @ equal**3, (2.0**4 - 0.5**4) / 4, rtol=1e-10)
+    for grid in (lambda n: np.linspace(0, 1, n + 1), lambda n: 1 - (1 - np.arange(n + 1) / n) ** 2):  # of order four
+        errors = [abs(_weights(grid(n)) @ np.exp(3 * grid(n)) - (np.exp(3) - 1) / 3) for n in (40, 80)]
+        assert errors[0] < 5e-6 and errors[1] < errors[0] / 12
+
+
+@pytest.mark.parametrize("rule", [rule for rule, row in RULES.items() if row.advance])
+def test_a_volume_has_the_order_of_its_rule(rule):
+    """dy/dt = (1 + t) sin y, which grows a length at y0 by sin y1 / sin y0 until tan(y1 / 2) = exp(1.5) tan(y0 / 2); there and back."""
+    field = of_velocity(lambda t, y, context: (1 + t) * jnp.sin(y))
+    both = flow._with_divergence(field, (1, 1), flow.EXACT, None)
+    y0 = jnp.linspace(0.3, 2.0, 20)[None, :, None, None]
+    y1 = 2 * jnp.arctan(jnp.exp(1.5) * jnp.tan(y0 / 2))
+    known = jnp.log(jnp.sin(y1) / jnp.sin(y0))[..., 0, 0]
+    steps = (10, 20) if rule in ("rk3", "rk4") else (40, 80)
+    for start, reverse, volume in ((y0, False, known), (y1, True, -known)):
+        errors = [
+            float(
+                jnp.abs(
+                    FixedGrid(rule, tuple(np.linspace(0, 1, n + 1))).solve_with_volume(
+                        field, both, start, None, reverse=reverse
+                    )[1]
+                    - volume
+                ).max()
+            )
+            for n in steps
+        ]
+        assert errors[1] < 0.05 and errors[0] / errors[1] > 0.7 * 2 ** ORDERS[rule], errors
 
 
 @pytest.mark.parametrize("rule", ["euler", "euler_maruyama", "zero_ends", "non_singular"])
