@@ -65,7 +65,7 @@ class Densities:
         """log p(theta | x_o), -inf outside the prior's support. EDM and score matching leave a little noise at t = 1, which `sample` takes
         out: their density is that of theta with this noise (0.001 to 0.002 standardised units by default).
 
-        By Runge-Kutta of order three on the method's grid (`steps=24` for flow matching, 72 evaluations, and 48 for the others) or in the equal steps of
+        By Runge-Kutta of order three on the method's grid (`steps=20` for flow matching, 60 evaluations, and 48 for the others) or in the equal steps of
         a `step_size`, with the divergence, in one pass with the velocity, once a step; or by any solver that `options` name ("euler",
         "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
         parameters. `check=0.1`: of a tenth of the points the density is computed again with every step halved; what that changes, in nat, is in

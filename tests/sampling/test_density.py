@@ -125,9 +125,9 @@ def test_the_default_density_of_every_method_parts_two_modes(method):
 
     theta = rng.choice([-1.0, 1.0], (4_000, 1, 1)) * MODE + sd * rng.normal(size=(4_000, 2, 1))
     error = np.abs(posterior.log_prob(theta, x) - known(theta))
-    assert np.quantile(error, 0.95) < 0.012
+    assert np.quantile(error, 0.95) < 0.015
     draws, density = posterior.sample_and_log_prob(0, x, 4_000)
-    assert np.quantile(np.abs(density - known(draws)), 0.95) < 0.012
+    assert np.quantile(np.abs(density - known(draws)), 0.95) < 0.015
 
 
 def test_one_solve_gives_draws_and_the_density_of_both_ways():
