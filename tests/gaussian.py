@@ -46,14 +46,17 @@ def _dot(a, b):
 
 
 TWO = {"data": 2}
+FLOW = FlowMatching()
 
 
 def gaussian_posterior(mesh=TWO, **options) -> Posterior:
     network = GaussianNetwork()
-    return Posterior(network, FlowMatching(), Standardizer.identity(3, 2), mesh=mesh, **options)
+    return Posterior(network, FLOW, Standardizer.identity(3, 2), mesh=mesh, **options)
 
 
-def random_mlp_posterior(mesh=TWO, dim_theta: int = 2, dim_x: int = 3, network=None, **options) -> Posterior:
+def random_mlp_posterior(
+    mesh=TWO, dim_theta: int = 2, dim_x: int = 3, network=None, method=FLOW, **options
+) -> Posterior:
     """An untrained network with a non-trivial output, on the prior (-1, 1)."""
     from distsbi.networks import MLP, MLPParams
 
@@ -63,4 +66,4 @@ def random_mlp_posterior(mesh=TWO, dim_theta: int = 2, dim_x: int = 3, network=N
     rng = np.random.default_rng(0)
     theta, x = rng.uniform(-1, 1, (50, dim_theta, 1)), rng.normal(size=(50, dim_x, 1))
     standardizer = Standardizer.fit(theta.astype("f4"), x.astype("f4"), [Support(-1.0, 1.0)] * dim_theta)
-    return Posterior(network, FlowMatching(), standardizer, mesh=mesh, **options)
+    return Posterior(network, method, standardizer, mesh=mesh, **options)

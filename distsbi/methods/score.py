@@ -32,6 +32,7 @@ class ScoreMatchingVP(Method):
     eps: float = 1e-5
 
     denoises: ClassVar[bool] = True
+    density_steps: ClassVar[int] = 56
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from distsbi.sampling.flow import BASIS_AT_ONCE, EXACT, Divergence
 from distsbi.sampling.options import NO_GIVEN, ONE, SampleOptions
 from distsbi.sampling.tiles import Tile, Weights
 from distsbi.solvers import SOLVERS, FixedGrid, Solver
-from distsbi.solvers.fixed import RULES
+from distsbi.solvers.fixed import DENSITY_RULES
 
 DENSITY_RULE = "rk3"  # with the method's `density_steps`
 
@@ -65,9 +65,9 @@ class Densities:
         """log p(theta | x_o), -inf outside the prior's support. EDM and score matching leave a little noise at t = 1, which `sample` takes
         out: their density is that of theta with this noise (0.001 to 0.002 standardised units by default).
 
-        By Runge-Kutta of order three on the method's grid (`steps=20` for flow matching, 60 evaluations, and 48 for the others) or in the equal steps of
-        a `step_size`, with the divergence, in one pass with the velocity, once a step; or by any solver that `options` name ("euler",
-        "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
+        By Runge-Kutta of order three on the method's grid (`steps=20` for flow matching, 61 evaluations; 48 for EDM and VE, 56 for VP) or in the equal steps of
+        a `step_size`, with the divergence, in one pass with the velocity, where a step starts and at the end; or by any solver that `options` name
+        ("euler", "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
         parameters. `check=0.1`: of a tenth of the points the density is computed again with every step halved; what that changes, in nat, is in
         `last_check`.
 
@@ -139,7 +139,7 @@ class Densities:
             chosen = dataclasses.replace(chosen, solver=DENSITY_RULE)
         solver = chosen.make_solver(self.method, default)
         if not solver.gives_density:
-            able = [name for name, rule in RULES.items() if rule.advance] + list(SOLVERS)
+            able = [*DENSITY_RULES, *SOLVERS]
             raise ValueError(f"solver {solver.rule!r} gives no log_prob; {', '.join(able)} do.")  # type: ignore[union-attr]
         return solver
 
@@ -220,8 +220,9 @@ def _divergence(name: str, probes: int, solver: Solver) -> Divergence:
     if name == "exact":
         return EXACT
     if name == "hutchinson" and not isinstance(solver, FixedGrid):
-        able = [rule_name for rule_name, rule in RULES.items() if rule.advance]
-        raise ValueError(f'divergence="hutchinson" needs a fixed grid ({", ".join(able)}); got {solver.name!r}.')
+        raise ValueError(
+            f'divergence="hutchinson" needs a fixed grid ({", ".join(DENSITY_RULES)}); got {solver.name!r}.'
+        )
     if name != "hutchinson":
         raise ValueError(f'divergence must be "exact" or "hutchinson"; got {name!r}.')
     return Divergence(as_count('divergence="hutchinson" takes probes >= 1, which', probes))

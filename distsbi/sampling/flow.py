@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from distsbi.data.standardise import Standardizer
 from distsbi.methods import Method, Moment
 from distsbi.networks.base import Context
 from distsbi.solvers import Field, Solver
-from distsbi.solvers.field import Flow, known
+from distsbi.solvers.field import WithDivergence, known
 from distsbi.solvers.fixed import Noise
 
 Encoded = tuple[Context, Float[Array, "batch dim_theta ch_theta"]]  # the network's context, the standardizer's centre
@@ -111,9 +112,9 @@ def log_density(
     context, centre = encoded
     y = standardizer.forward(theta, centre[:, None])
     field = make_field(network, method)
-    flow = _with_divergence(field, y.shape[2:], divergence, noise)
+    both = _with_divergence(field, y.shape[2:], divergence, noise)
     steps = None if schedule is None else schedule.steps
-    z, change = solver.solve_with_volume(field, flow, y, context, schedule=steps, reverse=True)
+    z, change = solver.solve_with_volume(field, both, y, context, schedule=steps, reverse=True)
     density = _base(method, z) + change + standardizer.log_det(y, centre[:, None])
     return jnp.where(standardizer.bijection.contains(theta), density, -jnp.inf)
 
@@ -132,15 +133,17 @@ def draws_and_density(
     """theta from noise and log p(theta | x), in one solve. Noise that a method leaves at t = 1 is kept."""
     context, centre = encoded
     field = make_field(network, method)
-    flow = _with_divergence(field, z.shape[2:], divergence, noise)
+    both = _with_divergence(field, z.shape[2:], divergence, noise)
     start = method.initial(z)
     steps = None if schedule is None else schedule.steps
-    y, change = solver.solve_with_volume(field, flow, start, context, schedule=steps)
+    y, change = solver.solve_with_volume(field, both, start, context, schedule=steps)
     theta = standardizer.inverse(y, centre[:, None])
     return theta, _base(method, start) - change + standardizer.log_det(y, centre[:, None])
 
 
-def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergence, noise: Noise | None) -> Flow:
+def _with_divergence(
+    field: Field, shape: tuple[int, ...], divergence: Divergence, noise: Noise | None
+) -> WithDivergence:
     """The field's velocity at y [slots, draws, *shape], and div v [slots, draws], in one pass."""
     size = math.prod(shape)
 
@@ -152,7 +155,7 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
     if divergence.probes:
         probes = jnp.arange(divergence.probes)
 
-    def flow(m: Moment, y: Array, context: Context) -> tuple[Array, Array]:
+    def both(m: Moment, y: Array, context: Context) -> tuple[Array, Array]:
         def there(y: Array) -> Array:
             return field.velocity(m, y, context)
 
@@ -171,7 +174,7 @@ def _with_divergence(field: Field, shape: tuple[int, ...], divergence: Divergenc
             trace = jax.lax.map(along, basis, batch_size=BASIS_AT_ONCE).sum(0)
         return v, trace
 
-    return flow
+    return both
 
 
 def _with_tangent(there: Callable[[Array], Array], y: Array, e: Array) -> tuple[Array, Array]:
@@ -182,5 +185,5 @@ def _with_tangent(there: Callable[[Array], Array], y: Array, e: Array) -> tuple[
 
 def _base(method: Method, y: Tiled) -> Float[Array, "slots draws"]:
     """log N(y; 0, sigma(0)^2)."""
-    sigma = method.sigma(jnp.zeros((), jnp.float32))
-    return jnp.sum(-0.5 * (y / sigma) ** 2 - 0.5 * math.log(2 * math.pi) - jnp.log(sigma), axis=(-2, -1))
+    sigma = known(method.sigma, 0.0)
+    return jnp.sum(-0.5 * (y / sigma) ** 2 - 0.5 * math.log(2 * math.pi) - np.log(sigma), axis=(-2, -1))

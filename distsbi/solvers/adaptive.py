@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from distsbi.methods import Method, Moment
-from distsbi.solvers.field import Field, Flow
+from distsbi.solvers.field import Field, WithDivergence
 
 SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8"}
 MAX_STEPS = 4_096
@@ -25,10 +25,10 @@ MAX_STEPS = 4_096
 class _WithVolume(Field):
     """The field of (y, the integral of div v)."""
 
-    flow: Flow
+    both: WithDivergence
 
     def velocity(self, m: Moment, y: tuple[Array, Array], context: Any) -> tuple[Array, Array]:
-        return self.flow(m, y[0], context)
+        return self.both(m, y[0], context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Adaptive:
         return jax.vmap(jax.vmap(one, in_axes=(0, None)))(y, context)
 
     def solve_with_volume(
-        self, field: Field, flow: Flow, y: Array, context: Any, *, schedule: Any = None, reverse: bool = False
+        self, field: Field, both: WithDivergence, y: Array, context: Any, *, schedule: Any = None, reverse: bool = False
     ) -> tuple[Array, Array]:
-        """(y at t = 1 from y at 0, or `reverse`; the integral of div v up to it [slots, draws]), under one error control."""
-        joined = _WithVolume(field.predict, field.method, flow)
+        """(y at t = 1 from y at 0, or `reverse`; the integral of div v up to it [slots, draws]), under one error control. `both`: of `field`."""
+        joined = _WithVolume(field.predict, field.method, both)
         return self.solve(joined, (y, jnp.zeros(y.shape[:2], y.dtype)), context, reverse=reverse)
 
     def to_dict(self) -> dict[str, Any]:

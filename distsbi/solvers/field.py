@@ -38,7 +38,8 @@ def _program(function: Callable[..., Any], method: Any) -> Any:
     return jax.jit(functools.partial(function, method))
 
 
-Flow = Callable[[Moment, Array, Any], tuple[Array, Array]]  # (moment, y, context) -> the velocity and its divergence
+# (moment, y, context) -> the velocity at y and its divergence [slots, draws]
+WithDivergence = Callable[[Moment, Array, Any], tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ the step before:
     step(field, p, y, memory, noise) -> (y at t1, memory)
 
 `field` is bound to its context; `noise()` gives fresh standard normal numbers for this step. A Runge-Kutta rule is written as what follows from the
-velocity k1 at the start, advance(field, p, y, k1) -> y at t1, so that a density needs its divergence there alone. Grids are plain tuples of times,
+velocity k1 at the start, advance(field, p, y, k1) -> y at t1, so that a density asks for a divergence with that one alone. Grids are plain tuples of times,
 so that a solver is hashable, JSON-able and one compiled executable.
 """
 
@@ -24,11 +24,11 @@ from jaxtyping import Array, Int32
 
 from distsbi.hints import as_number
 from distsbi.methods import Method, Moment
-from distsbi.solvers.field import Field, Flow, known
+from distsbi.solvers import quadrature
+from distsbi.solvers.field import Field, WithDivergence, known
 
 Memory = tuple[Array, Array]  # what the rule kept of the step before, and that step's length (0 before the first)
 Noise = Callable[[Array], Array]  # step number -> standard normal numbers of y's shape
-THROUGH = 4  # times that each polynomial of a density's integral goes through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Bound:
         return self.field.parts(m, y, self.context)
 
 
-PARTS = {"start": 0.0, "middle": 0.5, "late": 0.75, "end": 1.0}  # of a step
+PARTS = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a step
 
 
 def _moments(*where: str) -> Callable[..., dict[str, Any]]:
@@ -54,7 +54,7 @@ def _moments(*where: str) -> Callable[..., dict[str, Any]]:
 
     def prepare(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
         if method.straight:
-            times = {"start": t0, "middle": (t0 + t1) / 2, "late": (t0 + 3 * t1) / 4, "end": t1}
+            times = {"start": t0, "middle": (t0 + t1) / 2, "end": t1}
             return {"h": t1 - t0, **{name: known(method.moment, times[name]) for name in where}}
         p = _straight(method, t0, t1)
         moments = {}
@@ -107,10 +107,10 @@ def _heun(f: _Bound, p: Any, y: Array, k1: Array) -> Array:
 
 
 def _rk3(f: _Bound, p: Any, y: Array, k1: Array) -> Array:
-    """Ralston's third order (1962), the one that Bogacki & Shampine (1989) carry."""
+    """Kutta's third order (1901). It looks at the same times on the way back: what a rough network does between them spoils both ways alike."""
     h = p["h"]
     k2 = f.v(p["middle"], y + h / 2 * k1)
-    return y + h / 9 * (2 * k1 + 3 * k2 + 4 * f.v(p["late"], y + 0.75 * h * k2))
+    return y + h / 6 * (k1 + 4 * k2 + f.v(p["end"], y + h * (2 * k2 - k1)))
 
 
 def _rk4(f: _Bound, p: Any, y: Array, k1: Array) -> Array:
@@ -132,28 +132,6 @@ def _straight(method: Method, t0: np.ndarray, t1: np.ndarray) -> dict[str, Any]:
         "left1": left1,
         "h": left0 - left1,
     }
-
-
-@functools.lru_cache
-def _form(through: int, step: int) -> np.ndarray:
-    """The integrals of L_j' L_k from `step` to step + 1, of the Lagrange polynomials of 0, 1, ... `through` - 1."""
-    u, share = np.polynomial.legendre.leggauss(through)  # exact for polynomials of twice that degree
-    powers = np.vander(step + (u + 1) / 2, through, increasing=True)
-    coefficients = np.linalg.inv(np.vander(np.arange(through, dtype=np.float64), through, increasing=True))
-    slopes = powers[:, :-1] * np.arange(1, through) @ coefficients[1:]
-    return slopes.T @ (share[:, None] / 2 * (powers @ coefficients))
-
-
-def _weights(along: np.ndarray) -> np.ndarray:
-    """w of every time such that sum(w g) is the integral of g over `along`: both are taken to be the polynomials, in the number of the time, through the `THROUGH`
-    times nearest to a step. Constants and g = along are integrated exactly, however the times lie."""
-    n = len(along)
-    through, weights = min(THROUGH, n), np.zeros(n)
-    for i in range(n - 1):
-        first = min(max(i - (through // 2 - 1), 0), n - through)
-        near = slice(first, first + through)
-        weights[near] += along[near] @ _form(through, i - first)
-    return weights
 
 
 def _prepare_multistep(method: Method, t0: np.ndarray, t1: np.ndarray, steps: int) -> dict[str, Any]:
@@ -266,12 +244,16 @@ class Rule:
     remembers: bool = False
     advance: Advance | None = None
 
+    @property
+    def gives_density(self) -> bool:
+        return self.advance is not None
+
 
 RULES: dict[str, Rule] = {
     "euler": _runge_kutta(_euler, 1, 128, "start"),
     "midpoint": _runge_kutta(_midpoint, 2, 16, "start", "middle"),
     "heun": _runge_kutta(_heun, 2, 32, "start", "end"),
-    "rk3": _runge_kutta(_rk3, 3, 12, "start", "middle", "late"),
+    "rk3": _runge_kutta(_rk3, 3, 12, "start", "middle", "end"),
     "rk4": _runge_kutta(_rk4, 4, 12, "start", "middle", "end"),
     "multistep": Rule(_multistep, _prepare_multistep, 1, 32, remembers=True),
     "stochastic_heun": Rule(
@@ -282,6 +264,13 @@ RULES: dict[str, Rule] = {
     "zero_ends": Rule(_flow_sde, _prepare_flow_sde(True), 1, 128, True, (("strength", 1.0),)),
     "non_singular": Rule(_flow_sde, _prepare_flow_sde(False), 1, 128, True, (("strength", 1.0),)),
 }  # fmt: skip
+
+
+DENSITY_RULES = [name for name, rule in RULES.items() if rule.gives_density]
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), tree)
 
 
 def shown(times: Sequence[float]) -> str:
@@ -311,7 +300,7 @@ class FixedGrid:
         if times.size < 2 or times[0] < 0 or times[-1] > 1 or not np.all(np.diff(times) > 0):
             raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {shown(self.times)}.")
         # a step of no length changes nothing, but a rule that divides by the noise left at its start finds none there
-        if RULES[self.rule].advance is None and np.any(np.diff(times.astype(np.float32)) <= 0):
+        if not RULES[self.rule].gives_density and np.any(np.diff(times.astype(np.float32)) <= 0):
             raise ValueError(
                 f"a time grid of {times.size - 1} steps of {self.rule!r} is too fine for float32 near t = 1; give fewer steps or a smaller power."
             )
@@ -339,7 +328,7 @@ class FixedGrid:
     @property
     def gives_density(self) -> bool:
         """Whether log p can be integrated along."""
-        return RULES[self.rule].advance is not None
+        return RULES[self.rule].gives_density
 
     def through(self, times: Sequence[float]) -> "FixedGrid":
         """The same rule on a grid that has these times too. A rule that divides by the length of the step before drops times of its own that are
@@ -361,21 +350,21 @@ class FixedGrid:
         XLA from folding it into the steps, one way on one device and another on many."""
         times = self._times(reverse)
         made = RULES[self.rule].prepare(method, times[:-1], times[1:], len(times) - 1, **dict(self.options))
-        return jax.tree.map(lambda a: np.asarray(a, np.float32), made)
+        return _float32(made)
 
     def volume_schedule(self, method: Method, *, reverse: bool = False) -> Any:
-        """All that `solve_with_volume` needs of time: the schedule of the steps, what it takes to ask for a velocity at the end, the weight of the divergence at every
-        time, and the logarithm of what the frame's scale grows by."""
+        """All that `solve_with_volume` needs of time: the schedule of the steps, what a velocity at the last time needs ("last"), the weight of the divergence
+        at every time, and the logarithm of what the frame's scale grows by."""
         times = self._times(reverse)
         m = known(method.moment, times)
         scale = m.scale.astype(np.float64)
-        along = times.astype(np.float64) if method.straight else -m.sigma / scale
+        along = times.astype(np.float64) if method.straight else -m.sigma / scale  # tau - 1, exact near the data
+        end = times[-1:]
         made = {
-            "end": jax.tree.map(lambda a: a[0], RULES["euler"].prepare(method, times[-1:], times[-1:], 1)),
-            "weights": _weights(along), "log_scale": np.log(scale[-1] / scale[0]),
+            "last": jax.tree.map(lambda a: a[0], _moments("start")(method, end, end, 1)),
+            "weights": quadrature.weights(along), "log_scale": np.log(scale[-1] / scale[0]),
         }  # fmt: skip
-        steps = self.schedule(method, reverse=reverse)
-        return {"steps": steps, **jax.tree.map(lambda a: np.asarray(a, np.float32), made)}
+        return {"steps": self.schedule(method, reverse=reverse), **_float32(made)}
 
     def _times(self, reverse: bool) -> np.ndarray:
         return np.asarray(self.times[::-1] if reverse else self.times, np.float32)
@@ -421,35 +410,36 @@ class FixedGrid:
     def solve_with_volume(
         self,
         field: Field,
-        flow: Flow,
+        both: WithDivergence,
         y: Array,
         context: Any,
         *,
         schedule: Any = None,
         reverse: bool = False,
     ) -> tuple[Array, Array]:
-        """(y at the last time, the integral of div v up to it [slots, draws]). `schedule`: `volume_schedule` of the field's method and `reverse`; None: made here.
+        """(y at the last time, the integral of div v up to it [slots, draws]: the logarithm of how much a small volume around y grows).
 
-        The divergence is asked for where a step starts, and at the end, but not of the other stages: the integral is that of cubic polynomials in the number of
-        the time, in which a graded grid is smooth. It is of order four, about as exact as what rk3 or rk4 carry through all stages, at a third or a quarter of the tangents.
+        `both`: the velocity of `field` with its divergence, asked for where a step starts, and at the end; other stages have the velocity alone, a third or a
+        quarter of the tangents of rk3 or rk4. The integral (`quadrature`) is of order four; at equal steps less exact than one through all stages.
+        `schedule`: `volume_schedule` of the field's method and `reverse`; None: made here. Raises ValueError for a rule that gives no density.
         """
         advance = RULES[self.rule].advance
         if advance is None:
-            raise ValueError(f"solver {self.rule!r} gives no log_prob.")
+            raise ValueError(f"solver {self.rule!r} gives no log_prob; {', '.join(DENSITY_RULES)} do.")
         schedule = self.volume_schedule(field.method, reverse=reverse) if schedule is None else schedule
-        bound, weights = _Bound(field, context), schedule["weights"]
+        bound, weights, last = _Bound(field, context), schedule["weights"], schedule["last"]
 
         def step(carry: tuple[Array, Array], row: tuple[Any, Array]) -> Any:
             y, grown = carry
             p, weight = row
             y = _down(p, y)
-            velocity, divergence = flow(p["start"], y, context)
-            return (_up(p, advance(bound, p, y, velocity)), grown + weight * divergence), None
+            k1, divergence = both(p["start"], y, context)
+            return (_up(p, advance(bound, p, y, k1)), grown + weight * divergence), None
 
         size = math.prod(y.shape[2:])
         start = (y, jnp.broadcast_to(size * schedule["log_scale"], y.shape[:2]))
         (y, grown), _ = jax.lax.scan(step, start, (schedule["steps"], weights[:-1]))
-        _, divergence = flow(schedule["end"]["start"], _down(schedule["end"], y), context)
+        _, divergence = both(last["start"], _down(last, y), context)
         return y, grown + weights[-1] * divergence
 
     def to_dict(self) -> dict[str, Any]:

@@ -223,8 +223,10 @@ def test_certificates_and_densities_of_patterns(trained, tmp_path, monkeypatch):
     again = load(tmp_path / "run", mesh={"data": 1})
     assert again.pattern(["theta"]).facts["certificate"] == certificate
     posterior, x = again.condition({"a": 0.3})
-    draws, density = posterior.sample_and_log_prob(0, x, 20)
-    np.testing.assert_allclose(posterior.log_prob(draws, x), density, atol=2e-2)
+    draws, density = posterior.sample_and_log_prob(
+        0, x, 20, solver="rk4"
+    )  # a network so rough that rk3 differs by .05 on the way back
+    np.testing.assert_allclose(posterior.log_prob(draws, x, solver="rk4"), density, atol=2e-2)
 
 
 @pytest.mark.parametrize(

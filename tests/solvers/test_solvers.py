@@ -6,7 +6,8 @@ import pytest
 from distsbi.methods import METHODS, FlowMatching
 from distsbi.sampling import flow
 from distsbi.solvers import RULES, Adaptive, Field, FixedGrid, make_solver, solver_from_dict
-from distsbi.solvers.fixed import _weights
+from distsbi.solvers.fixed import DENSITY_RULES
+from distsbi.solvers.quadrature import THROUGH, _jumps, weights
 
 METHOD = FlowMatching()
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk3": 3, "rk4": 4, "multistep": 2}
@@ -180,18 +181,62 @@ def test_weights_of_a_volume_integrate_what_they_should():
     rng = np.random.default_rng(0)
     for n in (2, 3, 4, 5, 40):
         times = np.sort(rng.uniform(size=n))
-        weights = _weights(times)
-        np.testing.assert_allclose(weights.sum(), times[-1] - times[0], rtol=1e-10)
-        np.testing.assert_allclose(weights @ times, (times[-1] ** 2 - times[0] ** 2) / 2, rtol=1e-10)
-        np.testing.assert_allclose(_weights(times[::-1])[::-1], -weights, atol=1e-12)
+        found = weights(times)
+        np.testing.assert_allclose(found.sum(), times[-1] - times[0], rtol=1e-9)
+        np.testing.assert_allclose(found @ times, (times[-1] ** 2 - times[0] ** 2) / 2, rtol=1e-9)
+        np.testing.assert_allclose(weights(times[::-1])[::-1], -found, atol=1e-9)
     equal = np.linspace(0.5, 2.0, 9)
-    np.testing.assert_allclose(_weights(equal) @ equal**3, (2.0**4 - 0.5**4) / 4, rtol=1e-10)
+    np.testing.assert_allclose(weights(equal) @ equal**3, (2.0**4 - 0.5**4) / 4, rtol=1e-10)
     for grid in (lambda n: np.linspace(0, 1, n + 1), lambda n: 1 - (1 - np.arange(n + 1) / n) ** 2):  # of order four
-        errors = [abs(_weights(grid(n)) @ np.exp(3 * grid(n)) - (np.exp(3) - 1) / 3) for n in (40, 80)]
+        errors = [abs(weights(grid(n)) @ np.exp(3 * grid(n)) - (np.exp(3) - 1) / 3) for n in (40, 80)]
         assert errors[0] < 5e-6 and errors[1] < errors[0] / 12
 
 
-@pytest.mark.parametrize("rule", [rule for rule, row in RULES.items() if row.advance])
+@pytest.mark.parametrize(
+    "lengths",
+    [[9.0] * 10 + [1.0] * 10, [1.0] * 15 + [4.0] * 5, [1.0, 8.0] * 20, [1.0] * 10 + [1e-9] + [1.0] * 10],
+    ids=["fine end", "fine start", "by turns", "a step of no length"],
+)
+def test_weights_where_step_lengths_jump(lengths):
+    times = np.cumsum([0.0, *lengths]) / sum(lengths)
+    assert abs(weights(times) @ np.exp(3 * times) - (np.exp(3) - 1) / 3) < 2e-3
+    trapezoid = np.trapezoid(np.exp(3 * times), times) - (np.exp(3) - 1) / 3
+    assert abs(weights(times) @ np.exp(3 * times) - (np.exp(3) - 1) / 3) < 0.1 * abs(trapezoid)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_grids_of_the_methods_do_not_jump(name):
+    """There cubics in the number of the time are the better ones."""
+    method = METHODS[name]()
+    m = method.moment(jnp.asarray(method.grid(method.density_steps)))
+    along = np.asarray(m.t if method.straight else -m.sigma / m.scale, np.float64)
+    jumps = [_jumps(along[i : i + THROUGH]) for i in range(len(along) - THROUGH + 1)]
+    assert not any(jumps)
+
+
+@pytest.mark.parametrize("rule", DENSITY_RULES)
+def test_the_divergence_is_asked_for_once_a_step_and_at_the_end(rule):
+    """Counted when a solve runs, not when it is traced."""
+    asked = {"velocity": 0, "divergence": 0}
+
+    def count(name):
+        jax.debug.callback(lambda: asked.__setitem__(name, asked[name] + 1))
+
+    def velocity(t, y, context):
+        count("velocity")
+        return -y
+
+    def both(m, y, context):
+        count("divergence")
+        return -y, -jnp.ones(y.shape[:2])
+
+    grid = FixedGrid(rule, METHOD.grid(5))
+    jax.block_until_ready(grid.solve_with_volume(of_velocity(velocity), both, jnp.ones((1, 1, 1, 1)), None))
+    jax.effects_barrier()
+    assert asked == {"velocity": 5 * (RULES[rule].evaluations - 1), "divergence": 6}
+
+
+@pytest.mark.parametrize("rule", DENSITY_RULES)
 def test_a_volume_has_the_order_of_its_rule(rule):
     """dy/dt = (1 + t) sin y, which grows a length at y0 by sin y1 / sin y0 until tan(y1 / 2) = exp(1.5) tan(y0 / 2); there and back."""
     field = of_velocity(lambda t, y, context: (1 + t) * jnp.sin(y))
