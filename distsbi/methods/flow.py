@@ -40,7 +40,7 @@ class FlowMatching(Method):
 
     predicts_velocity: ClassVar[bool] = True
     straight: ClassVar[bool] = True
-    density_steps: ClassVar[int] = 20
+    density_steps: ClassVar[int] = 24
 
     def __post_init__(self) -> None:
         super().__post_init__()

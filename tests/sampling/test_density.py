@@ -168,6 +168,18 @@ def test_meshes_do_not_matter_to_draws_with_their_density(name):
     np.testing.assert_array_equal(density, same_density)
 
 
+def test_a_rule_that_is_named_has_the_steps_of_a_density():
+    posterior = gaussian_posterior()
+    theta = posterior.sample(0, X, 10)
+    steps = posterior.method.density_steps
+    for solver, n in (("rk4", steps), ("euler", 128)):
+        np.testing.assert_array_equal(
+            posterior.log_prob(theta, X, solver=solver), posterior.log_prob(theta, X, solver=solver, steps=n)
+        )
+    with pytest.raises(ValueError, match="Did you mean x_o"):
+        posterior.log_prob(theta, x=X)
+
+
 def test_irregular_times_and_few_steps():
     """Against the exact density; one and two steps are far off, but finite."""
     posterior = gaussian_posterior()
