@@ -157,7 +157,7 @@ def test_batches_meshes_and_tiles_do_not_matter():
     assert posterior.log_prob_batched(theta[:0], xs).shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n if n == "edm" else pytest.param(n, marks=pytest.mark.long) for n in METHODS])
 def test_meshes_do_not_matter_to_draws_with_their_density(name):
     """To the last bit, with every method."""
     made = [random_mlp_posterior({"data": n}, method=METHODS[name]()) for n in (1, 8)]
