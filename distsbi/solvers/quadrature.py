@@ -10,9 +10,7 @@ import functools
 import numpy as np
 
 THROUGH = 4  # times that a polynomial goes through
-JUMP = (
-    2.0  # third differences of times that are smooth in their number, in units of the shortest of three steps, are less
-)
+JUMP = 2.0  # third differences of smooth times, in units of the shortest of three steps, are less
 LEAST = 1e-3  # of the longest of three steps the shortest must be more for polynomials in the time itself, whose slopes rounding would spoil
 
 
