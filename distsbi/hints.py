@@ -13,7 +13,7 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ def did_you_mean(name: object, known: Iterable[str], *, most: int = 1, by_word: 
     return f" Did you mean {' or '.join(list(dict.fromkeys(near))[:most])}?" if near else ""
 
 
-def refuse_unknown(what: str, given: Iterable[str], cls: type) -> None:
-    """Raises ValueError for a name in `given` that is no field of the dataclass `cls`, naming the nearest and all of them. `what`: "training option"."""
+def refuse_unknown(what: str, given: Iterable[str], cls: type, elsewhere: Mapping[str, str] | None = None) -> None:
+    """Raises ValueError for a name in `given` that is no field of the dataclass `cls`, naming the nearest and all of them. `what`: "training option".
+    `elsewhere`: names of other libraries, with the field that each is here."""
     known = sorted(field.name for field in dataclasses.fields(cls))
     for name in given:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r};{did_you_mean(name, known)} The {what}s are {', '.join(known)}.")
+            near = did_you_mean((elsewhere or {}).get(name, name), known)
+            raise ValueError(f"unknown {what} {name!r};{near} The {what}s are {', '.join(known)}.")
 
 
 def as_number(what: str, value: Any) -> numbers.Real:

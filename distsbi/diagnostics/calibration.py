@@ -58,6 +58,11 @@ class Calibration:
     contraction: dict[str, float]
     seed: int
 
+    def __repr__(self) -> str:
+        wrong = ", ".join(f"{name} {words}".rstrip() for name, words in self.wrong.items())
+        found = f"suspect: {wrong}" if wrong else "nothing suspect"
+        return f"<Calibration of {len(self.ranks)} pairs, {self.nsamples} draws of each: {found}>"
+
     @functools.cached_property
     def uniform(self) -> dict[str, Float[np.ndarray, "n"]]:
         """For each parameter, and `ALL`, numbers in (0, 1) that are uniform where the posterior is calibrated: at random within a rank."""

@@ -90,8 +90,8 @@ class SampleOptions:
         """Whether theta is wanted at times before the last, too."""
         return self.return_trajectory or self.time_grid is not None
 
-    def make_solver(self, method: Method, default: Solver) -> Solver:
-        """The solver these options describe."""
+    def make_solver(self, method: Method, default: Solver | None = None) -> Solver:
+        """The solver these options describe; `default`: where they describe none."""
         return make_solver(
             method, solver=self.solver, steps=self.steps, step_size=self.step_size, time_grid=self.time_grid,
             rtol=self.rtol, atol=self.atol, coupled=self.coupled, solver_options=self.solver_options, default=default,

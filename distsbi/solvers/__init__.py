@@ -10,7 +10,8 @@ from distsbi.hints import as_count, as_number
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
 from distsbi.solvers.field import Field
-from distsbi.solvers.fixed import RULES, FixedGrid, shown
+from distsbi.solvers.fixed import FixedGrid, shown
+from distsbi.solvers.rules import RULES
 
 Solver = FixedGrid | Adaptive
 

@@ -12,6 +12,17 @@ COUNTS = (
 )  # fmt: skip
 
 
+# What other libraries call these options.
+ELSEWHERE = {
+    "learning_rate": "max_lr",
+    "lr": "max_lr",
+    "training_batch_size": "batch_size",
+    "epochs": "nsteps",
+    "num_epochs": "nsteps",
+    "max_num_epochs": "nsteps",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """Training options; None means: chosen from the number of simulations (see `resolve`).
@@ -101,7 +112,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:
         """From a dict. Raises ValueError naming an unknown key and the nearest known."""
-        refuse_unknown("training option", options, cls)
+        refuse_unknown("training option", options, cls, ELSEWHERE)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_an_exact_posterior_is_calibrated(posterior):
     np.testing.assert_allclose(
         [1 - value for value in calm.contraction.values()], left, rtol=5 * np.sqrt(2 / PAIRS / DRAWS)
     )
+    assert repr(calm) == f"<Calibration of {PAIRS} pairs, {DRAWS} draws of each: nothing suspect>"
     assert calm.ranks.shape == (PAIRS, 3)
     assert (calm.ranks >= 0).all() and (calm.ranks <= DRAWS).all()
 
@@ -58,6 +59,7 @@ def test_too_narrow_and_too_wide(posterior):
     """Truths 1.5 times as wide, and 1.5 times as narrow, as the posterior: coverage says which."""
     names = set(posterior.parameter_names)
     narrow, wide = found(posterior, narrow=1.5), found(posterior, narrow=1 / 1.5)
+    assert repr(narrow).count("too narrow") == len(names)
     assert names <= set(narrow.suspect) and names <= set(wide.suspect)
     assert all(shares[2] < 0.8 for shares in narrow.coverage().values())
     assert all(shares[2] > 0.95 for shares in wide.coverage().values())

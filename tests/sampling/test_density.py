@@ -1,5 +1,7 @@
 """Densities: exact where they are known, the same by every solver, batched and sharded; and the maximum."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from distsbi.methods import METHODS
 from distsbi.networks import MLP, MLPParams
 from distsbi.sampling import Posterior, tiles
 from distsbi.sampling.checks import unsolved
+from distsbi.sampling.density import most_above
 from distsbi.sampling.flow import Divergence, log_density
 from distsbi.solvers import FixedGrid
 from tests.gaussian import gaussian_posterior, random_mlp_posterior
@@ -172,7 +175,7 @@ def test_a_rule_that_is_named_has_the_steps_of_a_density():
     posterior = gaussian_posterior()
     theta = posterior.sample(0, X, 10)
     steps = posterior.method.density_steps
-    for solver, n in (("rk4", steps), ("euler", 128)):
+    for solver, n in (("rk4", steps), ("RK4", steps), ("euler", 128)):
         np.testing.assert_array_equal(
             posterior.log_prob(theta, X, solver=solver), posterior.log_prob(theta, X, solver=solver, steps=n)
         )
@@ -246,6 +249,26 @@ def test_maximum_a_posteriori():
     assert height == pytest.approx(exact(posterior, mode[None, :, None], X)[0], abs=5e-3)
     other, _ = posterior.map(X, rng=1, num_samples=20, climb=3, solver="midpoint", steps=4)
     assert (other != theta).all()
+
+
+def test_a_maximum_that_no_draw_is_near(monkeypatch):
+    """Of an exact posterior none is; where draws' densities are said to be lower by 9 nat, it is told."""
+    posterior = gaussian_posterior()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior.map(X, nsamples=20, climb=3)
+    draws, density = posterior.sample_and_log_prob(0, X, 20)
+    monkeypatch.setattr(posterior, "sample_and_log_prob", lambda *_: (draws, density - 9))
+    with pytest.warns(UserWarning, match=r"nat above the likeliest of 20 draws .* Train longer, or give more nsamples"):
+        posterior.map(X, nsamples=20, climb=3)
+
+
+@pytest.mark.parametrize(("size", "n"), [(1, 20), (5, 1_000), (50, 1_000)])
+def test_what_is_unusual_for_a_maximum(size, n):
+    """Of a thousand sets of n draws, normal or exponential in every parameter, all are nearer."""
+    rng = np.random.default_rng(size)
+    below = rng.gamma(size, size=(1_000, n)).min(1), rng.gamma(size / 2, size=(1_000, n)).min(1)
+    assert max(map(np.max, below)) < most_above(n, size)
 
 
 @pytest.mark.parametrize(

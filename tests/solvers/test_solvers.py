@@ -6,8 +6,8 @@ import pytest
 from distsbi.methods import METHODS, FlowMatching
 from distsbi.sampling import flow
 from distsbi.solvers import RULES, Adaptive, Field, FixedGrid, make_solver, solver_from_dict
-from distsbi.solvers.fixed import DENSITY_RULES
 from distsbi.solvers.quadrature import THROUGH, _jumps, weights
+from distsbi.solvers.rules import DENSITY_RULES
 
 METHOD = FlowMatching()
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk3": 3, "rk4": 4, "multistep": 2}

@@ -623,6 +623,7 @@ def test_bad_data(data, says):
 def test_bad_options():
     for options, says in (
         ({"nsetps": 3}, "unknown training option 'nsetps'; Did you mean nsteps?"),
+        ({"learning_rate": 1e-3}, "unknown training option 'learning_rate'; Did you mean max_lr?"),
         ({"nsteps": 0}, "positive integer"), ({"ema_decay": 1.0}, "fractions"), ({"max_lr": -1}, "positive"),
         ({"nsteps": float("inf")}, "positive integer; got inf"), ({"patience": float("nan")}, "must be a number; got nan"),
         ({"batch_size": 32.5}, "positive integer; got 32.5"), ({"warmup_steps": float("inf")}, "0 or more; got inf"),
