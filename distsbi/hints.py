@@ -40,8 +40,8 @@ def refuse_unknown(what: str, given: Iterable[str], cls: type, elsewhere: Mappin
             raise ValueError(f"unknown {what} {name!r};{near} The {what}s are {', '.join(known)}.")
 
 
-def as_number(what: str, value: Any) -> numbers.Real:
-    """A number, as it is; True and False are none. Raises ValueError for all else, naming `what` it is.
+def as_number(what: str, value: Any) -> float:
+    """A number as a float, so that it is JSON-able; True and False are none. Raises ValueError for all else, naming `what` it is.
 
     >>> as_number("rtol", "1e-5")
     Traceback (most recent call last):
@@ -49,7 +49,7 @@ def as_number(what: str, value: Any) -> numbers.Real:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
         raise ValueError(f"{what} must be a number; got {value!r}.")
-    return value
+    return float(value)
 
 
 def as_count(what: str, value: Any, least: int = 1) -> int:

@@ -35,8 +35,10 @@ class Method(ABC):
             what, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{what} must be True or False; got {value!r}.")
-            if field.type is float and not math.isfinite(as_number(what, value)):
-                raise ValueError(f"{what} must be finite; got {value!r}.")
+            if field.type is float:
+                object.__setattr__(self, field.name, as_number(what, value))
+                if not math.isfinite(value):
+                    raise ValueError(f"{what} must be finite; got {value!r}.")
 
     @abstractmethod
     def alpha(self, t: Time) -> Time:
@@ -60,7 +62,7 @@ class Method(ABC):
 
     @abstractmethod
     def draw_times(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Time:
-        """Training times in [0, 1)."""
+        """Training times in [0, 1]."""
 
     @abstractmethod
     def grid(self, steps: int) -> tuple[float, ...]:

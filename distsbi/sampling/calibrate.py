@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 from distsbi import keys
 from distsbi.methods import FINEST
 from distsbi.networks.base import encode
-from distsbi.sampling.flow import make_field
-from distsbi.solvers import FixedGrid, Solver
+from distsbi.solvers import Field, FixedGrid, Solver
 
 CANDIDATES = (*(("multistep", steps) for steps in (8, 10, 12, 14, 16, 20, 24, 32)),
               ("midpoint", 16), ("midpoint", 24), ("rk4", 16), ("rk4", 32))  # fmt: skip
@@ -52,7 +51,7 @@ def calibrate(posterior: Any, xs: Float[np.ndarray, "n dim_x ch_x"]) -> tuple[So
     @functools.partial(jax.jit, static_argnames="rule")
     def solve(weights: Any, y: Array, context: Any, schedule: Any, steps: Array, rule: str) -> Array:
         """Compiled once for each rule, for grids of any length, forwards and back."""
-        field = make_field(nnx.merge(posterior.graphdef, weights.params), method)
+        field = Field(nnx.merge(posterior.graphdef, weights.params), method)
         return FixedGrid(rule, (0.0, 1.0)).solve(field, y, context, schedule=schedule, steps=steps)
 
     longest = max(2 * REFERENCE_STEPS, *(steps for _, steps in CANDIDATES))

@@ -65,7 +65,8 @@ class Densities:
         """log p(theta | x_o), -inf outside the prior's support. EDM and score matching leave a little noise at t = 1, which `sample` takes
         out: their density is that of theta with this noise (0.001 to 0.002 standardised units by default).
 
-        By Runge-Kutta of order three on the method's grid (`steps=24` for flow matching, 73 evaluations; 48 for EDM and VE, 56 for VP) or in the equal steps of
+        By Runge-Kutta of order three on the method's grid (`steps=24` for flow matching, 73 evaluations; 48 for EDM and VE, 56 for VP; of another rule that is named so many too, or its own
+        default where that is more) or in the equal steps of
         a `step_size`, with the divergence, in one pass with the velocity, where a step starts and at the end; or by any solver that `options` name
         ("euler", "midpoint", "heun", "rk3", "rk4", and the adaptive ones). `divergence="hutchinson"`: an unbiased estimate of the divergence with so many `probes` drawn from `key`, for many
         parameters. `check=0.1`: of a tenth of the points the density is computed again with every step halved; what that changes, in nat, is in
@@ -201,7 +202,7 @@ class Densities:
         """(theta, log p) at the maximum a posteriori: the likeliest `starts` of `nsamples` draws (1,000), climbed by Adam for `climb` steps.
 
         It maximises p(theta | x_o), as `log_prob` gives it, in the prior's own parameters; on a bounded prior the maximum may lie at the edge of what the
-        bijection reaches. Warns where it lies so far above all draws that it may be a spike of the network. `rng` or `key`: of the draws, seed 0 by default. `options`: the solver, a fixed grid, and others of
+        bijection reaches. Warns where it lies so far above all draws, in standardised parameters, that it may be a spike of the network. `rng` or `key`: of the draws, seed 0 by default. `options`: the solver, a fixed grid, and others of
         `SampleOptions`.
         """
         starts, climb = as_count("starts", starts), as_count("climb", climb)
@@ -218,11 +219,16 @@ class Densities:
         top = int(np.argmax(np.where(np.isfinite(height), height, -np.inf)))
         if height[top] < density[best[0]]:
             return draws[best[0]], float(density[best[0]])
-        above, usual = float(height[top] - density[best[0]]), most_above(n, self.dim_theta * self.ch_theta)
+        # in the parameters that the network knows, where no bound is near, and a long tail is none
+        grown = tiles.volume_program(self.graphdef)(
+            self.weights, jax.numpy.concatenate([draws, theta[top][None]]), jax.numpy.asarray(x)
+        )
+        heights = np.append(density, height[top]) - np.asarray(grown)
+        above, usual = float(heights[-1] - heights[:-1].max()), most_above(n, self.dim_theta * self.ch_theta)
         if above > usual:
             warn(
-                f"the maximum lies {above:.2g} nat above the likeliest of {n:,} draws (more than {usual:.2g} is unusual): so little of the posterior is near "
-                f"it that it may be a spike that the network made up. Train longer, or give more nsamples."
+                f"the maximum lies {above:,.1f} nat above the likeliest of {n:,} draws, in standardised parameters (more than {usual:,.1f} is unusual): so "
+                f"little of the posterior is near it that it may be a spike that the network made up. Train longer, or give more nsamples."
             )
         return theta[top], float(height[top])
 

@@ -32,7 +32,7 @@ from distsbi import keys, mesh as meshes
 from distsbi.hints import as_count, as_number, refuse_unknown
 from distsbi.methods import FlowMatching, Method, Moment
 from distsbi.networks.base import encode
-from distsbi.sampling.flow import denoise, make_field
+from distsbi.sampling.flow import denoise
 from distsbi.sampling.posterior import Posterior
 from distsbi.solvers import Field, FixedGrid
 from distsbi.solvers.field import known
@@ -87,7 +87,8 @@ class DistillConfig:
         if self.segments > 8:
             raise ValueError(f"a student has 1 to 8 segments; got {self.segments}.")
         for name in ("on_policy", "softness", "power", "max_lr", "ema_decay"):
-            if not math.isfinite(as_number(f"distill option {name}", getattr(self, name))):
+            object.__setattr__(self, name, as_number(f"distill option {name}", getattr(self, name)))
+            if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"distill option {name} must be finite; got {getattr(self, name)!r}.")
         if (
             not 0 <= self.on_policy <= 1
@@ -132,6 +133,10 @@ def train_student(
     if teacher.is_student:
         raise ValueError("this posterior is a student already; distil its teacher.")
     xs = teacher.check_xs(xs)
+    if not len(xs):
+        raise ValueError(
+            "xs holds no observations to distil on; give some, such as those that the teacher was trained on."
+        )
     mesh = teacher.mesh
     optimizer = make_optimizer(
         TrainingConfig(
@@ -222,11 +227,11 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
         x: Any = jax.lax.with_sharding_constraint(data[rows], split)
         z = jax.random.normal(k_z, (size, 1, *shape), jnp.float32)
         frozen = nnx.merge(teacher.graphdef, weights.params)
-        field = make_field(frozen, method)
+        field = Field(frozen, method)
         context, _ = encode(frozen, weights.standardizer, x)
         own = nnx.merge(teacher.graphdef, jax.lax.stop_gradient(params))
         own_context, _ = encode(own, weights.standardizer, x)
-        own_field = make_field(own, flow)
+        own_field = Field(own, flow)
         arrives = jax.random.bernoulli(k_who, jnp.float32(config.on_policy), (size, 1, 1, 1))
         starts: list[Array] = []
         paths: list[Array] = []
@@ -242,7 +247,7 @@ def _advance(teacher: Posterior, config: DistillConfig, optimizer: optax.Gradien
         def loss(params: Any) -> Array:
             network = nnx.merge(teacher.graphdef, params)
             inner, _ = encode(network, weights.standardizer, x)
-            student = make_field(network, flow)
+            student = Field(network, flow)
             total = jnp.zeros((), jnp.float32)
             for k, (start, path, segment) in enumerate(zip(starts, paths, segments, strict=True)):
                 if config.objective == "endpoint":
@@ -290,6 +295,12 @@ class _Segment:
         times = np.array(known(method.time_at, np.clip(np.asarray(tau, np.float32), 1e-6, 1.0)), np.float64)
         times[0], times[-1] = 0.0 if first else times[0], 1.0 if last else times[-1]
         times = np.unique(times)
+        if len(times) < 2:
+            start, end = (known(method.moment, t) for t in (0.0, 1.0))
+            raise ValueError(
+                f"boundaries {grid[1:-1]} leave the segment from {grid[k]:g} to {grid[k + 1]:g} no times of {type(method).__name__}, whose path runs from "
+                f"{start.alpha / start.scale:.4g} to {end.alpha / end.scale:.4g}: give boundaries well between these."
+            )
         alpha, sigma = (np.asarray(known(f, times)) for f in (method.alpha, method.sigma))
         taus = alpha / (alpha + sigma)
         taus[0], taus[-1] = grid[k], grid[k + 1]

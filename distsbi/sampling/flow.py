@@ -45,11 +45,6 @@ class Divergence:
 EXACT = Divergence()
 
 
-def make_field(network: Any, method: Method) -> Field:
-    """The field of the probability-flow ODE, in standardised parameters."""
-    return Field(network, method)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -88,7 +83,7 @@ def draw_tile(
     `noise`: for stochastic solvers. `schedule`: of this solver and method; None: made here. `trajectory`: theta at every time of the grid, with a leading axis.
     """
     context, centre = encoded
-    field = make_field(network, method)
+    field = Field(network, method)
     steps, at_last = (None, None) if schedule is None else (schedule.steps, schedule.last)
     y = solver.solve(field, method.initial(z), context, noise, schedule=steps, trajectory=trajectory)
     if method.denoises:
@@ -111,7 +106,7 @@ def log_density(
     """log p(theta | x), -inf outside the prior's support. Of a method that leaves noise at t = 1: of theta with that noise."""
     context, centre = encoded
     y = standardizer.forward(theta, centre[:, None])
-    field = make_field(network, method)
+    field = Field(network, method)
     both = _with_divergence(field, y.shape[2:], divergence, noise)
     steps = None if schedule is None else schedule.steps
     z, change = solver.solve_with_volume(field, both, y, context, schedule=steps, reverse=True)
@@ -132,7 +127,7 @@ def draws_and_density(
 ) -> tuple[Tiled, Float[Array, "slots draws"]]:
     """theta from noise and log p(theta | x), in one solve. Noise that a method leaves at t = 1 is kept."""
     context, centre = encoded
-    field = make_field(network, method)
+    field = Field(network, method)
     both = _with_divergence(field, z.shape[2:], divergence, noise)
     start = method.initial(z)
     steps = None if schedule is None else schedule.steps

@@ -179,11 +179,11 @@ class JointPosterior(Posterior):
         """Draws from p(theta | x_o); with `given={"x": x_o, "mass": 1.2}` from all other tokens where these are.
 
         `of`: the names wanted, in this order; the rest is drawn too and left out (the exact marginal of the model). Values are
-        scalars, or arrays [tokens, ch] or [1, tokens, ch]. See `Posterior.sample`.
+        scalars, or arrays [tokens, ch] or [1, tokens, ch]; `given={}`: where nothing is known. See `Posterior.sample`.
 
         Raises ValueError for a name that does not exist, x given twice, a value of a wrong shape or outside its prior, NaN, and as `pattern` does.
         """
-        if given is None and of is None:
+        if given is None and (of is None or x_o is None):  # which says that x_o is missing
             return super().sample(key, x_o, nsamples, rng=rng, **options)
         given = {} if given is None else given
         if not isinstance(given, Mapping):

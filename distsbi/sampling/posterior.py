@@ -320,7 +320,8 @@ class Posterior(Densities):
                 )
             if not isinstance(solver, FixedGrid):
                 raise ValueError("return_trajectory needs a fixed grid: give steps or step_size.")
-            wanted = solver.times if chosen.time_grid is None else map(float, chosen.time_grid)
+            asked = chosen.time_grid
+            wanted = solver.times if asked is None else FixedGrid(solver.rule, tuple(asked)).times
             at = tuple(solver.times.index(t) for t in wanted)
             out = np.empty((len(xs), nsamples, len(at), *shape), np.float32)
             fill(self, (out,), tiles.TRAJECTORY, key, xs, ids, solver, tile, chosen.show_progress, at=at)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from distsbi import keys, mesh as meshes
 from distsbi.data.standardise import Standardizer
+from distsbi.hints import as_count
 from distsbi.methods import Method
 from distsbi.networks.base import encode
 from distsbi.sampling.flow import (
@@ -46,8 +47,8 @@ class Tile:
     draws: int
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.draws < 1:
-            raise ValueError(f"a tile needs positive slots and draws; got {self.slots} x {self.draws}.")
+        for name in ("slots", "draws"):
+            object.__setattr__(self, name, as_count(f"Tile.{name}", getattr(self, name)))
 
     @property
     def rows(self) -> int:
@@ -264,6 +265,18 @@ def pure_program(
         return draw_tile(network, method, solver, weights.standardizer, encoded, z, noise, schedule)
 
     return program
+
+
+@functools.lru_cache(maxsize=64)
+def volume_program(graphdef: nnx.GraphDef) -> Callable[[Weights, Array, Array], Array]:
+    """(weights, theta [n, dim_theta, ch_theta], x [1, dim_x, ch_x]) -> the logarithm of the volume in standardised parameters over that around each theta [n]."""
+
+    def program(weights: Weights, theta: Array, x: Array) -> Array:
+        standardizer = weights.standardizer
+        centre = encode(nnx.merge(graphdef, weights.params), standardizer, x)[1][:, None]
+        return standardizer.log_det(standardizer.forward(theta[None], centre), centre)[0]
+
+    return jax.jit(program)
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ from distsbi.hints import as_count, as_number
 from distsbi.methods import Method
 from distsbi.solvers.adaptive import SOLVERS, Adaptive
 from distsbi.solvers.field import Field
-from distsbi.solvers.fixed import FixedGrid, shown
+from distsbi.solvers.fixed import AT_END, FixedGrid, shown
 from distsbi.solvers.rules import RULES
 
 Solver = FixedGrid | Adaptive
@@ -120,7 +120,7 @@ def check_complete(solver: Solver) -> Solver:
 
 
 def _check_ends(what: str, times: Sequence[float]) -> None:
-    if not (len(times) and times[0] == 0 and abs(times[-1] - 1) < 1e-6):
+    if not (len(times) and times[0] == 0 and abs(times[-1] - 1) < AT_END):
         raise ValueError(f"{what} must run from 0 (noise) to 1 (data); got {shown(times)}.")
 
 

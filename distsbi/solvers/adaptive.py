@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from distsbi.hints import as_count, as_number
 from distsbi.methods import Method, Moment
 from distsbi.solvers.field import Field, WithDivergence
 
@@ -52,6 +53,9 @@ class Adaptive:
     def __post_init__(self) -> None:
         if self.name not in SOLVERS:
             raise ValueError(f"unknown solver {self.name!r}; known are {', '.join(SOLVERS)}.")
+        for name in ("rtol", "atol"):
+            object.__setattr__(self, name, as_number(name, getattr(self, name)))
+        object.__setattr__(self, "max_steps", as_count("max_steps", self.max_steps))
         if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
             raise ValueError(f"rtol and atol must be positive and finite; got {self.rtol} and {self.atol}.")
 

@@ -20,6 +20,7 @@ from distsbi.solvers import quadrature
 from distsbi.solvers.field import Field, WithDivergence, known
 from distsbi.solvers.rules import DENSITY_RULES, RULES, Bound, Memory, into_frame, moments, out_of_frame
 
+AT_END = 1e-6  # how near to 1 a last time is 1: sums of float32 steps end there
 Noise = Callable[[Array], Array]  # step number -> standard normal numbers of y's shape
 
 
@@ -35,7 +36,7 @@ def shown(times: Sequence[float]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FixedGrid:
-    """A step rule on a grid of increasing times in [0, 1]. `options`: of the rule, as (name, value) pairs; those left out have
+    """A step rule on a grid of increasing times in [0, 1], the last of which is 1 where it is within rounding of it. `options`: of the rule, as (name, value) pairs; those left out have
     their defaults.
 
     Raises ValueError for an unknown rule or option, or times that do not increase, for rules of more than the velocity in
@@ -49,7 +50,9 @@ class FixedGrid:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"unknown solver {self.rule!r}; known are {', '.join(RULES)}.")
-        object.__setattr__(self, "times", tuple(float(t) for t in self.times))
+        given = tuple(float(t) for t in self.times)
+        at_end = bool(given) and abs(given[-1] - 1) < AT_END
+        object.__setattr__(self, "times", (*given[:-1], 1.0) if at_end else given)
         times = np.asarray(self.times)
         if times.size < 2 or times[0] < 0 or times[-1] > 1 or not np.all(np.diff(times) > 0):
             raise ValueError(f"a time grid needs two or more increasing times in [0, 1]; got {shown(self.times)}.")
@@ -102,6 +105,10 @@ class FixedGrid:
     def schedule(self, method: Method, *, reverse: bool = False) -> Any:
         """All that `solve` needs of time, numpy arrays with a leading axis of steps. Given to a compiled program as an argument it keeps
         XLA from folding it into the steps, one way on one device and another on many."""
+        if reverse and not self.gives_density:
+            raise ValueError(
+                f"solver {self.rule!r} runs from noise to data alone; {', '.join(DENSITY_RULES)} run back too."
+            )
         times = self._times(reverse)
         made = RULES[self.rule].prepare(method, times[:-1], times[1:], len(times) - 1, **dict(self.options))
         return _float32(made)

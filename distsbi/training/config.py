@@ -17,9 +17,6 @@ ELSEWHERE = {
     "learning_rate": "max_lr",
     "lr": "max_lr",
     "training_batch_size": "batch_size",
-    "epochs": "nsteps",
-    "num_epochs": "nsteps",
-    "max_num_epochs": "nsteps",
 }
 
 
@@ -85,7 +82,9 @@ class TrainingConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (int, float, int | None, float | None) and value is not None:
-                as_number(f"training option {field.name}", value)
+                number = as_number(f"training option {field.name}", value)
+                if field.type in (float, float | None):
+                    object.__setattr__(self, field.name, number)
         for name in COUNTS:
             if (value := getattr(self, name)) is not None:
                 least = 0 if name == "warmup_steps" else 1

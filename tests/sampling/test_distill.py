@@ -200,6 +200,18 @@ def test_errors(options, says):
         DistillConfig.from_dict(options)
 
 
+def test_boundaries_beyond_the_path_of_a_method():
+    """That of EDM begins with 1/81 of the data."""
+    posterior, xs = random_mlp_posterior({"data": 1}, method=METHODS["edm"]()), np.zeros((4, 3, 1), np.float32)
+    for boundary in (0.01, 0.9995):
+        with pytest.raises(
+            ValueError, match=r"EDM, whose path runs from 0.01235 to 0.998: give boundaries well between"
+        ):
+            train_student(posterior, xs, DistillConfig(boundaries=(boundary,)))
+    with pytest.raises(ValueError, match="xs holds no observations to distil on"):
+        train_student(posterior, xs[:0])
+
+
 def test_sliced_wasserstein_of_shifted_sets():
     """A shift by d sd along one of two axes moves a projection by d |cos|, 2 d / pi on average."""
     a = np.random.default_rng(0).normal(size=(5_000, 2))

@@ -184,6 +184,12 @@ def test_every_conditional_of_a_gaussian(trained):
     np.testing.assert_allclose([mixed[:, 1].mean(), mixed[:, 1].std()], [0.8, np.sqrt(0.2)], atol=0.15)
 
 
+def test_what_is_wanted_does_not_change_what_is_given(untrained):
+    with pytest.raises(ValueError, match="x_o is missing"):
+        untrained.sample(rng=0, of=["a"], nsamples=3)
+    assert untrained.sample(rng=0, given={}, of=["a"], nsamples=3).shape == (3, 1, 1)
+
+
 def test_one_conditional_is_not_taken_up_as_all(untrained, tmp_path):
     """Nor a student, which is one, too."""
     untrained.posterior.pattern(["theta"]).save(tmp_path / "run")

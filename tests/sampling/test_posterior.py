@@ -365,6 +365,13 @@ def test_far_observations_are_found_on_the_host_in_blocks(monkeypatch):
     assert all(type(z) is np.ndarray for z in seen)
 
 
+@pytest.mark.parametrize("size", [0, "8", 2.5, True])
+def test_sizes_of_a_tile(size):
+    with pytest.raises(ValueError, match="Tile.slots must be a positive integer"):
+        Tile(size, 256)
+    assert Tile(8.0, np.int64(256)) == Tile(8, 256)  # type: ignore[arg-type]
+
+
 def test_tiles_fit_what_they_hold():
     assert Tile(8, 256).for_draws(1) == Tile(2048, 1)
     assert Tile(8, 256).for_draws(1, most_slots=200) == Tile(128, 1)

@@ -1,13 +1,17 @@
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from distsbi.methods import METHODS, FlowMatching
-from distsbi.sampling import flow
+from distsbi.sampling import DistillConfig, flow
 from distsbi.solvers import RULES, Adaptive, Field, FixedGrid, make_solver, solver_from_dict
 from distsbi.solvers.quadrature import THROUGH, _jumps, weights
 from distsbi.solvers.rules import DENSITY_RULES
+from distsbi.training import TrainingConfig
 
 METHOD = FlowMatching()
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk3": 3, "rk4": 4, "multistep": 2}
@@ -260,13 +264,38 @@ def test_a_volume_has_the_order_of_its_rule(rule):
         assert errors[1] < 0.05 and errors[0] / errors[1] > 0.7 * 2 ** ORDERS[rule], errors
 
 
+SUMMED = (0.0, *np.cumsum(np.full(100, 0.01, np.float32)).tolist())  # ends at 0.9999993
+
+
+@pytest.mark.parametrize("times", [tuple(i / 100 for i in range(101)), SUMMED], ids=["exact", "summed"])
 @pytest.mark.parametrize("rule", ["euler", "euler_maruyama", "zero_ends", "non_singular"])
-def test_the_last_step_leaves_no_noise_behind(rule):
-    """Data of sd 1e-3, seen on 100 equal steps from noise of 1e-2 before the last: to E[x], which is narrower, not to what noise is left."""
+def test_the_last_step_leaves_no_noise_behind(rule, times):
+    """Data of sd 1e-3, seen on 100 equal steps from noise of 1e-2 before the last: to E[x], which is narrower, not to what noise is left; also where
+    the last time is 1 but for the rounding of a sum."""
     noise = lambda step: jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (1, 1_000, 1, 1))  # noqa: E731
-    grid = FixedGrid(rule, tuple(i / 100 for i in range(101)))
+    grid = FixedGrid(rule, times)
     draws = grid.solve(gaussian_field(METHOD, 0.0, 1e-3), noise(1_000), None, noise)
     assert float(jnp.std(draws)) < 1.1e-3
+
+
+@pytest.mark.parametrize("rule", sorted({*RULES} - {*DENSITY_RULES}))
+def test_what_runs_one_way_alone(rule):
+    with pytest.raises(ValueError, match=f"solver '{rule}' runs from noise to data alone; euler, midpoint"):
+        FixedGrid(rule, (0.0, 0.5, 1.0)).solve(
+            gaussian_field(METHOD), jnp.zeros((1, 2, 3, 1)), None, NOISE, reverse=True
+        )
+
+
+def test_numbers_of_numpy_are_json_able():
+    number = np.float32(1e-3)
+    for made in (
+        Adaptive(rtol=number, max_steps=np.int64(9)),
+        FlowMatching(tilt=number),
+        DistillConfig(max_lr=number),
+        TrainingConfig(max_lr=number),
+    ):
+        again = json.loads(json.dumps(made.to_dict() if hasattr(made, "to_dict") else dataclasses.asdict(made)))
+        assert float(number) in again.values()
 
 
 NOISE = lambda step: jax.random.normal(jax.random.fold_in(jax.random.key(4), step), (1, 4_000, 3, 1))  # noqa: E731
