@@ -242,7 +242,7 @@ def duration(seconds: float) -> str:
 @click.option("-n", "--nsamples", type=float, default=1_000, show_default=True, help="Draws for each observation.")
 @click.option(
     "--workers",
-    type=int,
+    type=click.IntRange(min=1),
     help="Workers of the run. Default: as many as this machine has room for; with --device or --rate one.",
 )
 @click.option(

@@ -103,5 +103,4 @@ def _simulate_own(simulator: str, n: int, seed: int, out: Path, prior: tuple[str
             f"their theta are in {out}/_distsbi/failures; a posterior from the others is that given that a simulation succeeds",
             err=True,
         )
-    missing = " --missing" if options.get("missing") else ""
-    click.echo(f"next: distsbi train --data {out}{missing} --out runs/{out.absolute().name}")
+    click.echo(f"next: distsbi train --data {out} --out runs/{out.absolute().name}")

@@ -97,7 +97,8 @@ def _checked(data: Any, shapes: Shapes, prior: Any, *, whole: bool = False) -> P
             check_float32(name, np.asarray(part), constants=True)  # packed they are float32
         x = packed
     found: list[tuple[int, ...]] = [tuple(getattr(part, "shape", ()))[1:] for part in (theta, x)]
-    if whole and shapes.theta[1] == shapes.x[1] == 1 and found == [shapes.x[:1], shapes.theta[:1]] != found[::-1]:
+    plain = [shape[:1] if shape[1:] in ((), (1,)) else shape for shape in found]
+    if whole and shapes.theta[1] == shapes.x[1] == 1 and plain == [shapes.x[:1], shapes.theta[:1]] != plain[::-1]:
         raise ValueError(
             f"theta has {found[0][0]} columns and x {found[1][0]}, and this pipeline takes {shapes.theta[0]} and {shapes.x[0]}: give them the other "
             f"way round, (theta, x)."

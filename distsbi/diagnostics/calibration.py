@@ -73,7 +73,8 @@ class Calibration:
 
     @functools.cached_property
     def p_values(self) -> dict[str, float]:
-        """Of each row of `uniform`, from Kolmogorov and Smirnov's test and from that of `spread`: twice the smaller."""
+        """Of each row of `uniform`, from Kolmogorov and Smirnov's test and from that of `spread`: twice the smaller, and 1 at most (Bonferroni), so that
+        1.0 is common."""
         from scipy.stats import chi2, kstest
 
         found, n = {}, len(self.ranks)

@@ -52,9 +52,13 @@ class JointPipeline(ConditionalPipeline):
     ):
         if condition_mask is not None and condition_mask_kind is not None:
             raise ValueError("condition_mask and condition_mask_kind mean the same; give one of them.")
-        condition_mask = condition_mask or condition_mask_kind or "structured"
-        if condition_mask not in MASK_SHARES:
-            raise ValueError(f"condition_mask must be one of {', '.join(MASK_SHARES)}; got {condition_mask!r}.")
+        named = [mask for mask in (condition_mask, condition_mask_kind) if mask is not None]
+        condition_mask = named[0] if named else "structured"
+        if not isinstance(condition_mask, str) or condition_mask not in MASK_SHARES:
+            raise ValueError(
+                f"condition_mask must be one of {', '.join(MASK_SHARES)}, how masks are drawn in training; got {condition_mask!r}. What is known is given "
+                f"where draws are made: sample(given=...)."
+            )
         self.condition_mask, self.pose = condition_mask, ConditionMasks(condition_mask)
         super().__init__(*args, **options)
         check_names(self.parameter_names, self.dim_cond)  # its errors come here, not after training

@@ -17,6 +17,7 @@ Two other objectives learn the same averages, for comparison; both train u(s, Y)
 """
 
 import dataclasses
+import logging
 import math
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from distsbi import keys, mesh as meshes
+from distsbi import keys, mesh as meshes, processes
 from distsbi.hints import as_count, as_number, refuse_unknown
 from distsbi.methods import FlowMatching, Method, Moment
 from distsbi.networks.base import encode
@@ -39,7 +40,10 @@ from distsbi.solvers.field import known
 from distsbi.training import TrainingConfig
 from distsbi.training.update import as_kept, averaged, in_float32, make_optimizer
 
+log = logging.getLogger("distsbi")
+
 DISPATCH = 50  # updates per dispatch
+SAID = 250  # updates between lines of the log
 FEWEST_STEPS = 8  # of the teacher in a segment
 OBJECTIVES = ("endpoint", "consistency", "mean_flow")
 
@@ -155,8 +159,11 @@ def train_student(
     data, key = jax.device_put((xs, keys.as_key(config.seed)), whole)
     losses: list[float] = []
     hide = None if config.show_progress is None else not config.show_progress
+    hide = hide if processes.is_first() else True
     with tqdm(total=config.nsteps, desc="distilling", unit="update", disable=hide) as bar:
         done = 0
+        if processes.is_first():
+            log.info("distilling, update 0 of %d; the first ones take a while, to compile", config.nsteps)
         while done < config.nsteps:
             count = min(DISPATCH, config.nsteps - done)
             state, loss = advance(state, teacher.weights, data, key, count)
@@ -166,6 +173,8 @@ def train_student(
             done += count
             bar.update(count)
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
+            if bar.disable and processes.is_first() and (done % SAID == 0 or done == config.nsteps):
+                log.info("update %d of %d: loss %.4f", done, config.nsteps, losses[-1])
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "show_progress"}
     facts = {
         **{

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from distsbi import mesh as meshes
 from distsbi.data.standardise import Standardizer
+from distsbi.hints import did_you_mean
 from distsbi.methods import Method
 from distsbi.networks.joint import Conditional, JointNetwork
 from distsbi.sampling import tiles
@@ -108,7 +109,7 @@ class JointPosterior(Posterior):
                 found.append(self.token_names.index(name))
             else:
                 raise ValueError(
-                    f"there is no {name!r}; there are {', '.join(self.token_names)}, and theta and x for all of them."
+                    f"there is no {name!r};{did_you_mean(name, self.token_names)} There are {', '.join(self.token_names)}, and theta and x for all of them."
                 )
         twice = sorted({self.token_names[i] for i in found if found.count(i) > 1})
         if twice:
@@ -192,6 +193,8 @@ class JointPosterior(Posterior):
             if X in given:
                 raise ValueError("x is given twice, as x_o and in given; leave one of them out.")
             given = {X: x_o, **given}
+        if of is not None and not len(of):
+            raise ValueError("of names nothing to draw; leave it out for all that is not given.")
         posterior, x = self.condition(given)
         wanted = None if of is None else [self.token_names[i] for i in self.tokens(of)]
         for name in wanted or ():

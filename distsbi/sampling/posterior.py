@@ -100,7 +100,7 @@ class Posterior(Densities):
 
     def __repr__(self) -> str:
         x, solver = self.layout.describe(), self.default_solver
-        given = "" if self.is_unconditional or not self.dim_x else f" given x {x}"
+        given = "" if self.is_unconditional or not self.dim_x else f" given {', '.join(self.given_names) or f'x {x}'}"
         count = solver.evaluations and solver.evaluations + self.method.denoises
         how = f"{count} evaluations a draw" if count else "adaptive"
         return (

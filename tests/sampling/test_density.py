@@ -261,7 +261,9 @@ def test_a_maximum_that_no_draw_is_near(monkeypatch):
         posterior.map(X, nsamples=20, climb=3)
     draws, density = posterior.sample_and_log_prob(0, X, 20)
     monkeypatch.setattr(posterior, "sample_and_log_prob", lambda *_: (draws, density - 9))
-    with pytest.warns(UserWarning, match=r"nat above the likeliest of 20 draws, in .* Train longer, or give more nsamples"):
+    with pytest.warns(
+        UserWarning, match=r"nat above the likeliest of 20 draws, in .* Train longer, or give more nsamples"
+    ):
         posterior.map(X, nsamples=20, climb=3)
 
 

@@ -200,6 +200,14 @@ def test_errors(options, says):
         DistillConfig.from_dict(options)
 
 
+def test_distilling_says_how_far_it_is_where_there_is_no_bar(caplog):
+    xs = np.zeros((8, 3, 1), np.float32)
+    options = DistillConfig(nsteps=3, batch_size=8, teacher_steps=2, show_progress=False)
+    with caplog.at_level("INFO", "distsbi"):
+        train_student(random_mlp_posterior({"data": 1}), xs, options)
+    assert [record.message.split(":")[0] for record in caplog.records][-1] == "update 3 of 3"
+
+
 def test_boundaries_beyond_the_path_of_a_method():
     """That of EDM begins with 1/81 of the data."""
     posterior, xs = random_mlp_posterior({"data": 1}, method=METHODS["edm"]()), np.zeros((4, 3, 1), np.float32)

@@ -184,6 +184,19 @@ def test_every_conditional_of_a_gaussian(trained):
     np.testing.assert_allclose([mixed[:, 1].mean(), mixed[:, 1].std()], [0.8, np.sqrt(0.2)], atol=0.15)
 
 
+def test_a_pattern_says_what_is_given(untrained):
+    assert "of x_0, x_1 given a, b: " in repr(untrained.posterior.pattern(["theta"]))
+    assert "of a, b given x (n, 2, 1): " in repr(untrained.posterior)
+
+
+@pytest.mark.parametrize("mask", [np.zeros(4, bool), "postrior", ""])
+def test_a_condition_mask_is_a_name(mask):
+    with pytest.raises(
+        ValueError, match="condition_mask must be one of structured, bernoulli, posterior, how masks are drawn"
+    ):
+        Flux1JointFlowPipeline(None, None, 2, 2, condition_mask=mask)
+
+
 def test_what_is_wanted_does_not_change_what_is_given(untrained):
     with pytest.raises(ValueError, match="x_o is missing"):
         untrained.sample(rng=0, of=["a"], nsamples=3)
@@ -238,7 +251,9 @@ def test_certificates_and_densities_of_patterns(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"given": {"mass": 1.0}}, "there is no 'mass'; there are a, b, x_0, x_1"),
+        ({"given": {"mass": 1.0}}, "there is no 'mass'; There are a, b, x_0, x_1"),
+        ({"given": {"x_00": 1.0}}, "there is no 'x_00'; Did you mean x_0"),
+        ({"given": {"b": 0.5}, "of": []}, "of names nothing to draw"),
         ({"given": {"x": [1.0]}}, r"given\['x'\] must have shape \(2, 1\); got \(1,\)"),
         ({"given": {"x": [1.0, 2.0], "x_0": 1.0}}, "x_0 is named twice"),
         ({"given": {"x": [1.0, np.nan]}}, "NaN"),

@@ -620,6 +620,14 @@ def test_bad_data(data, says):
         _pipeline(data).train(nnx.Rngs(0))
 
 
+def test_arrays_that_are_swapped():
+    """Said before anything of the NaN in them; of three axes as of two."""
+    theta, x = np.zeros((9, 2, 1), np.float32), np.full((9, 3, 1), np.nan, np.float32)
+    for swapped in ((x, theta), (x[..., 0], theta[..., 0])):
+        with pytest.raises(ValueError, match=r"theta has 3 columns and x 2, .* the other way round, \(theta, x\)"):
+            MLPFlowPipeline(swapped, None, 2, 3, missing=True).train(nnx.Rngs(0))
+
+
 def test_bad_options():
     for options, says in (
         ({"nsetps": 3}, "unknown training option 'nsetps'; Did you mean nsteps?"),
