@@ -86,8 +86,7 @@ def selection(tables):
 SELECTED = set(selection(TABLES))
 QUICK = {
     "MLP": PLACES,
-    "Embedded": PLACES,
-    "Flux1": ["one device"],
+    "Embedded": ["one device"],
 }  # of the selection, in `make test`; the rest of it in `make test-long`
 
 

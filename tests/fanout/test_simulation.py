@@ -638,7 +638,9 @@ class TestRay:
         assert_same(tmp_path / "two", tmp_path / "here")
         assert set(open_pairs(tmp_path / "two").source["prior"]) == {"a", "b"}
 
-    @pytest.mark.parametrize("what", ["abort", pytest.param("hang", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "what", [pytest.param("abort", marks=pytest.mark.long), pytest.param("hang", marks=pytest.mark.slow)]
+    )
     def test_a_row_that_kills_or_hangs_is_quarantined_alone(self, calm, tmp_path, what):
         limit = 2.0 if what == "hang" else None
         simulator = marked(theta_of(40), {0: "raise", 15: what})
