@@ -24,6 +24,8 @@ if version("jaxlib").startswith("0.10.") and "DISTSBI_TEST_OPTIMISED" not in os.
     # XLA's older emitters compile in two thirds of the time, of which LLVM's second level of optimisation is a quarter; tests of bits across
     # processes set flags of their own.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
+# `_programs` below says it file by file; what a wider fixture starts before that (a Ray for a folder) is told here.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int("DISTSBI_TEST_OPTIMISED" not in os.environ))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for processes that tests start
