@@ -36,9 +36,11 @@ class Method(ABC):
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{what} must be True or False; got {value!r}.")
             if field.type is float:
-                object.__setattr__(self, field.name, as_number(what, value))
-                if not math.isfinite(value):
+                number = as_number(what, value)
+                if not math.isfinite(number):
                     raise ValueError(f"{what} must be finite; got {value!r}.")
+                if not isinstance(value, int):  # 4 stays 4 in a run's spec, whose fingerprint has it
+                    object.__setattr__(self, field.name, number)
 
     @abstractmethod
     def alpha(self, t: Time) -> Time:

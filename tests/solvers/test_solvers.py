@@ -288,6 +288,9 @@ def test_what_runs_one_way_alone(rule):
 
 def test_numbers_of_numpy_are_json_able():
     number = np.float32(1e-3)
+    assert json.dumps(FlowMatching(tilt=4).to_dict()) != json.dumps(
+        FlowMatching(tilt=4.0).to_dict()
+    )  # in the fingerprint of runs as it was given
     for made in (
         Adaptive(rtol=number, max_steps=np.int64(9)),
         FlowMatching(tilt=number),
