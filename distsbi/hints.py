@@ -41,7 +41,7 @@ def refuse_unknown(what: str, given: Iterable[str], cls: type, elsewhere: Mappin
 
 
 def as_number(what: str, value: Any) -> float:
-    """A number as a float, so that it is JSON-able; True and False are none. Raises ValueError for all else, naming `what` it is.
+    """A number of Python's own, so that it is JSON-able: an int stays one, all else is a float; True and False are none. Raises ValueError for all else, naming `what` it is.
 
     >>> as_number("rtol", "1e-5")
     Traceback (most recent call last):
@@ -49,7 +49,7 @@ def as_number(what: str, value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
         raise ValueError(f"{what} must be a number; got {value!r}.")
-    return float(value)
+    return value if isinstance(value, int) else float(value)
 
 
 def as_count(what: str, value: Any, least: int = 1) -> int:

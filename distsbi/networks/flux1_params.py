@@ -87,7 +87,7 @@ class Flux1Params(NetworkParams):
         put("axes_dim", None if self.axes_dim is None else tuple(int(n) for n in self.axes_dim))
         put("theta", 10 * (self.dim_obs + self.dim_cond) if self.theta in (None, -1) else self.theta)
         number = as_number("Flux1Params.theta", self.theta)
-        put("theta", self.theta if isinstance(self.theta, int) else number)
+        put("theta", number)
         if not 0 < number < math.inf:
             raise ValueError(
                 f"Flux1Params.theta must be positive, or None for 10 (dim_obs + dim_cond); got {self.theta}."

@@ -159,10 +159,11 @@ def train_student(
     data, key = jax.device_put((xs, keys.as_key(config.seed)), whole)
     losses: list[float] = []
     hide = None if config.show_progress is None else not config.show_progress
-    hide = hide if processes.is_first() else True
+    first = processes.is_first()
+    hide = hide if first else True
     with tqdm(total=config.nsteps, desc="distilling", unit="update", disable=hide) as bar:
         done = 0
-        if processes.is_first():
+        if first:
             log.info("distilling, update 0 of %d; the first ones take a while, to compile", config.nsteps)
         while done < config.nsteps:
             count = min(DISPATCH, config.nsteps - done)
@@ -173,7 +174,7 @@ def train_student(
             done += count
             bar.update(count)
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            if bar.disable and processes.is_first() and (done % SAID == 0 or done == config.nsteps):
+            if bar.disable and first and (done % SAID == 0 or done == config.nsteps):
                 log.info("update %d of %d: loss %.4f", done, config.nsteps, losses[-1])
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "show_progress"}
     facts = {

@@ -82,9 +82,7 @@ class TrainingConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (int, float, int | None, float | None) and value is not None:
-                number = as_number(f"training option {field.name}", value)
-                if field.type in (float, float | None):
-                    object.__setattr__(self, field.name, number)
+                object.__setattr__(self, field.name, as_number(f"training option {field.name}", value))
         for name in COUNTS:
             if (value := getattr(self, name)) is not None:
                 least = 0 if name == "warmup_steps" else 1
